@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels that execute heterogeneously pruned transformer sublayers. Tensors in, tensors out; knows no model."""
+
+from .backends import Support, backends, can_run, use_backend
+from .ops import attention_sublayer, mlp_sublayer, packed_linear, ragged_attention
+from .reference import ACTIVATIONS
+
+__all__ = [
+    "ACTIVATIONS",
+    "Support",
+    "attention_sublayer",
+    "backends",
+    "can_run",
+    "mlp_sublayer",
+    "packed_linear",
+    "ragged_attention",
+    "use_backend",
+]

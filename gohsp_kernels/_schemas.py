@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schemas of all torch operators, in one place, each with the function that computes its result's shape.
+
+Two layers. The *public* operators take compact parameters and mean the same on every backend: they are what
+``torch.compile`` and ``torch.export`` see. The *native* operators (``cpu_*``) take packed weights, belong to the compiled
+library and have no meaning without it; public calls reach them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "gohsp_kernels"
+
+PUBLIC = {
+    "packed_linear": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? in_cols, Tensor? out_cols, int out_features, "
+        "str activation) -> Tensor"
+    ),
+    "ragged_attention": (
+        "(Tensor qkv, Tensor? q_norm_weight, Tensor? q_norm_bias, Tensor? k_norm_weight, Tensor? k_norm_bias, "
+        "int[] qk_widths, int[] v_widths, float scale, float eps, int num_queries) -> Tensor"
+    ),
+    "attention_sublayer": (
+        "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor qkv_weight, Tensor? qkv_bias, "
+        "Tensor proj_weight, Tensor? proj_bias, Tensor? layer_scale, Tensor? in_cols, Tensor? out_cols, "
+        "Tensor? q_norm_weight, Tensor? q_norm_bias, Tensor? k_norm_weight, Tensor? k_norm_bias, "
+        "int[] qk_widths, int[] v_widths, float scale, float eps, float qk_eps, int num_queries) -> Tensor"
+    ),
+    "mlp_sublayer": (
+        "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor fc1_weight, Tensor? fc1_bias, "
+        "Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale, Tensor? in_cols, Tensor? out_cols, "
+        "str activation, float eps) -> Tensor"
+    ),
+}
+
+# widths is int64 [2, heads]: QK widths, then V widths. qk_norm is [4, head width]: weight and bias of q, then of k.
+NATIVE = {
+    "cpu_pack": "(Tensor weight, Tensor? bias) -> Tensor",
+    "cpu_linear": (
+        "(Tensor x, Tensor panels, Tensor? in_cols, Tensor? out_cols, int kept_outputs, int out_features, "
+        "int activation) -> Tensor"
+    ),
+    "cpu_attention": (
+        "(Tensor qkv, Tensor widths, Tensor? qk_norm, float scale, float eps, int v_total, int num_queries) -> Tensor"
+    ),
+    "cpu_attention_sublayer": (
+        "(Tensor x, Tensor qkv_panels, Tensor proj_panels, Tensor? in_cols, Tensor? out_cols, Tensor widths, "
+        "Tensor? qk_norm, float scale, float eps, float qk_eps, int num_queries) -> Tensor"
+    ),
+    "cpu_mlp_sublayer": (
+        "(Tensor x, Tensor fc1_panels, Tensor fc2_panels, Tensor? in_cols, Tensor? out_cols, int hidden, "
+        "int activation, float eps) -> Tensor"
+    ),
+}
+
+_FAKES: dict[str, Callable[..., Tensor]] = {}
+
+
+def _fake(*names: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    def remember(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        _FAKES.update(dict.fromkeys(names, function))
+        return function
+
+    return remember
+
+
+@_fake("packed_linear")
+def _packed_linear(
+    x: Tensor, weight: Tensor, bias: object, in_cols: object, out_cols: object, out_features: int, activation: str
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@_fake("ragged_attention")
+def _ragged_attention(qkv: Tensor, *rest: object) -> Tensor:
+    v_widths, num_queries = rest[5], rest[8]
+    assert isinstance(v_widths, Sequence)
+    return qkv.new_empty(qkv.shape[0], num_queries, sum(v_widths))
+
+
+@_fake("attention_sublayer", "cpu_attention_sublayer")
+def _attention_sublayer(x: Tensor, *rest: object) -> Tensor:
+    return x.new_empty(x.shape[0], rest[-1], x.shape[2])
+
+
+@_fake("mlp_sublayer", "cpu_mlp_sublayer")
+def _mlp_sublayer(x: Tensor, *rest: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_fake("cpu_linear")
+def _cpu_linear(x: Tensor, *rest: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rest[-2])
+
+
+@_fake("cpu_attention")
+def _cpu_attention(qkv: Tensor, *rest: object) -> Tensor:
+    v_total, num_queries = rest[-2:]
+    return qkv.new_empty(qkv.shape[0], num_queries, v_total)
+
+
+@_fake("cpu_pack")
+def _cpu_pack(weight: Tensor, bias: Tensor | None) -> Tensor:
+    # The true size depends on the instruction set that the library picked; nothing that is traced packs weights.
+    return weight.new_empty(weight.shape[0] * (weight.shape[1] + 1))
+
+
+def register(implementations: dict[str, Callable[..., Tensor]]) -> torch.library.Library:
+    """Define every operator and its fake; give the public ones their implementation, the same for all devices."""
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for name, schema in {**PUBLIC, **NATIVE}.items():
+        library.define(name + schema)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _FAKES[name], lib=library)
+    for name in PUBLIC:
+        library.impl(name, implementations[name], "CompositeExplicitAutograd")
+    return library

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which implementation runs a call, and why another one cannot.
+
+The rule: a backend that the user named (argument, :func:`use_backend` or the environment variable ``GOHSP_BACKEND``)
+runs or raises with its reason; ``"auto"`` takes the first that can run, and says once in the log why a faster one was
+passed over.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from . import _native
+
+log = logging.getLogger("gohsp_kernels")
+
+PREFERENCE = ("cpu", "reference")
+"""Backends, the one that "auto" would rather take first."""
+
+ENVIRONMENT_VARIABLE = "GOHSP_BACKEND"
+
+
+@dataclass(frozen=True)
+class Support:
+    """Whether something can run and, where not, why. True in a boolean context when it can."""
+
+    ok: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+def _check_name(name: str) -> str:
+    if name not in ("auto", *PREFERENCE):
+        raise ValueError(f"backend: wanted one of 'auto', {', '.join(map(repr, PREFERENCE))}; got {name!r}")
+    return name
+
+
+_selected = _check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
+_already_logged: set[str] = set()
+
+
+def can_run(
+    backend: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    needs_grad: bool = False,
+) -> Support:
+    """Tell whether ``backend`` can run a call on tensors of this device and dtype.
+
+    Args:
+        backend: "reference" or "cpu".
+        device: where the tensors are.
+        dtype: of the activations and weights.
+        needs_grad: whether the result must be differentiable.
+
+    Raises:
+        ValueError: for a backend that does not exist.
+    """
+    _check_name(backend)
+    if backend == "reference":
+        return Support(True)
+    native = _native.load()
+    if not native:
+        return Support(False, native.reason)
+    if torch.device(device).type != "cpu":
+        return Support(False, f"runs on CPU tensors; got a tensor on {torch.device(device).type}")
+    if dtype != torch.float32:
+        return Support(False, f"runs in float32; got {dtype}")
+    if needs_grad:
+        return Support(False, "has no backward; call under torch.no_grad() or use the backend 'reference'")
+    return Support(True)
+
+
+def backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Support]:
+    """What can run here and, where not, why: one :class:`Support` for each backend."""
+    return {name: can_run(name, device, dtype) for name in PREFERENCE}
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every call in the ``with`` block on the backend ``name``, or on the best one for ``"auto"``.
+
+    Raises:
+        ValueError: for a backend that does not exist. One that exists but cannot run a call raises at that call.
+    """
+    global _selected
+    previous, _selected = _selected, _check_name(name)
+    try:
+        yield
+    finally:
+        _selected = previous
+
+
+def choose(backend: str | None, device: torch.device, dtype: torch.dtype, needs_grad: bool) -> str:
+    """The backend that runs a call.
+
+    Raises:
+        ValueError: if the named backend does not exist.
+        RuntimeError: if the named backend cannot run the call; the message is its reason.
+    """
+    wanted = _selected if backend is None else _check_name(backend)
+    if wanted != "auto":
+        support = can_run(wanted, device, dtype, needs_grad=needs_grad)
+        if not support:
+            raise RuntimeError(f"backend {wanted!r}: {support.reason}")
+        return wanted
+    for name in PREFERENCE:
+        support = can_run(name, device, dtype, needs_grad=needs_grad)
+        if support:
+            return name
+        _log_once(f"backend {name!r} passed over: {support.reason}")
+    raise AssertionError("the reference backend runs everything")
+
+
+@torch.compiler.disable
+def _log_message(message: str) -> None:
+    log.info(message)
+
+
+def _log_once(message: str) -> None:
+    if torch.compiler.is_compiling() or message in _already_logged:
+        return
+    _already_logged.add(message)
+    _log_message(message)

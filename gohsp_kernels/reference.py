@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Meaning of every operator, in plain PyTorch.
+
+These functions are the definition that all other backends are tested against. They run on any device and dtype and are
+differentiable, so they are also the training path and the fallback where nothing faster can run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+"""Activations that the operators know, by name."""
+
+
+def gather_columns(x: Tensor, cols: Tensor | None) -> Tensor:
+    """Columns ``cols`` of the last dimension of ``x``; all of them where ``cols`` is None."""
+    return x if cols is None else x.index_select(-1, cols)
+
+
+def scatter_columns(y: Tensor, cols: Tensor | None, features: int) -> Tensor:
+    """``y`` [..., n] spread over the columns ``cols`` of a zero tensor [..., features]."""
+    if cols is None:
+        return y
+    return y.new_zeros(*y.shape[:-1], features).index_copy(-1, cols, y)
+
+
+def packed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_cols: Tensor | None,
+    out_cols: Tensor | None,
+    out_features: int,
+    activation: str,
+) -> Tensor:
+    """Gather, matrix product, bias, activation, scatter. See :func:`gohsp_kernels.packed_linear`."""
+    y = ACTIVATIONS[activation](F.linear(gather_columns(x, in_cols), weight, bias))
+    return scatter_columns(y, out_cols, out_features)
+
+
+def _norm_channels(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return x if weight is None else F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _same_width_heads(
+    qk_widths: Sequence[int], v_widths: Sequence[int]
+) -> dict[tuple[int, int], list[tuple[int, int, int]]]:
+    """Heads by (QK width, V width), each as (head, first QK channel, first V channel)."""
+    groups: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    qk_start = v_start = 0
+    for head, (qk, v) in enumerate(zip(qk_widths, v_widths, strict=True)):
+        groups.setdefault((qk, v), []).append((head, qk_start, v_start))
+        qk_start, v_start = qk_start + qk, v_start + v
+    return groups
+
+
+def _heads(x: Tensor, starts: Sequence[int], width: int) -> Tensor:
+    """Channel ranges of ``x`` [B, N, C] that begin at ``starts``, as [B, heads, N, width]."""
+    if list(starts) == [starts[0] + i * width for i in range(len(starts))]:  # adjacent: a view will do
+        block = x[..., starts[0] : starts[0] + len(starts) * width]
+        return block.unflatten(-1, (len(starts), width)).transpose(1, 2)
+    return torch.stack([x[..., s : s + width] for s in starts], dim=1)
+
+
+def _mean_of_values(v: Tensor, num_queries: int) -> Tensor:
+    """Attention when every score is equal: a head without QK channels."""
+    return v.mean(dim=2, keepdim=True).expand(-1, -1, num_queries, -1)
+
+
+def ragged_attention(
+    qkv: Tensor,
+    q_norm_weight: Tensor | None,
+    q_norm_bias: Tensor | None,
+    k_norm_weight: Tensor | None,
+    k_norm_bias: Tensor | None,
+    qk_widths: Sequence[int],
+    v_widths: Sequence[int],
+    scale: float,
+    eps: float,
+    num_queries: int,
+) -> Tensor:
+    """Softmax attention over heads of any widths. See :func:`gohsp_kernels.ragged_attention`.
+
+    Heads of equal widths share one call of PyTorch's scaled_dot_product_attention.
+    """
+    n_qk, n_v = sum(qk_widths), sum(v_widths)
+    q, k, v = qkv.split([n_qk, n_qk, n_v], dim=-1)
+    q = q[:, :num_queries]
+    outputs: list[Tensor] = [qkv.new_empty(0)] * len(qk_widths)
+    for (qk, width), heads in _same_width_heads(qk_widths, v_widths).items():
+        ids, qk_starts, v_starts = zip(*heads, strict=True)
+        values = _heads(v, v_starts, width)
+        if qk == 0 or width == 0:
+            out = _mean_of_values(values, num_queries)
+        else:
+            queries = _norm_channels(_heads(q, qk_starts, qk), q_norm_weight, q_norm_bias, eps)
+            keys = _norm_channels(_heads(k, qk_starts, qk), k_norm_weight, k_norm_bias, eps)
+            out = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
+        for head, head_out in zip(ids, out.unbind(1), strict=True):
+            outputs[head] = head_out
+    if not outputs:
+        return qkv.new_zeros(qkv.shape[0], num_queries, 0)
+    return torch.cat(outputs, dim=-1)
+
+
+def _residual_add(x: Tensor, y: Tensor, layer_scale: Tensor | None, out_cols: Tensor | None) -> Tensor:
+    if layer_scale is not None:
+        y = y * layer_scale
+    return x + y if out_cols is None else x.index_add(-1, out_cols, y.to(x.dtype))
+
+
+def attention_sublayer(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    in_cols: Tensor | None,
+    out_cols: Tensor | None,
+    q_norm_weight: Tensor | None,
+    q_norm_bias: Tensor | None,
+    k_norm_weight: Tensor | None,
+    k_norm_bias: Tensor | None,
+    qk_widths: Sequence[int],
+    v_widths: Sequence[int],
+    scale: float,
+    eps: float,
+    qk_eps: float,
+    num_queries: int,
+) -> Tensor:
+    """LayerNorm, attention, layer scale, residual. See :func:`gohsp_kernels.attention_sublayer`."""
+    normed = gather_columns(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), in_cols)
+    qkv = F.linear(normed, qkv_weight, qkv_bias)
+    heads = ragged_attention(
+        qkv,
+        q_norm_weight,
+        q_norm_bias,
+        k_norm_weight,
+        k_norm_bias,
+        qk_widths,
+        v_widths,
+        scale,
+        qk_eps,
+        num_queries,
+    )
+    return _residual_add(x[:, :num_queries], F.linear(heads, proj_weight, proj_bias), layer_scale, out_cols)
+
+
+def mlp_sublayer(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    in_cols: Tensor | None,
+    out_cols: Tensor | None,
+    activation: str,
+    eps: float,
+) -> Tensor:
+    """LayerNorm, MLP, layer scale, residual. See :func:`gohsp_kernels.mlp_sublayer`."""
+    normed = gather_columns(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), in_cols)
+    hidden = ACTIVATIONS[activation](F.linear(normed, fc1_weight, fc1_bias))
+    return _residual_add(x, F.linear(hidden, fc2_weight, fc2_bias), layer_scale, out_cols)
