@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels that execute heterogeneously pruned transformer sublayers. Tensors in, tensors out; knows no model."""
 
-from .backends import Support, backends, can_run, use_backend
+from .dispatch import Support, backends, can_run, use_backend
 from .ops import attention_sublayer, mlp_sublayer, packed_linear, ragged_attention
 from .reference import ACTIVATIONS
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _schemas, backends, cpu, reference
+from . import _schemas, cpu, dispatch, reference
 
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Tensor]]] = {
     name: {"reference": getattr(reference, name), "cpu": getattr(cpu, name)} for name in _schemas.PUBLIC
@@ -28,12 +28,12 @@ def _run(name: str, arguments: tuple[Any, ...], backend: str | None) -> Tensor:
     x = arguments[0]
     needs_grad = _needs_grad(arguments)
     if torch.compiler.is_compiling():
-        wanted = backend or backends._selected
+        wanted = backend or dispatch._selected
         if needs_grad or wanted == "reference":
             return _IMPLEMENTATIONS[name]["reference"](*arguments)
         # One node in the graph; the backend is chosen, and weights are packed, when it runs.
         return getattr(torch.ops.gohsp_kernels, name)(*arguments)
-    chosen = backends.choose(backend, x.device, x.dtype, needs_grad)
+    chosen = dispatch.choose(backend, x.device, x.dtype, needs_grad)
     return _IMPLEMENTATIONS[name][chosen](*arguments)
 
 
@@ -41,7 +41,7 @@ def _graph_node(name: str) -> Callable[..., Tensor]:
     def run(*arguments: Any) -> Tensor:
         # Torch hands lists of ints over; the functions compare layouts as tuples.
         plain = tuple(tuple(a) if isinstance(a, list) else a for a in arguments)
-        chosen = backends.choose(None, plain[0].device, plain[0].dtype, False)
+        chosen = dispatch.choose(None, plain[0].device, plain[0].dtype, False)
         result = _IMPLEMENTATIONS[name][chosen](*plain)
         # A torch operator may not return one of its inputs, as an empty sublayer of the reference would.
         return result.clone() if result.data_ptr() == plain[0].data_ptr() else result.contiguous()
