@@ -1,0 +1,515 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks: which groups of a vision transformer are kept. And layouts: what a kernel reads, derived from a mask.
+
+The meaning of a mask is the masked dense model: the original module with the pruned entries of its weights and biases
+set to zero, and LayerNorm still over all features. :meth:`ModelMask.apply_` makes exactly that.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from gohsp import vit
+from gohsp.count import count
+from gohsp.vit import Geometry
+
+FORMAT = 1
+_SUMMARY = ("block", "heads", "qk widths", "v widths", "hidden", "attn in/out", "mlp in/out", "params", "MACs")
+
+
+@dataclass(frozen=True, eq=False)
+class BlockLayout:
+    """What a block keeps, as lists of indices into the dense block. Derived from a mask, never edited.
+
+    All tensors are int64 on the CPU, sorted and unique. A kept head whose V channels are all pruned adds nothing to the
+    block and is not here; a kept head without QK channels is here with a QK width of 0 (it gives the mean of V).
+
+    Attributes:
+        heads: Indices of the kept heads.
+        qk_widths, v_widths: Channels of each kept head, in the order of ``heads``.
+        q_rows, k_rows, v_rows: Rows of the dense qkv, head after head.
+        proj_cols: Input columns of the dense proj, in the order of ``v_rows``.
+        hidden: Neurons: rows of fc1, columns of fc2.
+        attn_in, attn_out, mlp_in, mlp_out: Residual features that qkv reads, proj writes, fc1 reads and fc2 writes;
+            None means all of them.
+    """
+
+    heads: tuple[int, ...]
+    qk_widths: tuple[int, ...]
+    v_widths: tuple[int, ...]
+    q_rows: Tensor
+    k_rows: Tensor
+    v_rows: Tensor
+    proj_cols: Tensor
+    hidden: Tensor
+    attn_in: Tensor | None
+    attn_out: Tensor | None
+    mlp_in: Tensor | None
+    mlp_out: Tensor | None
+
+    @cached_property
+    def qkv_rows(self) -> Tensor:
+        """Rows of the dense qkv in compact order: all q, then all k, then all v."""
+        return torch.cat((self.q_rows, self.k_rows, self.v_rows))
+
+
+@dataclass(eq=False)
+class BlockMask:
+    """Which groups of one block are kept: boolean CPU tensors, True = kept, freely set by the user.
+
+    H heads of d channels, M hidden neurons, D residual features. A pruned head takes its q, k and v channels with it,
+    whatever ``qk`` and ``v`` say.
+
+    Attributes:
+        heads: [H]
+        qk: [H, d], one entry for a q row and the k row that it meets.
+        v: [H, d], one entry for a v row and its column of proj.
+        hidden: [M], one entry for a row of fc1, its bias and its column of fc2.
+        attn_in: [D], columns of qkv.
+        attn_out: [D], rows of proj.
+        mlp_in: [D], columns of fc1.
+        mlp_out: [D], rows of fc2.
+    """
+
+    heads: Tensor
+    qk: Tensor
+    v: Tensor
+    hidden: Tensor
+    attn_in: Tensor
+    attn_out: Tensor
+    mlp_in: Tensor
+    mlp_out: Tensor
+
+    @classmethod
+    def full(cls, dim: int, num_heads: int, head_dim: int, hidden: int) -> BlockMask:
+        """Return the mask that keeps everything."""
+        shapes = _shapes(Geometry(1, dim, num_heads, head_dim, hidden))
+        return cls(**{name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()})
+
+    def clone(self) -> BlockMask:
+        """Return a copy that shares no memory with this mask."""
+        return BlockMask(**{name: getattr(self, name).clone() for name in FIELDS})
+
+    def layout(self) -> BlockLayout:
+        """Return the ragged layout of what this mask keeps."""
+        num_heads, head_dim = self.v.shape
+        # Exact: softmax(QK) V is nothing without V, so such a head leaves with its q and k rows.
+        alive = self.heads & self.v.any(dim=1)
+        heads = _indices(alive)
+        qk = self.qk & alive[:, None]
+        v = self.v & alive[:, None]
+        q_rows, v_cols = _indices(qk.flatten()), _indices(v.flatten())
+        span = num_heads * head_dim
+        return BlockLayout(
+            heads=tuple(heads.tolist()),
+            qk_widths=tuple(qk.sum(dim=1)[heads].tolist()),
+            v_widths=tuple(v.sum(dim=1)[heads].tolist()),
+            q_rows=q_rows,
+            k_rows=q_rows + span,
+            v_rows=v_cols + 2 * span,
+            proj_cols=v_cols,
+            hidden=_indices(self.hidden),
+            attn_in=_columns(self.attn_in),
+            attn_out=_columns(self.attn_out),
+            mlp_in=_columns(self.mlp_in),
+            mlp_out=_columns(self.mlp_out),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, BlockMask):
+            return NotImplemented
+        return all(torch.equal(getattr(self, name), getattr(other, name)) for name in FIELDS)
+
+    __hash__ = None  # type: ignore[assignment]  # mutable
+
+
+FIELDS: tuple[str, ...] = tuple(field.name for field in fields(BlockMask))
+
+
+@dataclass
+class ModelMask:
+    """Which groups of a model are kept: one :class:`BlockMask` a block, and the sizes of the dense model.
+
+    Attributes:
+        blocks: The masks, in the order of the model's blocks.
+        model: timm's name of the architecture, or the name of the class.
+        geometry: Sizes of the dense model.
+    """
+
+    blocks: list[BlockMask]
+    model: str
+    geometry: Geometry
+
+    @classmethod
+    def full(cls, model: nn.Module) -> ModelMask:
+        """Return the mask that keeps everything of a dense model.
+
+        Raises:
+            TypeError, ValueError: The model is not one that gohsp can prune (see :func:`gohsp.vit.find_blocks`).
+        """
+        vit.find_dense_blocks(model)
+        size = vit.geometry(model)
+        blocks = [BlockMask.full(size.dim, size.num_heads, size.head_dim, size.hidden) for _ in range(size.depth)]
+        return cls(blocks, vit.architecture(model), size)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelMask:
+        """Return a copy of the mask that a compressed model was made with.
+
+        Raises:
+            ValueError: The model is not compressed.
+        """
+        if not vit.is_compressed(model):
+            raise ValueError(f"model: wanted a model made by gohsp.compress, got {type(model).__name__}")
+        blocks = [block.mask.clone() for block in vit.find_blocks(model)]
+        return cls(blocks, vit.architecture(model), vit.geometry(model))
+
+    @classmethod
+    def keep_first(cls, model: nn.Module, heads: int | None = None, hidden: int | None = None) -> ModelMask:
+        """Return the mask that keeps the first heads and the first neurons of every block.
+
+        Args:
+            model: The dense model.
+            heads: Heads to keep in each block; None keeps all.
+            hidden: Neurons to keep in each block; None keeps all.
+
+        Raises:
+            ValueError: More is asked for than the model has, or fewer than none.
+        """
+        mask = cls.full(model)
+        for name, wanted in (("heads", heads), ("hidden", hidden)):
+            available = getattr(mask.blocks[0], name).numel()
+            if wanted is None:
+                continue
+            if not 0 <= wanted <= available:
+                raise ValueError(f"{name}: wanted 0 to {available}, got {wanted}")
+            for block in mask.blocks:
+                getattr(block, name)[wanted:] = False
+        return mask
+
+    @classmethod
+    def random(
+        cls, model: nn.Module, keep: float | Mapping[str, float] = 0.6, generator: torch.Generator | None = None
+    ) -> ModelMask:
+        """Return a random heterogeneous mask: every entry of every field is drawn on its own.
+
+        Each block keeps at least one head, one V channel a head, one neuron and one column of each matrix, except in
+        fields whose share is 0. QK channels have no such floor. A model with qk-norm keeps all of them.
+
+        Args:
+            model: The dense model.
+            keep: Share to keep, from 0 to 1: one for all fields, or by field (fields not named are kept whole).
+            generator: Source of the draws; None takes torch's default one.
+
+        Raises:
+            ValueError: A share is outside [0, 1], a field is unknown, or QK channels are to go from a qk-norm model.
+        """
+        mask = cls.full(model)
+        shares = _shares(keep)
+        if mask.geometry.qk_norm and not isinstance(keep, Mapping):
+            shares["qk"] = 1.0
+        for block in mask.blocks:
+            for name, share in shares.items():
+                draws = torch.rand(getattr(block, name).shape, generator=generator)
+                kept = draws < share
+                if share > 0 and name != "qk":
+                    kept |= draws == draws.amin(dim=-1, keepdim=True)
+                setattr(block, name, kept)
+        mask.validate()
+        return mask
+
+    def validate(self, model: nn.Module | None = None) -> None:
+        """Check every rule that a mask has to keep, and that it fits a model if one is given.
+
+        Raises:
+            ValueError: A rule is broken; the message names the block and the field.
+            TypeError: The model is not one that gohsp can prune.
+        """
+        if model is not None and vit.geometry(model) != self.geometry:
+            raise ValueError(f"mask: it is made for {self.geometry}, but the model is {vit.geometry(model)}")
+        if len(self.blocks) != self.geometry.depth:
+            raise ValueError(f"mask.blocks: wanted {self.geometry.depth} blocks, got {len(self.blocks)}")
+        for index, block in enumerate(self.blocks):
+            _validate_block(block, self.geometry, f"blocks[{index}]")
+
+    def apply_(self, model: nn.Module) -> nn.Module:
+        """Set the pruned entries of a dense model's weights and biases to zero, in place.
+
+        The result is the masked dense model, which defines what the mask means.
+
+        Args:
+            model: The dense model that the mask fits.
+
+        Returns:
+            The same model.
+
+        Raises:
+            ValueError: The mask is not valid, or does not fit the model.
+            TypeError: The model is not one that gohsp can prune.
+        """
+        blocks = vit.find_dense_blocks(model)
+        self.validate(model)
+        with torch.no_grad():
+            for block, mask in zip(blocks, self.blocks, strict=True):
+                _zero_attention(block.attn, mask)
+                _zero_mlp(block.mlp, mask)
+        return model
+
+    def summary(self, model: nn.Module) -> str:
+        """Return a table of what each block keeps: heads, widths, neurons, columns, and shares of params and MACs.
+
+        Args:
+            model: The dense model that the mask fits.
+
+        Raises:
+            ValueError: The mask is not valid, or does not fit the model.
+            TypeError: The model is not one that gohsp can prune.
+        """
+        self.validate(model)
+        dense, pruned = count(model), count(model, mask=self)
+        table = Table(title=f"{self.model}: kept of each block")
+        for name in _SUMMARY:
+            table.add_column(name, justify="left" if "widths" in name else "right")
+        for index, mask in enumerate(self.blocks):
+            table.add_row(str(index), *_kept(mask), *_shares_kept(pruned.blocks[index], dense.blocks[index]))
+        table.add_section()
+        table.add_row("model", *[""] * 6, *_shares_kept(pruned, dense))
+        text = io.StringIO()
+        Console(file=text, width=200, color_system=None).print(table)
+        return text.getvalue()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the mask as plain JSON values.
+
+        Kept entries are written as ranges: ``"0-3,7"``, ``"all"``, or ``""`` for none; ``qk`` and ``v`` as one such
+        string a head.
+        """
+        return {
+            "format": FORMAT,
+            "model": self.model,
+            "geometry": {field.name: getattr(self.geometry, field.name) for field in fields(Geometry)},
+            "blocks": [{name: _to_ranges(getattr(block, name)) for name in FIELDS} for block in self.blocks],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelMask:
+        """Return the mask that :meth:`to_dict` wrote.
+
+        Raises:
+            ValueError: A key is missing or unknown, the format is another one, or a value is malformed.
+        """
+        _check_keys(data, ("format", "model", "geometry", "blocks"), "mask")
+        if data["format"] != FORMAT:
+            raise ValueError(f"mask.format: wanted {FORMAT}, got {data['format']!r}")
+        _check_keys(data["geometry"], tuple(field.name for field in fields(Geometry)), "mask.geometry")
+        size = Geometry(**data["geometry"])
+        shapes = _shapes(size)
+        blocks = []
+        for index, entry in enumerate(data["blocks"]):
+            where = f"mask.blocks[{index}]"
+            _check_keys(entry, FIELDS, where)
+            blocks.append(BlockMask(**{n: _from_ranges(entry[n], shapes[n], f"{where}.{n}") for n in FIELDS}))
+        mask = cls(blocks, data["model"], size)
+        mask.validate()
+        return mask
+
+    def save(self, path: str | Path) -> None:
+        """Write the mask as JSON. The file appears whole or not at all.
+
+        Raises:
+            ValueError: The mask is not valid.
+        """
+        self.validate()
+        write_json(Path(path), self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> ModelMask:
+        """Read a mask that :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: The file is not JSON, or see :meth:`from_dict`.
+        """
+        return cls.from_dict(read_json(Path(path)))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON to a temporary file beside ``path`` and rename it, so that no reader sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON, naming the file in the error.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: wanted JSON, but {error}") from error
+
+
+def _shapes(size: Geometry) -> dict[str, tuple[int, ...]]:
+    columns = (size.dim,)
+    return {
+        "heads": (size.num_heads,),
+        "qk": (size.num_heads, size.head_dim),
+        "v": (size.num_heads, size.head_dim),
+        "hidden": (size.hidden,),
+        "attn_in": columns,
+        "attn_out": columns,
+        "mlp_in": columns,
+        "mlp_out": columns,
+    }
+
+
+def _validate_block(block: BlockMask, size: Geometry, where: str) -> None:
+    if not isinstance(block, BlockMask):
+        raise ValueError(f"{where}: wanted a BlockMask, got {type(block).__name__}")
+    for name, shape in _shapes(size).items():
+        value = getattr(block, name)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{where}.{name}: wanted a tensor, got {type(value).__name__}")
+        if value.dtype != torch.bool:
+            raise ValueError(f"{where}.{name}: wanted dtype torch.bool, got {value.dtype}")
+        if value.device.type != "cpu":
+            raise ValueError(f"{where}.{name}: wanted a CPU tensor, got one on {value.device}")
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{where}.{name}: wanted shape {shape}, got {tuple(value.shape)}")
+    if size.qk_norm and not bool(block.qk[block.heads].all()):
+        raise ValueError(
+            f"{where}.qk: wanted every QK channel of the kept heads, because qk-norm mixes the channels of a head; "
+            "prune heads, V channels, neurons or columns of this model instead"
+        )
+
+
+def _indices(kept: Tensor) -> Tensor:
+    return kept.nonzero().flatten()
+
+
+def _columns(kept: Tensor) -> Tensor | None:
+    return None if bool(kept.all()) else _indices(kept)
+
+
+def _zero_attention(attn: Any, mask: BlockMask) -> None:
+    qk = (mask.qk & mask.heads[:, None]).flatten()
+    v = (mask.v & mask.heads[:, None]).flatten()
+    rows = ~torch.cat((qk, qk, v))
+    attn.qkv.weight[rows] = 0
+    if attn.qkv.bias is not None:
+        attn.qkv.bias[rows] = 0
+    attn.qkv.weight[:, ~mask.attn_in] = 0
+    attn.proj.weight[:, ~v] = 0
+    _zero_rows(attn.proj, mask.attn_out)
+
+
+def _zero_mlp(mlp: Any, mask: BlockMask) -> None:
+    _zero_rows(mlp.fc1, mask.hidden)
+    mlp.fc1.weight[:, ~mask.mlp_in] = 0
+    mlp.fc2.weight[:, ~mask.hidden] = 0
+    _zero_rows(mlp.fc2, mask.mlp_out)
+
+
+def _zero_rows(linear: nn.Linear, kept: Tensor) -> None:
+    linear.weight[~kept] = 0
+    if linear.bias is not None:
+        linear.bias[~kept] = 0
+
+
+def _shares(keep: float | Mapping[str, float]) -> dict[str, float]:
+    named = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(FIELDS, keep)
+    for name, share in named.items():
+        if name not in FIELDS:
+            raise ValueError(f"keep: unknown field {name!r}; known are {', '.join(FIELDS)}")
+        if not 0 <= share <= 1:
+            raise ValueError(f"keep: wanted a share from 0 to 1, got {share!r} for {name}")
+    return {name: named.get(name, 1.0) for name in FIELDS}
+
+
+def _kept(mask: BlockMask) -> tuple[str, ...]:
+    layout = mask.layout()
+    heads = f"{len(layout.heads)}/{mask.heads.numel()}"
+    hidden = f"{layout.hidden.numel()}/{mask.hidden.numel()}"
+    attn = f"{int(mask.attn_in.sum())}/{int(mask.attn_out.sum())}"
+    mlp = f"{int(mask.mlp_in.sum())}/{int(mask.mlp_out.sum())}"
+    return heads, _widths(layout.qk_widths), _widths(layout.v_widths), hidden, attn, mlp
+
+
+def _widths(widths: Sequence[int]) -> str:
+    if len(widths) > 1 and len(set(widths)) == 1:
+        return f"{len(widths)} x {widths[0]}"
+    return " ".join(map(str, widths)) or "-"
+
+
+def _shares_kept(pruned: Any, dense: Any) -> tuple[str, str]:
+    params = f"{pruned.params / 1e6:.3f} M  {pruned.params / dense.params:4.0%}"
+    macs = f"{pruned.macs / 1e6:.1f} M  {pruned.macs / dense.macs:4.0%}"
+    return params, macs
+
+
+def _to_ranges(kept: Tensor) -> str | list[str]:
+    if kept.dim() == 2:
+        return [_row_to_ranges(row) for row in kept]
+    return _row_to_ranges(kept)
+
+
+def _row_to_ranges(row: Tensor) -> str:
+    if bool(row.all()):
+        return "all"
+    runs: list[list[int]] = []
+    for index in _indices(row).tolist():
+        if runs and index == runs[-1][1] + 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _from_ranges(value: Any, shape: tuple[int, ...], where: str) -> Tensor:
+    if len(shape) == 1:
+        return _row_from_ranges(value, shape[0], where)
+    if not isinstance(value, list) or len(value) != shape[0]:
+        raise ValueError(f"{where}: wanted a list of {shape[0]} strings, got {value!r}")
+    rows = [_row_from_ranges(row, shape[1], f"{where}[{i}]") for i, row in enumerate(value)]
+    return torch.stack(rows)
+
+
+def _row_from_ranges(value: Any, size: int, where: str) -> Tensor:
+    if value == "all":
+        return torch.ones(size, dtype=torch.bool)
+    if not isinstance(value, str) or not re.fullmatch(r"(\d+(-\d+)?(,\d+(-\d+)?)*)?", value, re.ASCII):
+        raise ValueError(f"{where}: wanted ranges such as '0-3,7', 'all' or '', got {value!r}")
+    kept = torch.zeros(size, dtype=torch.bool)
+    for run in filter(None, value.split(",")):
+        first, _, last = run.partition("-")
+        start, stop = int(first), int(last or first)
+        if not start <= stop < size:
+            raise ValueError(f"{where}: wanted ascending indices below {size}, got {run!r}")
+        kept[start : stop + 1] = True
+    return kept
+
+
+def _check_keys(data: Any, wanted: Sequence[str], where: str) -> None:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where}: wanted a mapping, got {type(data).__name__}")
+    missing = [key for key in wanted if key not in data]
+    unknown = [key for key in data if key not in wanted]
+    if missing or unknown:
+        raise ValueError(f"{where}: missing keys {missing}, unknown keys {unknown}")
