@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gohsp import vit
+from gohsp.vit import Geometry
 
 if TYPE_CHECKING:
     from gohsp.mask import BlockLayout, ModelMask
@@ -102,8 +103,12 @@ def count(model: nn.Module, input_size: int | Sequence[int] | None = None, *, ma
         mask.validate(model)
     height, width = _image_size(model, input_size)
     tokens = _tokens(model, height, width)
-    sizes = [_size(block, None if mask is None else mask.blocks[i].layout()) for i, block in enumerate(blocks)]
-    costs = tuple(count_block(block, size, tokens) for block, size in zip(blocks, sizes, strict=True))
+    masks = [getattr(block, "mask", None) for block in blocks] if mask is None else mask.blocks
+    size = vit.geometry(model)
+    costs = tuple(
+        count_block(block, _block_size(size, None if kept is None else kept.layout()), tokens)
+        for block, kept in zip(blocks, masks, strict=True)
+    )
     outside = _numel(model) - sum(_numel(block) for block in blocks)
     return Count(
         params=outside + sum(cost.params for cost in costs),
@@ -134,13 +139,11 @@ def count_block(block: Any, size: BlockSize, tokens: int) -> BlockCount:
     return BlockCount(attn_params, attn_macs, mlp_params, mlp_macs)
 
 
-def _size(block: Any, layout: BlockLayout | None) -> BlockSize:
-    """Return the widths of a dense block, of a dense block under a mask, or of a compact block."""
-    if layout is None and hasattr(block, "mask"):
-        layout = block.mask.layout()
-    dim, span, hidden = block.norm1.normalized_shape[0], block.attn.proj.in_features, block.mlp.fc1.out_features
+def _block_size(dense: Geometry, layout: BlockLayout | None) -> BlockSize:
+    """Return the widths of a block that is cut to a layout, or of a whole one."""
+    span, dim = dense.num_heads * dense.head_dim, dense.dim
     if layout is None:
-        return BlockSize(span, span, hidden, dim, dim, dim, dim)
+        return BlockSize(span, span, dense.hidden, dim, dim, dim, dim)
     kept = (
         dim if columns is None else columns.numel()
         for columns in (layout.attn_in, layout.attn_out, layout.mlp_in, layout.mlp_out)
@@ -188,7 +191,8 @@ def _macs_outside(model: Any, height: int, width: int, tokens: int) -> int:
 
 
 def _macs(module: nn.Module, x: Tensor) -> int:
-    shadow = copy.deepcopy(module).to(device="meta", dtype=x.dtype)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # The counter hooks gradients of what requires them, which fails on views made without gradient.
+    shadow = copy.deepcopy(module).to(device="meta", dtype=x.dtype).requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
         shadow(x)
     return counter.get_total_flops() // 2

@@ -311,16 +311,16 @@ class ModelMask:
         Raises:
             ValueError: A key is missing or unknown, the format is another one, or a value is malformed.
         """
-        _check_keys(data, ("format", "model", "geometry", "blocks"), "mask")
+        check_keys(data, ("format", "model", "geometry", "blocks"), "mask")
         if data["format"] != FORMAT:
             raise ValueError(f"mask.format: wanted {FORMAT}, got {data['format']!r}")
-        _check_keys(data["geometry"], tuple(field.name for field in fields(Geometry)), "mask.geometry")
+        check_keys(data["geometry"], tuple(field.name for field in fields(Geometry)), "mask.geometry")
         size = Geometry(**data["geometry"])
         shapes = _shapes(size)
         blocks = []
         for index, entry in enumerate(data["blocks"]):
             where = f"mask.blocks[{index}]"
-            _check_keys(entry, FIELDS, where)
+            check_keys(entry, FIELDS, where)
             blocks.append(BlockMask(**{n: _from_ranges(entry[n], shapes[n], f"{where}.{n}") for n in FIELDS}))
         mask = cls(blocks, data["model"], size)
         mask.validate()
@@ -506,7 +506,7 @@ def _row_from_ranges(value: Any, size: int, where: str) -> Tensor:
     return kept
 
 
-def _check_keys(data: Any, wanted: Sequence[str], where: str) -> None:
+def check_keys(data: Any, wanted: Sequence[str], where: str) -> None:
     if not isinstance(data, Mapping):
         raise ValueError(f"{where}: wanted a mapping, got {type(data).__name__}")
     missing = [key for key in wanted if key not in data]

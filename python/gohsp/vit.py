@@ -168,8 +168,6 @@ def _why_norm(name: str, norm: Any) -> str | None:
     # Subclasses that compute in another dtype or another way would not be what the fused kernels compute.
     if type(norm) not in (nn.LayerNorm, LayerNorm):
         return f"{name} is {type(norm).__name__}; wanted LayerNorm"
-    if norm.weight is None or norm.bias is None:
-        return f"{name} has no learned scale and shift"
     return None
 
 
@@ -182,10 +180,16 @@ def _why_attention(attn: Any, dim: int) -> str | None:
         return "attention with a norm before proj (scale_attn_norm), which mixes all heads"
     if attn.proj.out_features != dim:
         return f"attention writes {attn.proj.out_features} features (dim_out) into a residual stream of {dim}"
-    for name, norm in (("attn.q_norm", attn.q_norm), ("attn.k_norm", attn.k_norm)):
-        reason = None if isinstance(norm, nn.Identity) else _why_norm(name, norm)
-        if reason:
-            return reason
+    if isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity):
+        return None
+    return _why_norm("attn.q_norm", attn.q_norm) or _why_norm("attn.k_norm", attn.k_norm) or _why_qk_norms(attn)
+
+
+def _why_qk_norms(attn: Any) -> str | None:
+    if attn.q_norm.weight is None or attn.k_norm.weight is None:
+        return "q and k norms without a learned scale"
+    if attn.q_norm.eps != attn.k_norm.eps:
+        return f"q and k norms of different eps ({attn.q_norm.eps} and {attn.k_norm.eps})"
     return None
 
 

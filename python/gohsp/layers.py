@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drop-in replacements for timm's Attention, Mlp and Block that hold compact parameters.
+
+State dicts carry timm's names with the pruned rows and columns gone. The index lists that tell which columns of the
+residual stream a matrix reads and writes are not in the state dict: they come from the mask.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gohsp_kernels as gk
+from gohsp.vit import activation_name
+
+if TYPE_CHECKING:
+    from gohsp.mask import BlockLayout, BlockMask
+
+
+class CompactLinear(nn.Module):
+    """Weight and bias of a linear layer whose pruned rows and columns are gone.
+
+    Not an ``nn.Linear``, so that tools which swap linear layers (quantisers, adapters) leave it alone: the modules here
+    read its parameters and do not call it.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the product [..., rows] for kept columns [..., columns]."""
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}, bias={self.bias is not None}"
+
+
+class CompactLayerScale(nn.Module):
+    """Layer scale that holds one factor for each residual feature that its sublayer writes."""
+
+    out_cols: Tensor | None
+
+    def __init__(self, scale: Any, out_cols: Tensor | None) -> None:
+        super().__init__()
+        self.dim: int = scale.gamma.numel()
+        self.gamma = _cut(scale.gamma, out_cols)
+        _register_columns(self, "out_cols", out_cols, self.gamma)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x [..., D] times the factors; features that are not written are zero in x and stay so."""
+        if self.out_cols is None:
+            return x * self.gamma
+        return x * self.gamma.new_zeros(self.dim).index_copy(0, self.out_cols, self.gamma)
+
+    def extra_repr(self) -> str:
+        return f"{self.gamma.numel()} of {self.dim}"
+
+
+class PrunedAttention(nn.Module):
+    """Multi-head self-attention whose heads differ in width, in place of :class:`timm.layers.Attention`.
+
+    Args:
+        attn: The dense module to cut. It is not changed.
+        layout: What to keep of it.
+    """
+
+    in_cols: Tensor | None
+    out_cols: Tensor | None
+
+    def __init__(self, attn: Any, layout: BlockLayout) -> None:
+        super().__init__()
+        self.dim: int = attn.proj.out_features
+        self.num_heads: int = attn.num_heads  # of the dense module: what an attention mask may be shaped for
+        self.scale: float = attn.scale  # of the original head width, which the scores of a cut head still need
+        self.heads = layout.heads
+        self.qk_widths = layout.qk_widths
+        self.v_widths = layout.v_widths
+        self.qkv = _cut_linear(attn.qkv, layout.qkv_rows, layout.attn_in)
+        self.q_norm = copy.deepcopy(attn.q_norm)
+        self.k_norm = copy.deepcopy(attn.k_norm)
+        self.attn_drop = copy.deepcopy(attn.attn_drop)
+        self.proj = _cut_linear(attn.proj, layout.attn_out, layout.proj_cols)
+        self.proj_drop = copy.deepcopy(attn.proj_drop)
+        _register_columns(self, "in_cols", layout.attn_in, self.qkv.weight)
+        _register_columns(self, "out_cols", layout.attn_out, self.qkv.weight)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return the attention output, zero in the features that are not written.
+
+        Args:
+            x: [B, N, D].
+            attn_mask: Bool (True = may attend) or additive in the dtype of x, broadcastable to [B, H, N, N] for the H
+                heads of the dense module.
+            is_causal: Attend to earlier tokens only; not together with a mask.
+
+        Raises:
+            ValueError: The mask has the wrong shape or dtype, or comes together with ``is_causal``.
+        """
+        qkv = gk.packed_linear(x, self.qkv.weight, self.qkv.bias, in_cols=self.in_cols)
+        dropout = self.attn_drop.p if self.training else 0.0
+        if attn_mask is None and not is_causal and dropout == 0.0:
+            heads = gk.ragged_attention(qkv, self.qk_widths, self.v_widths, self.scale, **self.qk_norm_arguments())
+        else:
+            masks = head_masks(attn_mask, is_causal, self.heads, (x.shape[0], self.num_heads, x.shape[1]), x.dtype)
+            heads = attend(self, qkv, masks, is_causal, dropout)
+        proj = self.proj
+        y = gk.packed_linear(heads, proj.weight, proj.bias, out_cols=self.out_cols, out_features=self.dim)
+        return self.proj_drop(y)
+
+    def qk_norm_arguments(self) -> dict[str, Any]:
+        """Return the q and k norms as :func:`gohsp_kernels.ragged_attention` takes them; empty without qk-norm."""
+        q, k = self.q_norm, self.k_norm
+        if isinstance(q, nn.Identity):
+            return {}
+        return {
+            "q_norm_weight": q.weight,
+            "q_norm_bias": q.bias,
+            "k_norm_weight": k.weight,
+            "k_norm_bias": k.bias,
+            "eps": q.eps,
+        }
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, qk={self.qk_widths}, v={self.v_widths}, scale={self.scale:.6g}"
+
+
+class PrunedMlp(nn.Module):
+    """MLP without its pruned neurons and columns, in place of :class:`timm.layers.Mlp`.
+
+    Args:
+        mlp: The dense module to cut. It is not changed.
+        layout: What to keep of it.
+    """
+
+    in_cols: Tensor | None
+    out_cols: Tensor | None
+
+    def __init__(self, mlp: Any, layout: BlockLayout) -> None:
+        super().__init__()
+        self.dim: int = mlp.fc2.out_features
+        self.activation: str = activation_name(mlp.act) or ""
+        self.fc1 = _cut_linear(mlp.fc1, layout.hidden, layout.mlp_in)
+        self.drop1 = copy.deepcopy(mlp.drop1)
+        self.fc2 = _cut_linear(mlp.fc2, layout.mlp_out, layout.hidden)
+        self.drop2 = copy.deepcopy(mlp.drop2)
+        _register_columns(self, "in_cols", layout.mlp_in, self.fc1.weight)
+        _register_columns(self, "out_cols", layout.mlp_out, self.fc1.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the MLP's output [..., D] for x [..., D], zero in the features that are not written."""
+        fc1, fc2 = self.fc1, self.fc2
+        hidden = gk.packed_linear(x, fc1.weight, fc1.bias, in_cols=self.in_cols, activation=self.activation)
+        y = gk.packed_linear(self.drop1(hidden), fc2.weight, fc2.bias, out_cols=self.out_cols, out_features=self.dim)
+        return self.drop2(y)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
+
+
+class PrunedBlock(nn.Module):
+    """Pre-norm transformer block with compact parameters, in place of timm's Block.
+
+    Each half runs as one fused sublayer, so ``norm1``, ``attn``, ``norm2`` and ``mlp`` are not called one by one;
+    they are where the fused form does not apply: dropout or drop path in training, an attention mask, or a hook on one
+    of the four. The parameter holders inside them (qkv, proj, fc1, fc2) are never called.
+
+    Args:
+        block: The dense block to cut. It is not changed.
+        mask: What to keep of it; copied.
+    """
+
+    def __init__(self, block: Any, mask: BlockMask) -> None:
+        super().__init__()
+        self.mask = mask.clone()
+        layout = mask.layout()
+        self.norm1 = copy.deepcopy(block.norm1)
+        self.attn = PrunedAttention(block.attn, layout)
+        self.ls1 = _cut_layer_scale(block.ls1, layout.attn_out)
+        self.drop_path1 = copy.deepcopy(block.drop_path1)
+        self.norm2 = copy.deepcopy(block.norm2)
+        self.mlp = PrunedMlp(block.mlp, layout)
+        self.ls2 = _cut_layer_scale(block.ls2, layout.mlp_out)
+        self.drop_path2 = copy.deepcopy(block.drop_path2)
+        self.train(block.training)
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, num_queries: int | None = None
+    ) -> Tensor:
+        """Return the block's output.
+
+        Args:
+            x: [B, N, D].
+            attn_mask, is_causal: See :class:`PrunedAttention`.
+            num_queries: Give the first so many tokens only; they still attend to all N.
+
+        Returns:
+            [B, num_queries or N, D].
+
+        Raises:
+            ValueError: See :class:`PrunedAttention`, or ``num_queries`` is not one of 0 to N.
+        """
+        if attn_mask is not None or is_causal or self._must_call_modules():
+            return self._by_modules(x, attn_mask, is_causal)[:, :num_queries]
+        return self._mlp_sublayer(self._attention_sublayer(x, num_queries))
+
+    def _must_call_modules(self) -> bool:
+        if any(_is_hooked(module) for module in (self.norm1, self.attn, self.norm2, self.mlp)):
+            return True
+        return self.training and any(_drops(module) for module in self._drop_modules())
+
+    def _drop_modules(self) -> tuple[nn.Module, ...]:
+        attn, mlp = self.attn, self.mlp
+        return attn.attn_drop, attn.proj_drop, self.drop_path1, mlp.drop1, mlp.drop2, self.drop_path2
+
+    def _by_modules(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+    def _attention_sublayer(self, x: Tensor, num_queries: int | None) -> Tensor:
+        norm, attn = self.norm1, self.attn
+        qkv, proj, scale = attn.qkv, attn.proj, self.ls1
+        qk_norm = attn.qk_norm_arguments()
+        return gk.attention_sublayer(
+            x,
+            norm.weight,
+            norm.bias,
+            qkv.weight,
+            qkv.bias,
+            proj.weight,
+            proj.bias,
+            qk_widths=attn.qk_widths,
+            v_widths=attn.v_widths,
+            scale=attn.scale,
+            layer_scale=getattr(scale, "gamma", None),
+            in_cols=attn.in_cols,
+            out_cols=attn.out_cols,
+            eps=norm.eps,
+            qk_eps=qk_norm.pop("eps", norm.eps),
+            num_queries=num_queries,
+            **qk_norm,
+        )
+
+    def _mlp_sublayer(self, x: Tensor) -> Tensor:
+        norm, mlp, scale = self.norm2, self.mlp, self.ls2
+        fc1, fc2 = mlp.fc1, mlp.fc2
+        return gk.mlp_sublayer(
+            x,
+            norm.weight,
+            norm.bias,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
+            activation=mlp.activation,
+            layer_scale=getattr(scale, "gamma", None),
+            in_cols=mlp.in_cols,
+            out_cols=mlp.out_cols,
+            eps=norm.eps,
+        )
+
+
+def attend(attn: Any, qkv: Tensor, masks: Sequence[Tensor | None], is_causal: bool, dropout: float) -> Tensor:
+    """Return the outputs of ragged heads, side by side, in plain PyTorch: one call of SDPA a head.
+
+    Args:
+        attn: Module with ``qk_widths``, ``v_widths``, ``scale``, ``q_norm`` and ``k_norm``.
+        qkv: [B, N, 2 * sum(qk_widths) + sum(v_widths)].
+        masks: One a head; see :func:`head_masks`.
+        is_causal: Attend to earlier tokens only.
+        dropout: Probability of dropping an attention weight.
+
+    Returns:
+        [B, N, sum(v_widths)].
+    """
+    batch, tokens, _ = qkv.shape
+    if not attn.v_widths:
+        return qkv.new_zeros(batch, tokens, 0)
+    qk, v = sum(attn.qk_widths), sum(attn.v_widths)
+    parts = [
+        part.split(widths, dim=-1)
+        for part, widths in zip(
+            qkv.split((qk, qk, v), dim=-1), (attn.qk_widths, attn.qk_widths, attn.v_widths), strict=True
+        )
+    ]
+    outputs = []
+    for q, k, value, mask in zip(*parts, masks, strict=True):
+        if q.shape[-1] == 0:
+            # SDPA needs a channel; one of zeros gives the equal scores that no channel means.
+            q = k = qkv.new_zeros(batch, tokens, 1)
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        outputs.append(F.scaled_dot_product_attention(q, k, value, mask, dropout, is_causal, scale=attn.scale))
+    return torch.cat(outputs, dim=-1)
+
+
+def head_masks(
+    attn_mask: Tensor | None, is_causal: bool, heads: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype
+) -> list[Tensor | None]:
+    """Return the attention mask of each kept head, broadcastable to [B, N, N].
+
+    Args:
+        attn_mask: Mask for all heads of the dense module, or None.
+        is_causal: Whether the call is causal as well.
+        heads: Indices of the kept heads in the dense module.
+        shape: (B, heads of the dense module, N).
+        dtype: Of the activations.
+
+    Raises:
+        ValueError: The mask is neither bool nor of that dtype, does not broadcast, or comes with ``is_causal``.
+    """
+    if attn_mask is None:
+        return [None] * len(heads)
+    if is_causal:
+        raise ValueError("attn_mask: wanted None together with is_causal=True, got a mask")
+    if attn_mask.dtype not in (torch.bool, dtype):
+        raise ValueError(f"attn_mask: wanted dtype torch.bool or {dtype}, got {attn_mask.dtype}")
+    wanted = (*shape, shape[-1])
+    given = tuple(attn_mask.shape)
+    padded = (1,) * (4 - len(given)) + given
+    if len(padded) != 4 or any(size not in (1, full) for size, full in zip(padded, wanted, strict=True)):
+        raise ValueError(f"attn_mask: wanted a shape that broadcasts to {wanted}, got {given}")
+    full_mask = attn_mask.expand(wanted)
+    return [full_mask[:, head] for head in heads]
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _drops(module: Any) -> bool:
+    return getattr(module, "p", None) or getattr(module, "drop_prob", None) or False
+
+
+def _cut(parameter: nn.Parameter, rows: Tensor | None, cols: Tensor | None = None) -> nn.Parameter:
+    """Return a new parameter with the kept rows and columns; None keeps all."""
+    value = parameter.detach()
+    if rows is not None:
+        value = value.index_select(0, rows.to(value.device))
+    if cols is not None:
+        value = value.index_select(1, cols.to(value.device))
+    return nn.Parameter(value.clone(), requires_grad=parameter.requires_grad)
+
+
+def _cut_linear(linear: Any, rows: Tensor | None, cols: Tensor | None) -> CompactLinear:
+    bias = None if linear.bias is None else _cut(linear.bias, rows)
+    return CompactLinear(_cut(linear.weight, rows, cols), bias)
+
+
+def _cut_layer_scale(scale: nn.Module, out_cols: Tensor | None) -> nn.Module:
+    return nn.Identity() if isinstance(scale, nn.Identity) else CompactLayerScale(scale, out_cols)
+
+
+def _register_columns(module: nn.Module, name: str, cols: Tensor | None, beside: Tensor) -> None:
+    # Index lists come from the mask, not from a checkpoint, so they are real even while the parameters are on meta.
+    real = cols is None or beside.device.type == "meta"
+    module.register_buffer(name, cols if real else cols.to(beside.device), persistent=False)  # type: ignore[union-attr]
