@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention over heads of any widths, for a block of query rows.
+//
+// For M queries of one head at a time: their scores against all keys (M x tokens, some 10 to 50 KB, in cache and never
+// in memory as a whole), softmax in place, product with the values. Keys are held transposed, a row of tokens for each
+// channel, so that both products are the row-times-panel kernel of gemm.h: any number of QK channels is just its loop
+// count, and zero of them leaves scores of zero, whose softmax is the mean. Values keep all heads side by side in a row;
+// lanes past a head's width compute on its neighbour's values and are overwritten by that neighbour.
+#pragma once
+
+#include "rows.h"
+
+namespace gohsp::GOHSP_ISA {
+
+// Where the q, k and v of one image are. Queries and values by token, keys by channel.
+struct HeadBuffers {
+  float* q;    // [tokens, ldq]
+  float* k_t;  // [sum of QK widths, ldk]
+  float* v;    // [tokens, ldv]
+  int64_t ldq, ldk, ldv;
+};
+
+// Softmax of s[0:tokens] without its division: s becomes exp(s - max), the result is 1 / sum.
+inline float softmax_row(float* s, int64_t tokens) {
+  const int64_t padded = round_up(tokens, W);
+  for (int64_t j = tokens; j < padded; ++j) s[j] = -__builtin_inff();
+  Vec top = load(s);
+  for (int64_t j = W; j < padded; j += W) top = larger(load(s + j), top);
+  const float highest = max_lanes(top);
+  Vec sum = {};
+  for (int64_t j = 0; j < padded; j += W) {
+    const Vec e = exp(load(s + j) - highest);
+    store(s + j, e);
+    sum += e;
+  }
+  return 1.0f / sum_lanes(sum);
+}
+
+// out[0:rows, 0:width] = softmax(q K^T) V for one head. scores: [M, ld_scores] scratch. out may overrun by a tile.
+inline void attend_tile(const float* q, const HeadBuffers& from, const float* k_t, const float* v, int64_t qk_width,
+                        int64_t v_width, int64_t rows, int64_t tokens, float* scores, int64_t ld_scores, float* out,
+                        int64_t ldo) {
+  for (int64_t j = 0; j < tokens; j += N) {
+    const int64_t vectors = min(NV, ceil_div(tokens - j, W));
+    kTiles.of[rows][vectors](q, from.ldq, k_t + j, from.ldk, kZeros, qk_width, scores + j, ld_scores);
+  }
+  float inverse[M];
+  for (int64_t i = 0; i < rows; ++i) inverse[i] = softmax_row(scores + i * ld_scores, tokens);
+  for (int64_t c = 0; c < v_width; c += N) {
+    const int64_t vectors = min(NV, ceil_div(v_width - c, W));
+    kTiles.of[rows][vectors](scores, ld_scores, v + c, from.ldv, kZeros, tokens, out + c, ldo);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = c; j < c + vectors * W; j += W)
+        store(out + i * ldo + j, load(out + i * ldo + j) * inverse[i]);
+  }
+}
+
+// Attention of query rows [r0, r1) into out[r1 - r0, ldo], all heads side by side.
+inline void attend(const Heads& heads, const HeadBuffers& from, int64_t tokens, int64_t r0, int64_t r1, float* scores,
+                   int64_t ld_scores, float* out, int64_t ldo) {
+  const int64_t rows = r1 - r0, tiles = ceil_div(rows, M);
+  int64_t qk_start = 0, v_start = 0;
+  for (int64_t h = 0; h < heads.count; ++h) {
+    const int64_t qk_width = heads.qk_widths[h], v_width = heads.v_widths[h];
+    for (int64_t t = 0; t < tiles && v_width > 0; ++t) {
+      const int64_t i0 = part_begin(rows, tiles, t), i1 = part_begin(rows, tiles, t + 1);
+      attend_tile(from.q + (r0 + i0) * from.ldq + qk_start, from, from.k_t + qk_start * from.ldk, from.v + v_start,
+                  qk_width, v_width, i1 - i0, tokens, scores, ld_scores, out + i0 * ldo + v_start, ldo);
+    }
+    qk_start += qk_width;
+    v_start += v_width;
+  }
+}
+
+// LayerNorm over the channels of each head of one row, in place; weight and bias are shared by the heads.
+inline void normalise_heads(const Heads& heads, const float* weight, const float* bias, float* row) {
+  for (int64_t h = 0; h < heads.count; ++h) {
+    const int64_t width = heads.qk_widths[h];
+    float mean = 0.0f, variance = 0.0f;
+    for (int64_t c = 0; c < width; ++c) mean += row[c];
+    mean /= static_cast<float>(width);
+    for (int64_t c = 0; c < width; ++c) variance += (row[c] - mean) * (row[c] - mean);
+    const float scale = 1.0f / __builtin_sqrtf(variance / static_cast<float>(width) + heads.qk_eps);
+    for (int64_t c = 0; c < width; ++c) row[c] = (row[c] - mean) * scale * weight[c] + bias[c];
+    row += width;
+  }
+}
+
+// Brings fresh query rows [r0, r0 + rows) to their final form, in place.
+inline void finish_queries(const Heads& heads, const HeadBuffers& into, int64_t r0, int64_t rows, int64_t channels) {
+  const int64_t width = heads.count > 0 ? heads.qk_widths[0] : 0;
+  for (int64_t i = r0; i < r0 + rows; ++i) {
+    float* q = into.q + i * into.ldq;
+    if (heads.qk_norm != nullptr) normalise_heads(heads, heads.qk_norm, heads.qk_norm + width, q);
+    if (heads.scale != 1.0f)
+      for (int64_t c = 0; c < channels; ++c) q[c] *= heads.scale;
+  }
+}
+
+// Brings fresh key rows [rows, ld_keys] to their final form and puts them into tokens [r0, r0 + rows) of the
+// transposed buffer.
+inline void finish_keys(const Heads& heads, const HeadBuffers& into, int64_t r0, int64_t rows, int64_t channels,
+                        float* keys, int64_t ld_keys) {
+  const int64_t width = heads.count > 0 ? heads.qk_widths[0] : 0;
+  if (heads.qk_norm != nullptr)
+    for (int64_t i = 0; i < rows; ++i)
+      normalise_heads(heads, heads.qk_norm + 2 * width, heads.qk_norm + 3 * width, keys + i * ld_keys);
+  transpose(keys, ld_keys, rows, channels, into.k_t + r0, into.ldk);
+}
+
+}  // namespace gohsp::GOHSP_ISA

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// Interface of the CPU kernels: plain structs and pointers, no torch. All floats are fp32, all rows are contiguous.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace gohsp {
+
+// The numbers are those of ACTIVATION_IDS in gohsp_kernels/cpu.py.
+enum class Activation : int64_t { identity, gelu, gelu_tanh, relu, silu, quick_gelu };
+constexpr int64_t kActivations = 6;
+
+// A weight matrix [n, k] with its bias, packed into panels by KernelTable::pack.
+struct Matrix {
+  const float* panels;
+  int64_t n;  // outputs
+  int64_t k;  // inputs
+};
+
+// Kept columns of the residual stream, ascending. kept == nullptr: all of them.
+struct Columns {
+  const int64_t* kept;  // [count]
+  int64_t count;
+};
+
+struct Heads {
+  int64_t count;
+  const int64_t* qk_widths;  // [count]
+  const int64_t* v_widths;   // [count]
+  const float* qk_norm;      // [4, head width]: weight and bias for q, then for k; nullptr: none
+  float qk_eps;
+  float scale;  // applied to q here; 1 where the weights hold it already
+};
+
+// norm (affine part folded away), gather, q | k | v, softmax attention, proj, scatter, residual.
+struct Attention {
+  Matrix q, k, v, proj;
+  Heads heads;
+  Columns in, out;
+  float eps;
+};
+
+// norm (affine part folded away), gather, fc1, activation, fc2, scatter, residual.
+struct Mlp {
+  Matrix fc1, fc2;
+  Columns in, out;
+  Activation activation;
+  float eps;
+};
+
+// One of the two is set.
+struct Sublayer {
+  const Attention* attention;
+  const Mlp* mlp;
+};
+
+struct Shape {
+  int64_t batch;
+  int64_t tokens;
+  int64_t features;
+  int64_t queries;  // the first so many tokens of each image are wanted at the end
+};
+
+// Who runs the work: calls body(context, worker) for each worker in [0, workers), at the same time or one after another.
+// The kernels wait only for work that a running worker has already taken, so either is safe.
+struct Parallel {
+  int64_t workers;
+  void (*run)(int64_t workers, void (*body)(void* context, int64_t worker), void* context);
+};
+
+struct KernelTable {
+  const char* name;  // scalar, avx2, avx512 or neon
+
+  // Floats that a packed [n, k] matrix takes, and the packing. bias may be nullptr.
+  int64_t (*packed_size)(int64_t n, int64_t k);
+  void (*pack)(const float* weight, const float* bias, int64_t n, int64_t k, float* panels);
+
+  // y = sublayers(x). x: [batch, tokens, features], y: [batch, queries, features].
+  void (*sublayers)(const Sublayer* layers, int64_t count, const float* x, float* y, const Shape& shape,
+                    const Parallel& parallel);
+
+  // out[:, scatter] = activation(x[:, gather] W^T + b), zero elsewhere. x: [rows, features], y: [rows, out_features].
+  void (*linear)(const Matrix& weight, const Columns& gather, const Columns& scatter, Activation activation,
+                 const float* x, int64_t rows, int64_t features, float* y, int64_t out_features,
+                 const Parallel& parallel);
+
+  // Attention proper. qkv: [batch, tokens, sum of widths], y: [batch, queries, sum of v widths].
+  void (*attention)(const Heads& heads, const float* qkv, const Shape& shape, float* y, const Parallel& parallel);
+
+  // y[i] = activation(x[i]) and exp(x[i]), for tests of their accuracy.
+  void (*apply)(Activation activation, const float* x, int64_t count, float* y);
+  void (*exponential)(const float* x, int64_t count, float* y);
+};
+
+// The table for this machine: the widest instruction set that it has, or the one that the environment variable
+// GOHSP_CPU_CAPABILITY names. Throws std::runtime_error where that one is unknown or cannot run here.
+const KernelTable& kernels();
+
+// The table of one instruction set, or nullptr where this build or this machine lacks it.
+const KernelTable* kernels(const char* name);
+
+// A block of at least `bytes` that stays with the calling thread and is handed out again on its next call: no
+// allocation after the first call of a size. Aligned to 64 bytes. Throws std::bad_alloc.
+void* workspace(size_t bytes);
+
+// Lets another thread run, while waiting for its work.
+void give_way();
+
+}  // namespace gohsp

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: Apache-2.0
+// The two primitives, linear and attention, as parallel loops over blocks of rows.
+#pragma once
+
+#include "sublayers.h"
+
+namespace gohsp::GOHSP_ISA {
+
+// Calls body(number, worker) for each number in [0, total), taken by the workers from one counter.
+template <class Body>
+inline void for_each_number(const Parallel& parallel, int64_t total, const Body& body) {
+  struct Loop {
+    alignas(64) int64_t next;
+    int64_t total;
+    const Body* body;
+  } loop{0, total, &body};
+  parallel.run(
+      min(parallel.workers, total),
+      [](void* context, int64_t worker) {
+        Loop& l = *static_cast<Loop*>(context);
+        for (int64_t i = take_number(&l.next); i < l.total; i = take_number(&l.next)) (*l.body)(i, worker);
+      },
+      &loop);
+}
+
+struct LinearBuffers {
+  int64_t workers, rows, ld_in, ld_out, features, out_features;
+  ColumnVector *gather = nullptr, *scatter = nullptr;
+  float *in = nullptr, *out = nullptr, *row = nullptr;
+
+  void carve(Carver& carver) {
+    gather = carver.take<ColumnVector>(ceil_div(features, W));
+    scatter = carver.take<ColumnVector>(ceil_div(out_features, W));
+    in = carver.take<float>(workers * rows * ld_in + N);
+    out = carver.take<float>(workers * rows * ld_out + N);
+    row = carver.take<float>(workers * row_stride(features));
+  }
+};
+
+// y = the row whose kept columns are `packed`, zero elsewhere.
+inline void spread_row(const float* packed, const ColumnVector* plan, int64_t features, float* y) {
+  const int64_t whole = features / W * W;
+  for (int64_t j = 0; j < whole; j += W, ++plan) store(y + j, expand_vector(packed, *plan));
+  if (whole < features) store_first(y + whole, expand_vector(packed, *plan), features - whole);
+}
+
+// Tasks are blocks of rows times groups of panels, so that a call of few rows still has work for every worker; where
+// outputs are scattered a task needs its whole rows.
+inline void linear(const Matrix& weight, const Columns& gather, const Columns& scatter, Activation activation,
+                   const float* x, int64_t rows, int64_t features, float* y, int64_t out_features,
+                   const Parallel& parallel) {
+  if (rows == 0 || out_features == 0) return;
+  const bool gathers = gather.kept != nullptr, scatters = scatter.kept != nullptr;
+  const int64_t blocks = ceil_div(rows, 8 * M), panels = panel_count(weight.n);
+  const int64_t groups = scatters ? 1 : min(panels, ceil_div(4 * parallel.workers, blocks));
+
+  LinearBuffers buffers{parallel.workers, ceil_div(rows, blocks), gathers ? row_stride(gather.count) : 0,
+                        scatters ? row_stride(weight.n) : 0, features, out_features};
+  place(buffers);
+  if (gathers) plan_columns(gather, features, Direction::compress, buffers.gather);
+  if (scatters) plan_columns(scatter, out_features, Direction::expand, buffers.scatter);
+
+  for_each_number(parallel, blocks * groups, [&](int64_t number, int64_t worker) {
+    const int64_t block = number / groups, group = number % groups;
+    const int64_t r0 = part_begin(rows, blocks, block), count = part_begin(rows, blocks, block + 1) - r0;
+    const float* in = x + r0 * features;
+    int64_t ld_in = features;
+    if (gathers) {
+      float* own = buffers.in + worker * buffers.rows * buffers.ld_in;
+      float* row = buffers.row + worker * row_stride(features);
+      for (int64_t i = 0; i < count; ++i) {
+        copy_row(in + i * features, features, row);
+        compress_row(row, features, buffers.gather, own + i * buffers.ld_in);
+      }
+      in = own;
+      ld_in = buffers.ld_in;
+    }
+    if (scatters) {
+      float* own = buffers.out + worker * buffers.rows * buffers.ld_out;
+      store_product(in, ld_in, count, weight, activation, own, buffers.ld_out);
+      for (int64_t i = 0; i < count; ++i)
+        spread_row(own + i * buffers.ld_out, buffers.scatter, out_features, y + (r0 + i) * out_features);
+      return;
+    }
+    multiply(in, ld_in, count, weight, part_begin(panels, groups, group), part_begin(panels, groups, group + 1),
+             [=](int64_t r, int64_t tile_rows, int64_t n, int64_t columns, float* c) {
+               activate(activation, c, N, tile_rows, columns);
+               for (int64_t i = 0; i < tile_rows; ++i)
+                 copy_row(c + i * N, columns, y + (r0 + r + i) * out_features + n);
+             });
+  });
+}
+
+struct AttentionBuffers {
+  int64_t workers, batch, tokens, rows, qk_total, v_total;
+  int64_t ld_qk = 0, ld_v = 0, ld_tokens = 0;
+  float *q = nullptr, *k_t = nullptr, *v = nullptr, *keys = nullptr, *out = nullptr, *scores = nullptr;
+
+  void carve(Carver& carver) {
+    ld_qk = row_stride(qk_total);
+    ld_v = row_stride(v_total);
+    ld_tokens = row_stride(tokens);
+    q = carver.take<float>(batch * tokens * ld_qk + N);
+    k_t = carver.take<float>(batch * qk_total * ld_tokens + N);
+    v = carver.take<float>(batch * tokens * ld_v + N);
+    keys = carver.take<float>(workers * rows * ld_qk + N);
+    out = carver.take<float>(workers * rows * ld_v + N);
+    scores = carver.take<float>(workers * M * ld_tokens);
+  }
+
+  HeadBuffers of(int64_t image) const {
+    return {q + image * tokens * ld_qk, k_t + image * qk_total * ld_tokens, v + image * tokens * ld_v,
+            ld_qk, ld_tokens, ld_v};
+  }
+};
+
+inline void attention(const Heads& heads, const float* qkv, const Shape& shape, float* y, const Parallel& parallel) {
+  int64_t qk_total = 0, v_total = 0;
+  for (int64_t h = 0; h < heads.count; ++h) {
+    qk_total += heads.qk_widths[h];
+    v_total += heads.v_widths[h];
+  }
+  if (shape.batch == 0 || shape.queries == 0 || v_total == 0) return;
+  const int64_t channels = 2 * qk_total + v_total;
+  const int64_t blocks = ceil_div(shape.tokens, 8 * M), query_blocks = ceil_div(shape.queries, 8 * M);
+  const int64_t rows = max(ceil_div(shape.tokens, blocks), ceil_div(shape.queries, query_blocks));
+  AttentionBuffers buffers{parallel.workers, shape.batch, shape.tokens, rows, qk_total, v_total};
+  place(buffers);
+
+  for_each_number(parallel, shape.batch * blocks, [&](int64_t number, int64_t worker) {
+    const int64_t image = number / blocks, block = number % blocks;
+    const int64_t r0 = part_begin(shape.tokens, blocks, block), r1 = part_begin(shape.tokens, blocks, block + 1);
+    const HeadBuffers into = buffers.of(image);
+    float* keys = buffers.keys + worker * rows * buffers.ld_qk;
+    for (int64_t r = r0; r < r1; ++r) {
+      const float* row = qkv + (image * shape.tokens + r) * channels;
+      copy_row(row, qk_total, into.q + r * into.ldq);
+      copy_row(row + qk_total, qk_total, keys + (r - r0) * buffers.ld_qk);
+      copy_row(row + 2 * qk_total, v_total, into.v + r * into.ldv);
+    }
+    finish_queries(heads, into, r0, r1 - r0, qk_total);
+    finish_keys(heads, into, r0, r1 - r0, qk_total, keys, buffers.ld_qk);
+  });
+
+  for_each_number(parallel, shape.batch * query_blocks, [&](int64_t number, int64_t worker) {
+    const int64_t image = number / query_blocks, block = number % query_blocks;
+    const int64_t r0 = part_begin(shape.queries, query_blocks, block);
+    const int64_t r1 = part_begin(shape.queries, query_blocks, block + 1);
+    float* out = buffers.out + worker * rows * buffers.ld_v;
+    attend(heads, buffers.of(image), shape.tokens, r0, r1, buffers.scores + worker * M * buffers.ld_tokens,
+           buffers.ld_tokens, out, buffers.ld_v);
+    for (int64_t r = r0; r < r1; ++r)
+      copy_row(out + (r - r0) * buffers.ld_v, v_total, y + (image * shape.queries + r) * v_total);
+  });
+}
+
+}  // namespace gohsp::GOHSP_ISA

@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vector type that all kernels are written in, and the functions on it that the hardware has no instruction for.
+//
+// It is the compiler's own vector extension at the width of the instruction set, so one text serves every set and no
+// intrinsic is needed: GCC and Clang turn a * b + c into a fused multiply-add (-ffp-contract=fast), a comparison and
+// selection into blends, a shuffle by a constant or loaded index into the matching permute.
+//
+// Each instruction set compiles this text in its own namespace (GOHSP_ISA), and nothing here comes from the standard
+// library: an inline function of it, compiled with AVX-512, could be the copy that the linker keeps for everybody.
+#pragma once
+
+#include <cstdint>
+
+#ifndef GOHSP_LANES
+#error "include this from one of the isa_*.cpp files, which set GOHSP_ISA and GOHSP_LANES"
+#endif
+
+namespace gohsp::GOHSP_ISA {
+
+constexpr int64_t W = GOHSP_LANES;
+typedef float Vec __attribute__((vector_size(4 * GOHSP_LANES)));
+typedef int32_t IntVec __attribute__((vector_size(4 * GOHSP_LANES)));
+
+inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Unaligned load and store: memcpy of a vector is one instruction.
+inline Vec load(const float* p) {
+  Vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+inline IntVec load_ints(const int32_t* p) {
+  IntVec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// The first n lanes only, for the ragged end of a row that is not ours to overrun; the other lanes read as zero.
+inline Vec load_first(const float* p, int64_t n) {
+  Vec v = {};
+  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
+  return v;
+}
+inline void store_first(float* p, Vec v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
+
+// s - 0 is s whatever s is, so the compiler leaves just the broadcast; s + 0 it would have to add, for the sake of -0.
+inline Vec splat(float s) { return s - Vec{}; }
+inline Vec bits_as_float(IntVec v) { return (Vec)v; }
+inline IntVec float_as_bits(Vec v) { return (IntVec)v; }
+
+// Written so that a NaN in x stays: comparisons with NaN are false, and then x is taken.
+inline Vec at_least(Vec x, float low) { return x < low ? splat(low) : x; }
+inline Vec at_most(Vec x, float high) { return x > high ? splat(high) : x; }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+// Lane i of the result is lane index[i] of v, or of a followed by b. Clang has no shuffle by a variable index.
+#if defined(__clang__)
+inline Vec permute(Vec v, IntVec index) {
+  Vec r;
+  for (int64_t i = 0; i < W; ++i) r[i] = v[index[i]];
+  return r;
+}
+inline Vec permute(Vec a, Vec b, IntVec index) {
+  Vec r;
+  for (int64_t i = 0; i < W; ++i) r[i] = index[i] < W ? a[index[i]] : b[index[i] - W];
+  return r;
+}
+#else
+inline Vec permute(Vec v, IntVec index) { return __builtin_shuffle(v, index); }
+inline Vec permute(Vec a, Vec b, IntVec index) { return __builtin_shuffle(a, b, index); }
+#endif
+
+template <int64_t Step>
+inline IntVec rotation() {
+  IntVec r = {};
+  for (int64_t i = 0; i < W; ++i) r[i] = static_cast<int32_t>((i + Step) % W);
+  return r;
+}
+
+template <int64_t Step = W / 2>
+inline float sum_lanes(Vec v) {
+  v += permute(v, rotation<Step>());
+  if constexpr (Step > 1) return sum_lanes<Step / 2>(v);
+  return v[0];
+}
+template <int64_t Step = W / 2>
+inline float max_lanes(Vec v) {
+  v = larger(v, permute(v, rotation<Step>()));
+  if constexpr (Step > 1) return max_lanes<Step / 2>(v);
+  return v[0];
+}
+
+// exp(x): x = n ln2 + r with |r| <= ln2 / 2, exp(r) by its Taylor polynomial of degree 6 (remainder below 2e-8 there),
+// times 2^n put together from exponent bits. Inputs outside [-87.3, 88.0] are clamped, so nothing overflows and
+// exp(-inf) is a number near the smallest normal one; NaN stays NaN because 2^n multiplies it.
+inline Vec exp(Vec x) {
+  x = at_most(at_least(x, -87.3f), 88.0f);
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
+  const Vec shifted = x * 1.44269504088896341f + kRound;
+  const Vec n = shifted - kRound;
+  // ln2 in two parts, the first exact in few bits, so that n * part loses nothing.
+  Vec r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec p = splat(1.0f / 720.0f);
+  p = p * r + (1.0f / 120.0f);
+  p = p * r + (1.0f / 24.0f);
+  p = p * r + (1.0f / 6.0f);
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const IntVec exponent = (float_as_bits(shifted) - float_as_bits(splat(kRound)) + 127) << 23;
+  return p * bits_as_float(exponent);
+}
+
+// erf(z) = z P(z^2) / Q(z^2) on |z| <= 3.92, where erf has reached 1 to fp32. The coefficients are our fit
+// (iteratively reweighted least squares, error 2e-8 before rounding); a test bounds the error in fp32.
+inline Vec erf(Vec z) {
+  z = at_most(at_least(z, -3.92f), 3.92f);
+  const Vec t = z * z;
+  Vec p = splat(2.0347208646853687e-06f);
+  p = p * t + 0.0002874772762879729f;
+  p = p * t + 0.00386829674243927f;
+  p = p * t + 0.0530603863298893f;
+  p = p * t + 0.192763552069664f;
+  p = p * t + 1.128378987312317f;
+  Vec q = splat(3.80703822884243e-05f);
+  q = q * t + 0.001188104972243309f;
+  q = q * t + 0.01517223659902811f;
+  q = q * t + 0.11508437991142273f;
+  q = q * t + 0.504163920879364f;
+  q = q * t + 1.0f;
+  return z * p / q;
+}
+
+inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
+
+inline Vec gelu(Vec x) { return 0.5f * x * (1.0f + erf(x * 0.707106781186547524f)); }
+
+// 0.5 (1 + tanh(u)) = sigmoid(2u), with u = sqrt(2 / pi) (x + 0.044715 x^3).
+inline Vec gelu_tanh(Vec x) { return x * sigmoid(1.59576912160573071f * x * (1.0f + 0.044715f * x * x)); }
+
+}  // namespace gohsp::GOHSP_ISA

@@ -1,0 +1,288 @@
+// SPDX-License-Identifier: Apache-2.0
+// A chain of attention and MLP sublayers over a batch of images, run by all workers in one parallel region.
+//
+// The chain is cut into segments where attention needs the keys and values of all tokens:
+//
+//   segment 0: [MLPs]  q, k, v of the first attention
+//   segment s: attention s - 1, proj, residual  [MLPs]  q, k, v of attention s
+//   the last:  attention, proj, residual  [MLPs]
+//
+// Within a segment a block of rows depends on no other row, so one task takes its rows through all of it in buffers
+// that stay in its core's cache; between segments only the blocks of the same image wait for each other. Tasks are
+// numbered so that whatever a task waits for has a lower number, and workers take the numbers from one counter: a
+// waiting worker waits only for tasks that running workers already hold, so any number of workers makes progress, one
+// included, and a core that is slow or shared simply takes fewer tasks.
+#pragma once
+
+#include "attention.h"
+
+namespace gohsp::GOHSP_ISA {
+
+// Hands out pieces of one block of memory. With a null base it only adds up the sizes.
+struct Carver {
+  char* base;
+  size_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* place = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
+    used += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
+    return place;
+  }
+};
+
+// Lays out a struct of buffers by its own `carve`, sized first and then placed in the thread's workspace.
+template <class Buffers>
+inline void place(Buffers& buffers) {
+  Carver sizing{nullptr};
+  buffers.carve(sizing);
+  Carver placing{static_cast<char*>(workspace(sizing.used))};
+  buffers.carve(placing);
+}
+
+inline int64_t take_number(int64_t* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
+
+inline void wait_for(const int32_t* counter, int32_t wanted) {
+  for (int spins = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < wanted; ++spins)
+    if (spins > 200) give_way();
+}
+
+// The permutations of a sublayer's gather and scatter; null where all columns are kept.
+struct Plans {
+  const ColumnVector* gather;
+  const ColumnVector* scatter;
+};
+
+// What one worker needs for a block of rows.
+struct Scratch {
+  float* normed;  // [rows, ld_in]       normalised, gathered rows: the left side of qkv and fc1
+  float* inner;   // [rows, ld_inner]    hidden activations, attention output or fresh keys
+  float* packed;  // [rows, ld_packed]   outputs before their scatter
+  float* scores;  // [M, ld_scores]
+  float* row;     // [features + W]
+};
+
+class Chain {
+ public:
+  Chain(const Sublayer* layers, int64_t count, const float* x, float* y, const Shape& shape, int64_t workers)
+      : layers_(layers), count_(count), x_(x), y_(y), shape_(shape), workers_(workers) {
+    measure();
+    place(*this);
+    prepare();
+  }
+
+  // Called by `place`.
+  void carve(Carver& carver) {
+    attentions_ = carver.take<int64_t>(segments_);
+    plans_ = carver.take<Plans>(count_);
+    const int64_t vectors = ceil_div(shape_.features, W);
+    plan_store_ = carver.take<ColumnVector>(2 * count_ * vectors);
+    done_ = carver.take<int32_t>(shape_.batch * segments_);
+    scratch_ = carver.take<Scratch>(workers_);
+    buffers_ = carver.take<HeadBuffers>(2 * slots_);
+    // A vector is read past the last kept column when a row closes up or spreads.
+    const int64_t slack = N;
+    for (int64_t s = 0; s < slots_; ++s) {
+      float* q = carver.take<float>(shape_.tokens * ld_qk_ + slack);
+      for (int64_t parity = 0; parity < 2; ++parity) {
+        float* k_t = carver.take<float>(max_qk_ * ld_tokens_ + slack);
+        float* v = carver.take<float>(shape_.tokens * ld_v_ + slack);
+        if (carver.base != nullptr) buffers_[2 * s + parity] = {q, k_t, v, ld_qk_, ld_tokens_, ld_v_};
+      }
+    }
+    state_ = y_;
+    if (shape_.queries < shape_.tokens)
+      state_ = carver.take<float>(shape_.batch * shape_.tokens * shape_.features + slack);
+    for (int64_t w = 0; w < workers_; ++w) {
+      Scratch s;
+      s.normed = carver.take<float>(max_rows_ * ld_in_ + slack);
+      s.inner = carver.take<float>(max_rows_ * ld_inner_ + slack);
+      s.packed = carver.take<float>(max_rows_ * ld_packed_ + slack);
+      s.scores = carver.take<float>(M * ld_tokens_);
+      s.row = carver.take<float>(shape_.features + 2 * W);
+      if (carver.base != nullptr) scratch_[w] = s;
+    }
+  }
+
+  void run(const Parallel& parallel) {
+    parallel.run(workers_, [](void* self, int64_t worker) { static_cast<Chain*>(self)->work(worker); }, this);
+  }
+
+ private:
+  void measure() {
+    segments_ = 1;
+    for (int64_t i = 0; i < count_; ++i) {
+      const Attention* a = layers_[i].attention;
+      const Mlp* m = layers_[i].mlp;
+      segments_ += a != nullptr;
+      const Columns &in = a != nullptr ? a->in : m->in, &out = a != nullptr ? a->out : m->out;
+      ld_in_ = max(ld_in_, row_stride(in.kept == nullptr ? shape_.features : in.count));
+      if (out.kept != nullptr) ld_packed_ = max(ld_packed_, row_stride(out.count));
+      if (a != nullptr) {
+        max_qk_ = max(max_qk_, a->q.n);
+        ld_qk_ = max(ld_qk_, row_stride(a->q.n));
+        ld_v_ = max(ld_v_, row_stride(a->v.n));
+        ld_inner_ = max(ld_inner_, max(ld_qk_, ld_v_));
+      } else {
+        ld_inner_ = max(ld_inner_, row_stride(m->fc1.n));
+      }
+    }
+    ld_tokens_ = row_stride(shape_.tokens);
+    // Rows a task: their buffers should leave most of a 1 MB second-level cache to the panels that stream past, and
+    // there should be a few tasks a worker even for one image, so that no worker waits long for another.
+    const int64_t fitting = max(2 * M, 110000 / (ld_in_ + ld_inner_) / M * M);
+    const int64_t wanted = ceil_div(2 * workers_, shape_.batch);
+    blocks_ = max(ceil_div(shape_.tokens, fitting), min(wanted, ceil_div(shape_.tokens, M)));
+    last_blocks_ = shape_.queries == shape_.tokens ? blocks_ : ceil_div(shape_.queries, fitting);
+    max_rows_ = max(ceil_div(shape_.tokens, blocks_), ceil_div(shape_.queries, last_blocks_));
+    // Images in flight: enough that a worker finds something to do while an image waits for its last block.
+    slots_ = min(shape_.batch, 2 * workers_);
+    const int64_t tasks = slots_ * max(blocks_, last_blocks_);
+    workers_ = max(1, min(workers_, tasks));
+  }
+
+  void prepare() {
+    const int64_t vectors = ceil_div(shape_.features, W);
+    ColumnVector* plan = plan_store_;
+    int64_t attention = 0;
+    for (int64_t i = 0; i < count_; ++i) {
+      const Attention* a = layers_[i].attention;
+      if (a != nullptr) attentions_[attention++] = i;
+      const Columns &in = a != nullptr ? a->in : layers_[i].mlp->in, &out = a != nullptr ? a->out : layers_[i].mlp->out;
+      plans_[i] = {in.kept == nullptr ? nullptr : plan, out.kept == nullptr ? nullptr : plan + vectors};
+      if (in.kept != nullptr) plan_columns(in, shape_.features, Direction::compress, plan);
+      if (out.kept != nullptr) plan_columns(out, shape_.features, Direction::expand, plan + vectors);
+      plan += 2 * vectors;
+    }
+    for (int64_t i = 0; i < shape_.batch * segments_; ++i) done_[i] = 0;
+    next_ = 0;
+  }
+
+  int64_t blocks_of(int64_t segment) const { return segment == segments_ - 1 ? last_blocks_ : blocks_; }
+
+  void work(int64_t worker) {
+    const int64_t image_tasks = (segments_ - 1) * blocks_ + last_blocks_;
+    const int64_t total = shape_.batch * image_tasks;
+    for (int64_t number = take_number(&next_); number < total; number = take_number(&next_)) {
+      // Groups of `slots_` images; in a group segment after segment, in a segment image after image.
+      const int64_t first_image = number / (slots_ * image_tasks) * slots_;
+      const int64_t images = min(slots_, shape_.batch - first_image);
+      int64_t rest = number - first_image * image_tasks;
+      const int64_t segment = min(rest / (images * blocks_), segments_ - 1);
+      rest -= segment * images * blocks_;
+      const int64_t blocks = blocks_of(segment);
+      run_task(segment, first_image + rest / blocks, rest % blocks, scratch_[worker]);
+    }
+  }
+
+  void run_task(int64_t segment, int64_t image, int64_t block, const Scratch& scratch) {
+    int32_t* done = done_ + image * segments_;
+    if (segment > 0) {
+      wait_for(done + segment - 1, static_cast<int32_t>(blocks_of(segment - 1)));
+    } else if (image >= slots_) {  // the image that used these buffers before must be finished
+      wait_for(done - slots_ * segments_ + segments_ - 1, static_cast<int32_t>(last_blocks_));
+    }
+    const int64_t rows = segment == segments_ - 1 ? shape_.queries : shape_.tokens;
+    run_rows(segment, image, part_begin(rows, blocks_of(segment), block), part_begin(rows, blocks_of(segment), block + 1),
+             scratch);
+    __atomic_fetch_add(done + segment, 1, __ATOMIC_RELEASE);
+  }
+
+  void run_rows(int64_t segment, int64_t image, int64_t r0, int64_t r1, const Scratch& scratch) {
+    const bool last = segment == segments_ - 1;
+    const int64_t features = shape_.features, rows = r1 - r0;
+    int64_t layer = segment == 0 ? 0 : attentions_[segment - 1];
+    const int64_t end = last ? count_ : attentions_[segment];
+    const float* from = (layer == 0 ? x_ : state_) + (image * shape_.tokens + r0) * features;
+    float* to = last ? y_ + (image * shape_.queries + r0) * features : state_ + (image * shape_.tokens + r0) * features;
+    if (segment > 0) {
+      attend_rows(layer, buffers(image, segment - 1), r0, r1, from, to, scratch);
+      from = to;
+      ++layer;
+    }
+    for (; layer < end; ++layer, from = to) mlp_rows(layer, rows, from, to, scratch);
+    if (!last) project_rows(end, buffers(image, segment), r0, rows, segment == segments_ - 2, from, scratch);
+  }
+
+  // Keys and values of one segment are read while those of the next are written, hence two of each.
+  const HeadBuffers& buffers(int64_t image, int64_t attention) const {
+    return buffers_[2 * (image % slots_) + attention % 2];
+  }
+
+  void normalise(const float* x, int64_t rows, float eps, const ColumnVector* gather, const Scratch& scratch) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      float* to = scratch.normed + i * ld_in_;
+      normalise_row(x + i * shape_.features, shape_.features, eps, gather == nullptr ? to : scratch.row);
+      if (gather != nullptr) compress_row(scratch.row, shape_.features, gather, to);
+    }
+  }
+
+  void project_rows(int64_t layer, const HeadBuffers& into, int64_t r0, int64_t rows, bool only_queries_wanted,
+                    const float* x, const Scratch& scratch) const {
+    const Attention& a = *layers_[layer].attention;
+    normalise(x, rows, a.eps, plans_[layer].gather, scratch);
+    const int64_t query_rows = only_queries_wanted ? max(0, min(rows, shape_.queries - r0)) : rows;
+    store_product(scratch.normed, ld_in_, query_rows, a.q, Activation::identity, into.q + r0 * into.ldq, into.ldq);
+    store_product(scratch.normed, ld_in_, rows, a.k, Activation::identity, scratch.inner, ld_inner_);
+    store_product(scratch.normed, ld_in_, rows, a.v, Activation::identity, into.v + r0 * into.ldv, into.ldv);
+    finish_queries(a.heads, into, r0, query_rows, a.q.n);
+    finish_keys(a.heads, into, r0, rows, a.k.n, scratch.inner, ld_inner_);
+  }
+
+  void attend_rows(int64_t layer, const HeadBuffers& heads, int64_t r0, int64_t r1, const float* x, float* y,
+                   const Scratch& scratch) const {
+    const Attention& a = *layers_[layer].attention;
+    attend(a.heads, heads, shape_.tokens, r0, r1, scratch.scores, ld_tokens_, scratch.inner, ld_inner_);
+    add_product(r1 - r0, a.proj, plans_[layer].scatter, x, y, scratch);
+  }
+
+  void mlp_rows(int64_t layer, int64_t rows, const float* x, float* y, const Scratch& scratch) const {
+    const Mlp& m = *layers_[layer].mlp;
+    normalise(x, rows, m.eps, plans_[layer].gather, scratch);
+    store_product(scratch.normed, ld_in_, rows, m.fc1, m.activation, scratch.inner, ld_inner_);
+    add_product(rows, m.fc2, plans_[layer].scatter, x, y, scratch);
+  }
+
+  // y = x + scatter(inner W^T + b); y may be x.
+  void add_product(int64_t rows, const Matrix& w, const ColumnVector* scatter, const float* x, float* y,
+                   const Scratch& scratch) const {
+    const int64_t features = shape_.features;
+    if (scatter == nullptr) {
+      multiply(scratch.inner, ld_inner_, rows, w, [=](int64_t r, int64_t count, int64_t n, int64_t columns, float* c) {
+        for (int64_t i = 0; i < count; ++i)
+          add_vectors(x + (r + i) * features + n, c + i * N, columns, y + (r + i) * features + n);
+      });
+      return;
+    }
+    store_product(scratch.inner, ld_inner_, rows, w, Activation::identity, scratch.packed, ld_packed_);
+    for (int64_t i = 0; i < rows; ++i)
+      add_spread(x + i * features, scratch.packed + i * ld_packed_, scatter, features, y + i * features);
+  }
+
+  const Sublayer* layers_;
+  int64_t count_;
+  const float* x_;
+  float* y_;
+  Shape shape_;
+  int64_t workers_;
+
+  int64_t segments_ = 0, blocks_ = 0, last_blocks_ = 0, max_rows_ = 0, slots_ = 0, max_qk_ = 0;
+  int64_t ld_in_ = 0, ld_inner_ = 0, ld_packed_ = 0, ld_qk_ = 0, ld_v_ = 0, ld_tokens_ = 0;
+
+  int64_t* attentions_ = nullptr;     // [segments - 1] index of each attention in layers_
+  Plans* plans_ = nullptr;            // [count]
+  ColumnVector* plan_store_ = nullptr;
+  int32_t* done_ = nullptr;           // [batch, segments] blocks finished
+  HeadBuffers* buffers_ = nullptr;    // [slots, 2]
+  Scratch* scratch_ = nullptr;        // [workers]
+  float* state_ = nullptr;            // [batch, tokens, features] residual stream
+  alignas(64) int64_t next_ = 0;      // number of the next task; alone on its cache line
+};
+
+inline void sublayers(const Sublayer* layers, int64_t count, const float* x, float* y, const Shape& shape,
+                      const Parallel& parallel) {
+  if (shape.batch == 0 || shape.queries == 0 || shape.features == 0) return;
+  Chain(layers, count, x, y, shape, parallel.workers).run(parallel);
+}
+
+}  // namespace gohsp::GOHSP_ISA
