@@ -14,20 +14,18 @@ so there the k bias and the q scale stay where they are.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import _native
+from ._cache import PackedCache
 
 ACTIVATION_IDS = {"identity": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4, "quick_gelu": 5}
 """Numbers of the activations; the same as in csrc/cpu/kernels.h."""
-
-Packed = TypeVar("Packed")
 
 
 def capability() -> str:
@@ -44,60 +42,7 @@ def capability() -> str:
     return str(name().decode())
 
 
-@dataclass(frozen=True)
-class _Fingerprint:
-    """What a packed weight was made from.
-
-    The detached aliases keep the storage alive, so that no other tensor can take its address while the fingerprint
-    lives; they share the version counter, so that any in-place change shows.
-    """
-
-    aliases: tuple[Tensor | None, ...]
-    pointers: tuple[int, ...]
-    versions: tuple[int, ...]
-    constants: tuple[object, ...]
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor | None], constants: tuple[object, ...]) -> _Fingerprint:
-        present = [t for t in tensors if t is not None]
-        return cls(
-            tuple(None if t is None else t.detach() for t in tensors),
-            tuple(t.data_ptr() for t in present),
-            tuple(t._version for t in present),
-            constants,
-        )
-
-    def matches(self, tensors: Sequence[Tensor | None], constants: tuple[object, ...]) -> bool:
-        if constants != self.constants:
-            return False
-        pointers, versions, i = self.pointers, self.versions, 0
-        for tensor, alias in zip(tensors, self.aliases, strict=True):
-            if tensor is None or alias is None:
-                if tensor is not alias:
-                    return False
-                continue
-            if tensor.data_ptr() != pointers[i] or tensor._version != versions[i] or tensor.shape != alias.shape:
-                return False
-            i += 1
-        return True
-
-
-_cache: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _packed_once(
-    tensors: Sequence[Tensor | None], constants: tuple[object, ...], pack: Callable[[], Packed], key: Tensor
-) -> Packed:
-    """The packed form of ``tensors``, made if it is not there or no longer true. ``key`` is one of them."""
-    if key.is_inference():
-        # Such a tensor keeps no version counter, so a change could not be seen.
-        return pack()
-    entry: tuple[_Fingerprint, Packed] | None = _cache.get(key)
-    if entry is not None and entry[0].matches(tensors, constants):
-        return entry[1]
-    packed = pack()
-    _cache[key] = (_Fingerprint.of(tensors, constants), packed)
-    return packed
+_cache = PackedCache()
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -304,7 +249,7 @@ def packed_linear(
         panels = _panels(weight.detach(), None if bias is None else bias.detach())
         return PackedLinear(panels, in_cols, out_cols, weight.shape[0], out_features, ACTIVATION_IDS[activation])
 
-    return _packed_once((weight, bias, in_cols, out_cols), (out_features, activation), pack, weight)(x)
+    return _cache.get(weight, (weight, bias, in_cols, out_cols), (out_features, activation), pack)(x)
 
 
 def ragged_attention(
@@ -328,11 +273,11 @@ def ragged_attention(
 def attention_sublayer(x: Tensor, *arguments: Any) -> Tensor:
     """Arguments in the order of the schema: 13 tensors, then qk_widths, v_widths, scale, eps, qk_eps, num_queries."""
     tensors, constants, num_queries = arguments[:13], arguments[13:18], arguments[18]
-    packed = _packed_once(tensors, constants, lambda: pack_attention(*arguments[:18]), tensors[2])
+    packed = _cache.get(tensors[2], tensors, constants, lambda: pack_attention(*arguments[:18]))
     return packed(x, num_queries)
 
 
 def mlp_sublayer(x: Tensor, *arguments: Any) -> Tensor:
     """Arguments in the order of the schema: 9 tensors, then activation and eps."""
     tensors, constants = arguments[:9], arguments[9:]
-    return _packed_once(tensors, constants, lambda: pack_mlp(*arguments), tensors[2])(x)
+    return _cache.get(tensors[2], tensors, constants, lambda: pack_mlp(*arguments))(x)
