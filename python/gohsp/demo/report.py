@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the demo shows: tables in the terminal, results.json, and one self-contained report.html."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+PALE, DEEP = (236, 241, 250), (22, 62, 138)  # ends of the colour scale for importance
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A scale of colours between two values."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def over(cls, rows: list[list[float]]) -> Scale:
+        """The scale that the numbers of all rows span."""
+        values = [value for row in rows for value in row]
+        return cls(min(values), max(values))
+
+    def share(self, value: float) -> float:
+        """Where `value` lies between the ends, 0 to 1."""
+        return (value - self.low) / (self.high - self.low) if self.high > self.low else 0.0
+
+    def color(self, value: float) -> str:
+        """The colour of `value` as #rrggbb."""
+        return "#" + "".join(f"{round(a + self.share(value) * (b - a)):02x}" for a, b in zip(PALE, DEEP, strict=True))
+
+    def ink(self, value: float) -> str:
+        """A colour of writing that can be read on `value`'s."""
+        return "#ffffff" if self.share(value) > 0.5 else "#1c2430"
+
+
+def si(value: float) -> str:
+    """A large count in three significant digits: 14.3 M, 2.97 G."""
+    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.3g}"
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def scientific(value: float | None) -> str:
+    """A distance: 0 and large ones as they are, small ones by their power of ten."""
+    if value is None:
+        return ""
+    return f"{value:.1e}" if 0 < value < 1e-3 else f"{value:.3g}"
+
+
+def milliseconds(row: dict[str, Any], batch: str) -> str:
+    return f"{row['ms'][batch]['median']:.2f}" if row["ms"] else ""
+
+
+def ratio(row: dict[str, Any], batch: str) -> str:
+    return f"{row['times_gohsp'][batch]:.2f} x" if row["times_gohsp"] else ""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary name and rename, so that a reader never meets half a file."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def render(results: dict[str, Any]) -> str:
+    """The report as one HTML page that refers to nothing outside itself."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(si=si, percent=percent, scientific=scientific)
+    by_name = {row["name"]: row for row in results["rows"]}
+    page = environment.get_template("report.html.j2")
+    return page.render(**results, by_name=by_name, scale=Scale.over(results["importance"]))
+
+
+def write(results: dict[str, Any], out: Path) -> Path:
+    """Write results.json and report.html into the folder `out`; returns the report's path."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(out / "report.html", render(results))
+    return out / "report.html"
+
+
+def heads_table(results: dict[str, Any]) -> Table:
+    """Importance of each head (block x head) on its colour, pruned heads struck through, and what the block kept."""
+    scale = Scale.over(results["importance"])
+    table = Table(title="Importance of the heads (share of their block), and what was kept", title_justify="left")
+    table.add_column("block", justify="right")
+    for head in range(results["geometry"]["num_heads"]):
+        table.add_column(f"head {head}", justify="center")
+    for name in ("QK channels", "V channels", "neurons"):
+        table.add_column(name, justify="right")
+    for index, (block, left) in enumerate(zip(results["importance"], results["kept"], strict=True)):
+        cells = []
+        for score, alive in zip(block, left["heads"], strict=True):
+            style = f"{scale.ink(score)} on {scale.color(score)}" + ("" if alive else " strike")
+            cells.append(Text(f" {100 * score:4.1f} ", style=style))
+        table.add_row(str(index), *cells, str(sum(left["qk"])), str(sum(left["v"])), str(left["hidden"]))
+    return table
+
+
+def models_table(results: dict[str, Any]) -> Table:
+    """The comparison of the models, a row each."""
+    table = Table(title="The models (ms an image: median of interleaved runs)", title_justify="left")
+    table.add_column("model")
+    for name in ("params", "MACs", "top-1", "logits vs masked", "ms, batch 1", "vs gohsp", "ms, batch 8", "vs gohsp"):
+        table.add_column(name, justify="right")
+    for row in results["rows"]:
+        cells = [row["name"], si(row["params"]), si(row["macs"]), percent(row["top1"]), scientific(row["distance"])]
+        for batch in ("1", "8"):
+            cells += [milliseconds(row, batch), ratio(row, batch)]
+        table.add_row(*cells, style="bold green" if row["name"] == "gohsp" else "")
+    return table
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """Print the tables and the notes."""
+    console.print()
+    console.print(heads_table(results))
+    console.print(models_table(results))
+    for row in results["rows"]:
+        if row["note"]:
+            console.print(f"[yellow]{row['name']}[/]: {row['note']}")
+    system = results["machine"]
+    console.print(f"[dim]{system['processor']}, {system['threads']} threads; kernels: {system['kernels']}[/]")
