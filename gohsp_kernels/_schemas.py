@@ -57,6 +57,8 @@ NATIVE = {
     ),
 }
 
+SCHEMAS = {**PUBLIC, **NATIVE}
+
 _FAKES: dict[str, Callable[..., Tensor]] = {}
 
 
@@ -112,7 +114,7 @@ def _cpu_pack(weight: Tensor, bias: Tensor | None) -> Tensor:
 def register(implementations: dict[str, Callable[..., Tensor]]) -> torch.library.Library:
     """Define every operator and its fake; give the public ones their implementation, the same for all devices."""
     library = torch.library.Library(NAMESPACE, "DEF")
-    for name, schema in {**PUBLIC, **NATIVE}.items():
+    for name, schema in SCHEMAS.items():
         library.define(name + schema)
         torch.library.register_fake(f"{NAMESPACE}::{name}", _FAKES[name], lib=library)
     for name in PUBLIC:

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choice of the backend, its reasons, and the errors for arguments that do not fit together."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+import gohsp_kernels as gk
+from gohsp_kernels import _native, dispatch, info
+
+from .cases import Call, Maker, samples
+
+
+def test_backends_lists_each_with_a_reason_or_none() -> None:
+    for support in gk.backends().values():
+        assert bool(support) == (support.reason == "")
+    assert gk.backends()["reference"]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "needs_grad", "reason"),
+    [
+        ("cuda", torch.float32, False, "CPU tensors"),
+        ("cpu", torch.float64, False, "float32"),
+        ("cpu", torch.float32, True, "no backward"),
+    ],
+)
+def test_cpu_says_what_it_cannot_run(device: str, dtype: torch.dtype, needs_grad: bool, reason: str) -> None:
+    support = gk.can_run("cpu", device, dtype, needs_grad=needs_grad)
+    assert not support and reason in support.reason
+    assert gk.can_run("reference", device, dtype, needs_grad=needs_grad)
+
+
+def test_missing_library_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_native, "load", lambda: _native.Library(None, "was not built"))
+    assert gk.can_run("cpu").reason == "was not built"
+    call = samples()["mlp_sublayer"]
+    assert torch.equal(call.run(), call.run("reference"))
+    with pytest.raises(RuntimeError, match="backend 'cpu': was not built"):
+        call.run("cpu")
+
+
+def test_library_that_does_not_load_is_a_reason(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "_C_cpu.so").write_text("not a library")
+    monkeypatch.setattr(_native, "__file__", str(tmp_path / "_native.py"))
+    found = _native.load.__wrapped__()
+    assert not found and "does not load" in found.reason
+
+
+def test_named_backend_raises_and_auto_falls_back() -> None:
+    call = samples()["mlp_sublayer"].to(torch.float64)
+    with pytest.raises(RuntimeError, match="backend 'cpu'"):
+        call.run("cpu")
+    with gk.use_backend("cpu"), pytest.raises(RuntimeError, match="backend 'cpu'"):
+        call.run()
+    assert torch.equal(call.run(), call.run("reference"))
+
+
+def test_auto_says_once_why_it_fell_back(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_already_logged", set())
+    call = samples()["mlp_sublayer"].to(torch.float64)
+    with caplog.at_level(logging.INFO, logger="gohsp_kernels"):
+        call.run()
+        call.run()
+    assert sum("'cpu' passed over" in message for message in caplog.messages) == 1
+
+
+def test_auto_is_differentiable_where_gradients_are_needed() -> None:
+    call = samples()["mlp_sublayer"]
+    call.args[3].requires_grad_()
+    assert call.run().requires_grad
+    with torch.no_grad():
+        assert not call.run().requires_grad
+
+
+def test_use_backend_nests_and_restores() -> None:
+    before = dispatch._selected
+    with gk.use_backend("reference"):
+        with pytest.raises(KeyError), gk.use_backend("auto"):
+            raise KeyError
+        assert dispatch._selected == "reference"
+    assert dispatch._selected == before
+
+
+def test_unknown_backend_names_the_known_ones() -> None:
+    for refused in (lambda: samples()["mlp_sublayer"].run("tpu"), lambda: gk.can_run("tpu")):
+        with pytest.raises(ValueError, match=r"backend: wanted one of 'auto', .*'cpu'.*; got 'tpu'"):
+            refused()
+    with pytest.raises(ValueError, match="got 'tpu'"), gk.use_backend("tpu"):
+        pass
+
+
+def test_environment_variable_selects_the_backend() -> None:
+    code = "import gohsp_kernels.dispatch as d; print(d._selected)"
+    for value, expected in (("reference", "reference"), ("tpu", "got 'tpu'")):
+        environment = {**os.environ, "GOHSP_BACKEND": value}
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert expected in run.stdout + run.stderr
+        assert (run.returncode == 0) == (value == "reference")
+
+
+def test_info_reports_backends_and_operators() -> None:
+    text = info.report()
+    for word in ("reference", "cpu", "attention_sublayer", "instruction set", torch.__version__):
+        assert word in text
+
+
+LINEAR, SUBLAYER, MLP = (samples()[n] for n in ("packed_linear", "attention_sublayer", "mlp_sublayer"))
+ATTENTION = samples()["ragged_attention"]
+
+
+def changed(call: Call, position: int | None = None, value: Any = None, **kwargs: Any) -> Call:
+    args = list(call.args)
+    if position is not None:
+        args[position] = value
+    return Call(call.operator, tuple(args), {**call.kwargs, **kwargs})
+
+
+WRONG = {
+    "activation: wanted one of identity, gelu": changed(LINEAR, activation="tanh"),
+    "weight: wanted shape [20, 17]; got shape [20, 16]": changed(LINEAR, 1, torch.zeros(20, 16)),
+    "bias: wanted shape [20]; got shape [19]": changed(LINEAR, 2, torch.zeros(19)),
+    "in_cols: wanted a 1-D int64 tensor; got 1-D torch.int32": changed(LINEAR, in_cols=torch.zeros(17, dtype=torch.int32)),
+    "qkv: wanted 3 dimensions": changed(ATTENTION, 0, torch.zeros(9, 53)),
+    "qkv: wanted shape [2, 9, 53]; got shape [2, 9, 52]": changed(ATTENTION, 0, torch.zeros(2, 9, 52)),
+    "v_widths: wanted 3 heads, as in qk_widths; got 2": changed(ATTENTION, 2, [8, 19]),
+    "qk_widths, v_widths: wanted no negative width": changed(ATTENTION, 1, [8, -1, 5]),
+    "qk_widths: wanted one width for all heads": changed(ATTENTION, **Maker(0).qk_norm(8)),
+    "num_queries: wanted 0 to 9 (the number of tokens); got 10": changed(ATTENTION, num_queries=10),
+    "x: wanted 3 dimensions": changed(SUBLAYER, 0, torch.zeros(9, 24)),
+    "norm_weight: wanted shape [24]": changed(SUBLAYER, 1, torch.zeros(23)),
+    "qkv_weight: wanted shape [53, 17]": changed(SUBLAYER, 3, torch.zeros(53, 24)),
+    "proj_weight: wanted shape [20, 27]": changed(SUBLAYER, 5, torch.zeros(24, 27)),
+    "layer_scale: wanted shape [20]": changed(SUBLAYER, layer_scale=torch.zeros(24)),
+    "fc1_weight: wanted shape [40, 17]": changed(MLP, 3, torch.zeros(40, 24)),
+    "fc2_weight: wanted shape [20, 40]": changed(MLP, 5, torch.zeros(20, 39)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_arguments_give_one_clear_error(message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        WRONG[message].run()
+    assert message in str(error.value)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The torch-free library itself: accuracy of its functions for each instruction set, and its own C++ tests."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gohsp_kernels import reference
+from gohsp_kernels.cpu import ACTIVATION_IDS
+
+checks = pytest.importorskip("gohsp_kernels._checks", reason="the checks module is not built")
+
+INPUTS = np.concatenate(
+    [np.linspace(-30, 30, 200_001), np.linspace(-1e-3, 1e-3, 20_001), [0.0, -0.0, 88.0, -87.0]]
+).astype(np.float32)
+
+
+@pytest.mark.parametrize("capability", checks.capabilities())
+@pytest.mark.parametrize("name", [n for n in ACTIVATION_IDS if n != "identity"])
+def test_activations(capability: str, name: str) -> None:
+    result = checks.activate(capability, ACTIVATION_IDS[name], INPUTS)
+    truth = reference.ACTIVATIONS[name](torch.from_numpy(INPUTS).double()).numpy()
+    # As good as the same formula in fp32: relative to the input, of which the function is a fraction.
+    assert np.max(np.abs(result - truth) / np.maximum(np.abs(INPUTS), 1e-30)) < 5e-7
+
+
+@pytest.mark.parametrize("capability", checks.capabilities())
+def test_exponential(capability: str) -> None:
+    x = np.linspace(-87, 88, 300_001).astype(np.float32)
+    assert np.max(np.abs(checks.exponential(capability, x) / np.exp(x.astype(np.float64)) - 1)) < 3e-7
+
+
+@pytest.mark.parametrize("capability", checks.capabilities())
+def test_exponential_at_the_ends(capability: str) -> None:
+    low, high, nan = checks.exponential(capability, np.array([-np.inf, np.inf, np.nan], dtype=np.float32))
+    assert 0 <= low < 1e-37 and 1e38 < high < np.inf and np.isnan(nan)
+
+
+@pytest.mark.parametrize("capability", checks.capabilities())
+@pytest.mark.parametrize("name", ACTIVATION_IDS)
+def test_nan_stays_nan(capability: str, name: str) -> None:
+    assert np.isnan(checks.activate(capability, ACTIVATION_IDS[name], np.full(5, np.nan, dtype=np.float32))).all()
+
+
+def test_unknown_capability_is_refused() -> None:
+    with pytest.raises(ValueError, match="no 'mmx'"):
+        checks.exponential("mmx", np.zeros(1, dtype=np.float32))
+
+
+def test_cpp() -> None:
+    tree = Path(__file__).parents[2] / "build" / "native"
+    ctest = shutil.which("ctest")
+    if ctest is None or not (tree / "CTestTestfile.cmake").exists():
+        pytest.skip("no build tree with C++ tests here (make setup makes one)")
+    run = subprocess.run([ctest, "--test-dir", str(tree), "--output-on-failure"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert "No tests were found" not in run.stdout + run.stderr

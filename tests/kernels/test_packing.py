@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed weights: the algebra that is folded into them, and that they follow their parameters."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+
+from gohsp_kernels import _native, cpu
+
+from .cases import Call, Maker, relative_error, samples
+
+pytestmark = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
+
+SUBLAYERS = ("packed_linear", "attention_sublayer", "mlp_sublayer")
+
+
+def is_true(call: Call) -> bool:
+    return relative_error(call.run("cpu"), call.to(torch.float64).run("reference")) < 2e-6
+
+
+def count_packings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    packed: list[int] = []
+    original = cpu._panels
+
+    def counting(*arguments: torch.Tensor | None) -> torch.Tensor:
+        packed.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(cpu, "_panels", counting)
+    return packed
+
+
+@pytest.mark.parametrize("name", SUBLAYERS)
+def test_packed_once_and_again_after_a_change(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packings = count_packings(monkeypatch)
+    call = samples()[name]
+    call.run("cpu")
+    first = len(packings)
+    assert first > 0
+    call.run("cpu")
+    assert len(packings) == first
+    for tensor in call.tensors()[1:]:
+        before = len(packings)
+        tensor.mul_(1.5)
+        assert is_true(call)
+        assert len(packings) == before + first
+
+
+@pytest.mark.parametrize("name", SUBLAYERS)
+def test_replaced_storage_is_noticed(name: str) -> None:
+    call = samples()[name]
+    weight = call.args[1 if name == "packed_linear" else 3]
+    assert is_true(call)
+    weight.data = weight.data.half().float()  # what module.half().float() does
+    assert is_true(call)
+    weight.data = weight.data * 2
+    assert is_true(call)
+
+
+def test_a_changed_layout_of_the_same_weights_is_noticed() -> None:
+    call = Maker(3).attention_sublayer(2, 7, 16, [4, 8], [8, 4])
+    assert is_true(call)
+    call.kwargs["qk_widths"] = [8, 4]
+    assert is_true(call)
+    call.kwargs["scale"] = 0.5
+    assert is_true(call)
+
+
+def test_inference_tensors_are_never_stale() -> None:
+    with torch.inference_mode():
+        call = samples()["mlp_sublayer"]
+        assert is_true(call)
+        call.args[3].mul_(2)
+        assert is_true(call)
+
+
+def test_packed_weights_go_with_their_parameters() -> None:
+    call = samples()["mlp_sublayer"]
+    gc.collect()
+    before = len(cpu._cache._entries)
+    call.run("cpu")
+    assert len(cpu._cache._entries) == before + 1
+    del call
+    gc.collect()
+    assert len(cpu._cache._entries) == before
+
+
+def folded_attention(call: Call) -> Call:
+    """The same sublayer with norm affine, softmax scale, biases and layer scale folded, for the reference."""
+    x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias = call.args
+    k = dict(call.kwargs)
+    cols = k["in_cols"]
+    n_qk = sum(k["qk_widths"])
+    weight, bias = cpu._fold_norm(qkv_weight, qkv_bias, norm_weight, norm_bias, cols)
+    proj_bias = proj_bias + proj_weight @ bias[2 * n_qk :]
+    bias[n_qk:] = 0
+    weight[:n_qk] *= k["scale"]
+    bias[:n_qk] *= k["scale"]
+    proj_weight, proj_bias = cpu._fold_layer_scale(proj_weight, proj_bias, k["layer_scale"])
+    k.update(scale=1.0, layer_scale=None)
+    return Call("attention_sublayer", (x, None, None, weight, bias, proj_weight, proj_bias), k)
+
+
+def test_attention_algebra_is_exact() -> None:
+    call = Maker(4).attention_sublayer(2, 9, 24, [8, 0, 5], [8, 3, 16], 17, 20).to(torch.float64)
+    assert relative_error(folded_attention(call).run("reference"), call.run("reference")) < 1e-14
+
+
+def test_mlp_algebra_is_exact() -> None:
+    call = Maker(5).mlp_sublayer((2, 9), 24, 40, 17, 20).to(torch.float64)
+    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = call.args
+    fc1, fc1_constant = cpu._fold_norm(fc1_weight, fc1_bias, norm_weight, norm_bias, call.kwargs["in_cols"])
+    fc2, fc2_constant = cpu._fold_layer_scale(fc2_weight, fc2_bias, call.kwargs["layer_scale"])
+    kwargs = {**call.kwargs, "layer_scale": None}
+    folded = Call("mlp_sublayer", (x, None, None, fc1, fc1_constant, fc2, fc2_constant), kwargs)
+    assert relative_error(folded.run("reference"), call.run("reference")) < 1e-14
+
+
+def test_k_bias_stays_with_qk_norm() -> None:
+    maker = Maker(6)
+    call = maker.attention_sublayer(2, 9, 24, [8, 8], [8, 8], **maker.qk_norm(8))
+    assert is_true(call)
+    with_bias = call.run("cpu")
+    call.args[4][16:32] = 0
+    assert relative_error(call.run("cpu"), with_bias) > 1e-3
+    assert is_true(call)
+
+
+def test_panels_hold_every_weight_once_and_their_bias_first() -> None:
+    weight, bias = torch.arange(1.0, 37 * 5 + 1).reshape(37, 5), -torch.arange(1.0, 38)
+    panels = torch.ops.gohsp_kernels.cpu_pack(weight, bias)
+    nonzero = panels[panels != 0].sort().values
+    assert torch.equal(nonzero, torch.cat([bias.sort().values, weight.flatten()]))
+    assert panels[0] == bias[0] and panels[1] == bias[1]

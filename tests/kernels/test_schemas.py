@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every operator is complete: schema, fake, reference, torch's opcheck, and one node in a traced graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+import gohsp_kernels as gk
+from gohsp_kernels import _native, _schemas, cpu, ops, reference
+
+from .cases import Call, Maker, relative_error, samples
+
+needs_native = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
+
+
+def flat(call: Call) -> tuple[Any, ...]:
+    """Arguments of ``call`` in the order of its operator's schema, as the public function passes them on."""
+    caught: list[tuple[Any, ...]] = []
+
+    def catch(*arguments: Any) -> Tensor:
+        caught.append(arguments)
+        return arguments[0]
+
+    implementations = ops._IMPLEMENTATIONS[call.operator]
+    original, implementations["reference"] = implementations["reference"], catch
+    try:
+        call.run("reference")
+    finally:
+        implementations["reference"] = original
+    return caught[0]
+
+
+def native_samples() -> dict[str, tuple[Any, ...]]:
+    """Arguments of one call of each native operator."""
+    maker, calls = Maker(1), samples()
+    linear, attention, mlp = (flat(calls[n]) for n in ("packed_linear", "attention_sublayer", "mlp_sublayer"))
+    packed_attention, packed_mlp = cpu.pack_attention(*attention[1:19]), cpu.pack_mlp(*mlp[1:])
+    weight, bias = maker.weight(20, 17), maker.normal(20)
+    return {
+        "cpu_pack": (weight, bias),
+        "cpu_linear": (linear[0], torch.ops.gohsp_kernels.cpu_pack(weight, bias), *linear[3:5], 20, 32, 1),
+        "cpu_attention": (maker.normal(2, 9, 26 + 27), torch.tensor([[8, 0, 5], [8, 3, 16]]), None, 0.2, 1e-6, 27, 9),
+        "cpu_attention_sublayer": (
+            attention[0],
+            packed_attention.qkv_panels,
+            packed_attention.proj_panels,
+            *attention[8:10],
+            packed_attention.widths,
+            None,
+            1.0,
+            1e-6,
+            1e-6,
+            9,
+        ),
+        "cpu_mlp_sublayer": (mlp[0], packed_mlp.fc1_panels, packed_mlp.fc2_panels, *mlp[8:10], 40, 1, 1e-6),
+    }
+
+
+def test_every_operator_has_a_fake_a_reference_and_a_sample() -> None:
+    assert set(_schemas._FAKES) == set(_schemas.SCHEMAS)
+    assert set(samples()) == set(_schemas.PUBLIC)
+    for name in _schemas.PUBLIC:
+        assert callable(getattr(reference, name))
+    if _native.load():
+        assert set(native_samples()) == set(_schemas.NATIVE)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+@pytest.mark.parametrize("name", _schemas.PUBLIC)
+def test_opcheck_public(name: str, backend: str) -> None:
+    with gk.use_backend(backend):
+        opcheck(getattr(torch.ops.gohsp_kernels, name).default, flat(samples()[name]))
+
+
+@needs_native
+@pytest.mark.parametrize("name", [n for n in _schemas.NATIVE if n != "cpu_pack"])
+def test_opcheck_native(name: str) -> None:
+    opcheck(getattr(torch.ops.gohsp_kernels, name).default, native_samples()[name])
+
+
+@needs_native
+def test_opcheck_pack() -> None:
+    # Its true size is only known to the library, so it is left out of what compares fakes with results.
+    checks = ("test_schema", "test_autograd_registration")
+    opcheck(torch.ops.gohsp_kernels.cpu_pack.default, native_samples()["cpu_pack"], test_utils=checks)
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 193])
+@pytest.mark.parametrize("name", _schemas.PUBLIC)
+def test_traced_call_is_one_node_and_right(name: str, tokens: int) -> None:
+    maker = Maker(2)
+    call = {
+        "packed_linear": lambda: maker.linear((tokens,), 24, 17, 32, 20, "gelu"),
+        "ragged_attention": lambda: maker.attention(1, tokens, [8, 0, 5], [8, 3, 16]),
+        "attention_sublayer": lambda: maker.attention_sublayer(1, tokens, 24, [8, 0, 5], [8, 3, 16], 17, 20),
+        "mlp_sublayer": lambda: maker.mlp_sublayer((1, tokens), 24, 40, 17, 20),
+    }[name]()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep_graph(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: Call(call.operator, (x, *call.args[1:]), call.kwargs).run(), backend=keep_graph,
+                             fullgraph=True)  # fmt: skip
+    with torch.no_grad():
+        result = compiled(call.args[0])
+    assert [n.target for n in graphs[0].graph.nodes if n.op == "call_function"] == [
+        getattr(torch.ops.gohsp_kernels, name)
+    ]
+    assert relative_error(result, call.to(torch.float64).run("reference")) < 2e-6
+
+
+@pytest.mark.parametrize("name", _schemas.PUBLIC)
+def test_traced_training_call_is_differentiable(name: str) -> None:
+    call = samples()[name]
+    x = call.args[0].clone().requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: Call(call.operator, (x, *call.args[1:]), call.kwargs).run(),
+                             backend="aot_eager", fullgraph=True)  # fmt: skip
+    compiled(x).sum().backward()
+    eager = call.args[0].clone().requires_grad_()
+    Call(call.operator, (eager, *call.args[1:]), call.kwargs).run().sum().backward()
+    assert x.grad is not None and eager.grad is not None
+    assert relative_error(x.grad, eager.grad) < 1e-5
