@@ -18,10 +18,11 @@ struct Matrix {
   int64_t k;  // inputs
 };
 
-// Kept columns of the residual stream, ascending. kept == nullptr: all of them.
+// Kept columns of the residual stream.
 struct Columns {
-  const int64_t* kept;  // [count]
   int64_t count;
+  const int64_t* kept;  // [count], ascending; not read where all are kept
+  bool all;
 };
 
 struct Heads {

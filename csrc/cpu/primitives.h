@@ -50,7 +50,7 @@ inline void linear(const Matrix& weight, const Columns& gather, const Columns& s
                    const float* x, int64_t rows, int64_t features, float* y, int64_t out_features,
                    const Parallel& parallel) {
   if (rows == 0 || out_features == 0) return;
-  const bool gathers = gather.kept != nullptr, scatters = scatter.kept != nullptr;
+  const bool gathers = !gather.all, scatters = !scatter.all;
   const int64_t blocks = ceil_div(rows, 8 * M), panels = panel_count(weight.n);
   const int64_t groups = scatters ? 1 : min(panels, ceil_div(4 * parallel.workers, blocks));
 

@@ -116,8 +116,8 @@ class Chain {
       const Mlp* m = layers_[i].mlp;
       segments_ += a != nullptr;
       const Columns &in = a != nullptr ? a->in : m->in, &out = a != nullptr ? a->out : m->out;
-      ld_in_ = max(ld_in_, row_stride(in.kept == nullptr ? shape_.features : in.count));
-      if (out.kept != nullptr) ld_packed_ = max(ld_packed_, row_stride(out.count));
+      ld_in_ = max(ld_in_, row_stride(in.count));
+      if (!out.all) ld_packed_ = max(ld_packed_, row_stride(out.count));
       if (a != nullptr) {
         max_qk_ = max(max_qk_, a->q.n);
         ld_qk_ = max(ld_qk_, row_stride(a->q.n));
@@ -149,9 +149,9 @@ class Chain {
       const Attention* a = layers_[i].attention;
       if (a != nullptr) attentions_[attention++] = i;
       const Columns &in = a != nullptr ? a->in : layers_[i].mlp->in, &out = a != nullptr ? a->out : layers_[i].mlp->out;
-      plans_[i] = {in.kept == nullptr ? nullptr : plan, out.kept == nullptr ? nullptr : plan + vectors};
-      if (in.kept != nullptr) plan_columns(in, shape_.features, Direction::compress, plan);
-      if (out.kept != nullptr) plan_columns(out, shape_.features, Direction::expand, plan + vectors);
+      plans_[i] = {in.all ? nullptr : plan, out.all ? nullptr : plan + vectors};
+      if (!in.all) plan_columns(in, shape_.features, Direction::compress, plan);
+      if (!out.all) plan_columns(out, shape_.features, Direction::expand, plan + vectors);
       plan += 2 * vectors;
     }
     for (int64_t i = 0; i < shape_.batch * segments_; ++i) done_[i] = 0;

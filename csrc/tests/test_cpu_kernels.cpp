@@ -1,2 +1,232 @@
 // SPDX-License-Identifier: Apache-2.0
-int main() { return 0; }
+// The CPU kernels without torch: against plain loops in double, for each instruction set of the machine, whether
+// workers run one after another or at once. Runs under an emulator too, which is how NEON is tested on x86.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../cpu/kernels.h"
+
+namespace {
+
+using gohsp::Columns;
+using gohsp::Matrix;
+using Floats = std::vector<float>;
+using Indices = std::vector<int64_t>;
+
+int failures = 0;
+
+void expect_close(const Floats& result, const std::vector<double>& truth, const std::string& what) {
+  double error = 0, norm = 0;
+  for (size_t i = 0; i < truth.size(); ++i) {
+    error += (result[i] - truth[i]) * (result[i] - truth[i]);
+    norm += truth[i] * truth[i];
+  }
+  const double relative = std::sqrt(error / (norm + 1e-30));
+  if (result.size() == truth.size() && relative < 2e-6) return;  // false for NaN as well
+  std::printf("FAILED %s: relative error %g\n", what.c_str(), relative);
+  ++failures;
+}
+
+struct Random {
+  std::mt19937 engine;
+  Floats normal(int64_t count, double scale = 1.0) {
+    std::normal_distribution<float> distribution(0.0f, static_cast<float>(scale));
+    Floats values(static_cast<size_t>(count));
+    for (float& v : values) v = distribution(engine);
+    return values;
+  }
+  Indices columns(int64_t features, double keep) {
+    std::bernoulli_distribution kept(keep);
+    Indices result;
+    for (int64_t i = 0; i < features; ++i)
+      if (kept(engine)) result.push_back(i);
+    return result;
+  }
+};
+
+// A weight matrix, its bias, and both packed.
+struct Linear {
+  int64_t n, k;
+  Floats weight, bias, panels;
+  Linear(const gohsp::KernelTable& kernels, Random& random, int64_t n, int64_t k)
+      : n(n), k(k), weight(random.normal(n * k, 1.0 / std::sqrt(k + 1.0))), bias(random.normal(n)) {
+    panels.resize(static_cast<size_t>(kernels.packed_size(n, k)));
+    kernels.pack(weight.data(), bias.data(), n, k, panels.data());
+  }
+  Matrix matrix() const { return {panels.data(), n, k}; }
+  std::vector<double> operator()(const std::vector<double>& x) const {
+    std::vector<double> y(static_cast<size_t>(n));
+    for (int64_t i = 0; i < n; ++i) {
+      y[i] = bias[i];
+      for (int64_t j = 0; j < k; ++j) y[i] += weight[i * k + j] * x[j];
+    }
+    return y;
+  }
+};
+
+double gelu(double x) { return 0.5 * x * (1.0 + std::erf(x / std::sqrt(2.0))); }
+
+std::vector<double> normalised(const double* x, int64_t features, double eps, const Indices& kept) {
+  double mean = 0, variance = 0;
+  for (int64_t i = 0; i < features; ++i) mean += x[i] / features;
+  for (int64_t i = 0; i < features; ++i) variance += (x[i] - mean) * (x[i] - mean) / features;
+  std::vector<double> y;
+  for (int64_t i : kept) y.push_back((x[i] - mean) / std::sqrt(variance + eps));
+  return y;
+}
+
+struct Sizes {
+  int64_t batch, tokens, features, hidden;
+  Indices qk, v;
+  double keep;
+  int64_t queries;
+};
+
+int64_t sum(const Indices& widths) {
+  int64_t total = 0;
+  for (int64_t w : widths) total += w;
+  return total;
+}
+
+// One block (attention and MLP) with pruned columns, and the same by plain loops.
+struct Block {
+  const Sizes& s;
+  Indices attention_in, attention_out, mlp_in, mlp_out;
+  Linear q, k, v, proj, fc1, fc2;
+  gohsp::Attention attention{};
+  gohsp::Mlp mlp{};
+
+  Block(const gohsp::KernelTable& kernels, Random& random, const Sizes& s)
+      : s(s),
+        attention_in(random.columns(s.features, s.keep)),
+        attention_out(random.columns(s.features, s.keep)),
+        mlp_in(random.columns(s.features, s.keep)),
+        mlp_out(random.columns(s.features, s.keep)),
+        q(kernels, random, sum(s.qk), size(attention_in)),
+        k(kernels, random, sum(s.qk), size(attention_in)),
+        v(kernels, random, sum(s.v), size(attention_in)),
+        proj(kernels, random, size(attention_out), sum(s.v)),
+        fc1(kernels, random, s.hidden, size(mlp_in)),
+        fc2(kernels, random, size(mlp_out), s.hidden) {
+    attention = {q.matrix(),
+                 k.matrix(),
+                 v.matrix(),
+                 proj.matrix(),
+                 {size(s.qk), s.qk.data(), s.v.data(), nullptr, 0.0f, 1.0f},
+                 columns(attention_in),
+                 columns(attention_out),
+                 1e-6f};
+    mlp = {fc1.matrix(), fc2.matrix(), columns(mlp_in), columns(mlp_out), gohsp::Activation::gelu, 1e-6f};
+  }
+
+  static int64_t size(const Indices& i) { return static_cast<int64_t>(i.size()); }
+  // All columns are given as "all" rather than as a list, so that both forms are run.
+  Columns columns(const Indices& kept) const {
+    return {size(kept), kept.data(), size(kept) == s.features};
+  }
+
+  void truth(std::vector<double>& x) const {
+    const std::vector<double> before = x;
+    for (int64_t b = 0; b < s.batch; ++b) {
+      std::vector<std::vector<double>> qs, ks, vs;
+      for (int64_t t = 0; t < s.tokens; ++t) {
+        const auto n = normalised(&before[(b * s.tokens + t) * s.features], s.features, 1e-6, attention_in);
+        qs.push_back(q(n));
+        ks.push_back(k(n));
+        vs.push_back(v(n));
+      }
+      for (int64_t t = 0; t < s.tokens; ++t) {
+        double* row = &x[(b * s.tokens + t) * s.features];
+        const auto y = proj(attend(qs[t], ks, vs));
+        for (size_t i = 0; i < attention_out.size(); ++i) row[attention_out[i]] += y[i];
+        auto h = fc1(normalised(row, s.features, 1e-6, mlp_in));
+        for (double& a : h) a = gelu(a);
+        const auto z = fc2(h);
+        for (size_t i = 0; i < mlp_out.size(); ++i) row[mlp_out[i]] += z[i];
+      }
+    }
+  }
+
+  std::vector<double> attend(const std::vector<double>& query, const std::vector<std::vector<double>>& ks,
+                             const std::vector<std::vector<double>>& vs) const {
+    std::vector<double> out;
+    int64_t qk_start = 0, v_start = 0;
+    for (size_t h = 0; h < s.qk.size(); ++h) {
+      std::vector<double> weights;
+      double total = 0;
+      for (const auto& key : ks) {
+        double score = 0;
+        for (int64_t c = qk_start; c < qk_start + s.qk[h]; ++c) score += query[c] * key[c];
+        weights.push_back(std::exp(score));
+        total += weights.back();
+      }
+      for (int64_t c = v_start; c < v_start + s.v[h]; ++c) {
+        double value = 0;
+        for (size_t t = 0; t < vs.size(); ++t) value += weights[t] / total * vs[t][c];
+        out.push_back(value);
+      }
+      qk_start += s.qk[h];
+      v_start += s.v[h];
+    }
+    return out;
+  }
+};
+
+void run_in_order(int64_t workers, void (*body)(void*, int64_t), void* context) {
+  for (int64_t w = 0; w < workers; ++w) body(context, w);
+}
+
+void run_at_once(int64_t workers, void (*body)(void*, int64_t), void* context) {
+  std::vector<std::thread> threads;
+  for (int64_t w = 0; w < workers; ++w) threads.emplace_back(body, context, w);
+  for (std::thread& t : threads) t.join();
+}
+
+void test_chain(const gohsp::KernelTable& kernels, const Sizes& s, const std::string& what) {
+  Random random{std::mt19937(7)};
+  const Block first(kernels, random, s), second(kernels, random, s), third(kernels, random, s);
+  const gohsp::Sublayer layers[] = {{&first.attention, nullptr}, {nullptr, &first.mlp},  {&second.attention, nullptr},
+                                    {nullptr, &second.mlp},      {&third.attention, nullptr}, {nullptr, &third.mlp}};
+  const Floats x = random.normal(s.batch * s.tokens * s.features);
+  std::vector<double> all(x.begin(), x.end()), truth;
+  for (const Block* block : {&first, &second, &third}) block->truth(all);
+  for (int64_t b = 0; b < s.batch; ++b) {
+    const auto begin = all.begin() + b * s.tokens * s.features;
+    truth.insert(truth.end(), begin, begin + s.queries * s.features);
+  }
+  const gohsp::Shape shape{s.batch, s.tokens, s.features, s.queries};
+  for (int64_t workers : {1, 2, 5}) {
+    for (auto run : {run_in_order, run_at_once}) {
+      Floats y(truth.size(), std::nanf(""));
+      kernels.sublayers(layers, 6, x.data(), y.data(), shape, {workers, run});
+      expect_close(y, truth,
+                   what + ", " + std::to_string(workers) + " workers " + (run == run_at_once ? "at once" : "in order"));
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  int tested = 0;
+  for (const char* name : {"scalar", "avx2", "avx512", "neon"}) {
+    const gohsp::KernelTable* kernels = gohsp::kernels(name);
+    if (kernels == nullptr) continue;
+    ++tested;
+    const std::string isa = std::string(name) + ": ";
+    test_chain(*kernels, {1, 50, 64, 100, {16, 16}, {16, 16}, 1.0, 50}, isa + "nothing pruned");
+    test_chain(*kernels, {3, 37, 61, 45, {16, 0, 7}, {9, 5, 30}, 0.6, 37}, isa + "ragged");
+    test_chain(*kernels, {9, 13, 40, 33, {4, 8}, {8, 0}, 0.5, 1}, isa + "one query, more images than slots");
+    test_chain(*kernels, {2, 7, 24, 0, {}, {}, 0.5, 7}, isa + "no head, no neuron");
+    test_chain(*kernels, {2, 7, 24, 16, {4}, {4}, 0.0, 7}, isa + "no column");
+    std::printf("%s done\n", name);
+  }
+  if (tested == 0) ++failures;
+  return failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}

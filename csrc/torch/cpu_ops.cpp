@@ -33,16 +33,14 @@ const int64_t* indices(const Tensor& t, const char* name) {
 
 // Kernels trust the column lists, so their order and range are checked here, in time proportional to their length.
 Columns columns(const std::optional<Tensor>& t, int64_t features, const char* name) {
-  if (!t.has_value()) return {nullptr, features};
-  const Columns c{indices(*t, name), t->numel()};
+  if (!t.has_value()) return {features, nullptr, true};
+  const Columns c{t->numel(), indices(*t, name), false};
   for (int64_t i = 0; i < c.count; ++i) {
     const int64_t lowest = i == 0 ? 0 : c.kept[i - 1] + 1;
     STD_TORCH_CHECK(c.kept[i] >= lowest && c.kept[i] < features, name, ": wanted ascending columns in [0, ", features,
                     "); got ", c.kept[i], " at position ", i);
   }
-  // A length of zero must not look like "all columns".
-  static const int64_t none = 0;
-  return c.count == 0 ? Columns{&none, 0} : c;
+  return c;
 }
 
 Matrix matrix(const Tensor& panels, int64_t first, int64_t n, int64_t k, const char* name) {
