@@ -294,15 +294,17 @@ def attend(attn: Any, qkv: Tensor, masks: Sequence[Tensor | None], is_causal: bo
         if q.shape[-1] == 0:
             # SDPA needs a channel; one of zeros gives the equal scores that no channel means.
             q = k = qkv.new_zeros(batch, tokens, 1)
-        q, k = attn.q_norm(q), attn.k_norm(k)
-        outputs.append(F.scaled_dot_product_attention(q, k, value, mask, dropout, is_causal, scale=attn.scale))
+        # With an axis of one head, because exporters know SDPA in four dimensions only.
+        q, k, value = attn.q_norm(q)[:, None], attn.k_norm(k)[:, None], value[:, None]
+        out = F.scaled_dot_product_attention(q, k, value, mask, dropout, is_causal, scale=attn.scale)
+        outputs.append(out[:, 0])
     return torch.cat(outputs, dim=-1)
 
 
 def head_masks(
     attn_mask: Tensor | None, is_causal: bool, heads: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype
 ) -> list[Tensor | None]:
-    """Return the attention mask of each kept head, broadcastable to [B, N, N].
+    """Return the attention mask of each kept head, broadcastable to [B, 1, N, N].
 
     Args:
         attn_mask: Mask for all heads of the dense module, or None.
@@ -326,7 +328,7 @@ def head_masks(
     if len(padded) != 4 or any(size not in (1, full) for size, full in zip(padded, wanted, strict=True)):
         raise ValueError(f"attn_mask: wanted a shape that broadcasts to {wanted}, got {given}")
     full_mask = attn_mask.expand(wanted)
-    return [full_mask[:, head] for head in heads]
+    return [full_mask[:, head : head + 1] for head in heads]
 
 
 def _is_hooked(module: nn.Module) -> bool:
