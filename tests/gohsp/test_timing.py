@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interleaved timing: what is called how often, in which order, and what the figures mean."""
+
+import time
+
+import pytest
+from gohsp.timing import Timing, interleave
+
+
+def test_every_function_runs_once_a_round_after_its_warmup():
+    calls = []
+    interleave({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=5, warmup=2)
+    assert calls[:6] == ["a", "a", "b", "b", "c", "c"]
+    rounds = [calls[i : i + 3] for i in range(6, len(calls), 3)]
+    assert len(rounds) == 5
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in rounds)
+
+
+def test_order_changes_between_rounds_and_repeats_with_the_seed():
+    def order(seed):
+        calls = []
+        interleave({name: lambda name=name: calls.append(name) for name in "abcd"}, rounds=20, warmup=0, seed=seed)
+        return calls
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+    assert len({tuple(order(1)[i : i + 4]) for i in range(0, 80, 4)}) > 1
+
+
+def test_seconds_are_those_of_the_function():
+    measured = interleave({"slow": lambda: time.sleep(0.02), "fast": lambda: None}, rounds=5, warmup=0)
+    assert list(measured) == ["slow", "fast"]
+    assert min(measured["slow"].seconds) >= 0.02
+    assert measured["fast"].median < 0.02
+    assert measured["slow"].ratio_to(measured["fast"]) > 1
+
+
+def test_percentiles_and_ratio_are_taken_round_by_round():
+    one, other = Timing((1.0, 2.0, 3.0, 4.0, 100.0)), Timing((1.0, 1.0, 1.0, 2.0, 50.0))
+    assert one.median == 3.0
+    assert one.p20 == pytest.approx(1.8)
+    assert one.p80 == pytest.approx(23.2)
+    assert one.ratio_to(other) == 2.0  # of 1, 2, 3, 2, 2; the medians alone would give 3
+
+
+def test_progress_is_told_after_each_round():
+    told = []
+    interleave({"a": lambda: None}, rounds=4, after_round=lambda: told.append(1))
+    assert len(told) == 4
+
+
+@pytest.mark.parametrize(("functions", "rounds", "message"), [({}, 1, "functions"), ({"a": int}, 0, "rounds")])
+def test_nothing_to_time_is_refused(functions, rounds, message):
+    with pytest.raises(ValueError, match=message):
+        interleave(functions, rounds=rounds)
