@@ -61,7 +61,7 @@ def densify(model: nn.Module) -> nn.Module:
     result: Any = copy.deepcopy(model)
     for index, block in enumerate(result.blocks):
         result.blocks[index] = _plain_block(block)
-    result.__class__ = next(dense for dense, compact in vit.COMPRESSED_CLASS.items() if compact is type(model))
+    result.__class__ = vit.DENSE_CLASS[type(model)]
     return result
 
 

@@ -16,8 +16,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from timm.layers import LayerNorm
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from gohsp import vit
@@ -28,7 +26,7 @@ FORMAT = 1
 PLAN = "plan.json"
 WEIGHTS = "model.safetensors"
 
-_CLASSES = {cls.__name__: cls for cls in (VisionTransformer, VisionTransformerDistilled)}
+_CLASSES = {cls.__name__: cls for cls in vit.COMPRESSED_CLASS}
 _DIGEST = "plan_sha256"
 
 
@@ -89,7 +87,6 @@ def _describe(model: Any, mask: ModelMask) -> dict[str, Any]:
     size = mask.geometry
     first, last = model.blocks[0], model.blocks[-1]
     embed = model.patch_embed
-    dense_class = next(dense for dense, compact in vit.COMPRESSED_CLASS.items() if compact is type(model))
     arguments = {
         "img_size": embed.img_size,
         "patch_size": embed.patch_size,
@@ -125,7 +122,8 @@ def _describe(model: Any, mask: ModelMask) -> dict[str, Any]:
         "norm_eps": first.norm1.eps,
         "activation": first.mlp.activation,
     }
-    return {"class": dense_class.__name__, "architecture": _registered_name(model), "arguments": arguments}
+    class_name = vit.DENSE_CLASS[type(model)].__name__
+    return {"class": class_name, "architecture": _registered_name(model), "arguments": arguments}
 
 
 def _registered_name(model: nn.Module) -> str | None:

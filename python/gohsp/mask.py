@@ -314,8 +314,10 @@ class ModelMask:
         check_keys(data, ("format", "model", "geometry", "blocks"), "mask")
         if data["format"] != FORMAT:
             raise ValueError(f"mask.format: wanted {FORMAT}, got {data['format']!r}")
-        check_keys(data["geometry"], tuple(field.name for field in fields(Geometry)), "mask.geometry")
-        size = Geometry(**data["geometry"])
+        for key, kind in (("model", str), ("blocks", list)):
+            if not isinstance(data[key], kind):
+                raise ValueError(f"mask.{key}: wanted a {kind.__name__}, got {data[key]!r}")
+        size = _read_geometry(data["geometry"])
         shapes = _shapes(size)
         blocks = []
         for index, entry in enumerate(data["blocks"]):
@@ -462,6 +464,15 @@ def _shares_kept(pruned: Any, dense: Any) -> tuple[str, str]:
     params = f"{pruned.params / 1e6:.3f} M  {pruned.params / dense.params:4.0%}"
     macs = f"{pruned.macs / 1e6:.1f} M  {pruned.macs / dense.macs:4.0%}"
     return params, macs
+
+
+def _read_geometry(data: Any) -> Geometry:
+    check_keys(data, tuple(field.name for field in fields(Geometry)), "mask.geometry")
+    for name, value in data.items():
+        kind = bool if name == "qk_norm" else int
+        if type(value) is not kind or value < 0:
+            raise ValueError(f"mask.geometry.{name}: wanted a non-negative {kind.__name__}, got {value!r}")
+    return Geometry(**data)
 
 
 def _to_ranges(kept: Tensor) -> str | list[str]:

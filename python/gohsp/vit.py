@@ -257,3 +257,4 @@ COMPRESSED_CLASS: dict[type[nn.Module], type[nn.Module]] = {
     VisionTransformer: PrunedVisionTransformer,
     VisionTransformerDistilled: PrunedVisionTransformerDistilled,
 }
+DENSE_CLASS = {compressed: dense for dense, compressed in COMPRESSED_CLASS.items()}

@@ -363,6 +363,26 @@ def test_training_step_lowers_the_loss_and_inference_follows(
             assert relative_error(fast, compact(x)) < 1e-5
 
 
+def test_gradient_checkpointing_changes_nothing(make_model: Callable[..., Any], images: Callable[..., Tensor]) -> None:
+    model = make_model(init_values=1.0)
+    compact = gohsp.compress(model, ModelMask.random(model, 0.7, torch.Generator().manual_seed(0))).train()
+    gradients = []
+    for enable in (False, True):
+        compact.set_grad_checkpointing(enable)  # type: ignore[operator]
+        compact.zero_grad()
+        compact(images()).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in compact.parameters()])  # type: ignore[union-attr]
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert torch.allclose(plain, checkpointed, rtol=1e-10, atol=1e-12)
+
+
+def test_empty_batch(pair: Callable[..., Any], backend: str) -> None:
+    compact, _, _ = pair()
+    with torch.no_grad():
+        assert compact.float()(torch.empty(0, TOKENS, 192)).shape == (0, TOKENS, 192)
+        assert compact(torch.empty(0, TOKENS, 192), num_queries=1).shape == (0, 1, 192)
+
+
 def test_flags_of_the_dense_block_are_kept(make_model: Callable[..., Any]) -> None:
     model = make_model()
     model.blocks[0].attn.qkv.weight.requires_grad_(False)

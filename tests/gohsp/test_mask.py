@@ -323,6 +323,11 @@ def test_an_invalid_mask_is_not_saved(tmp_path: Any) -> None:
         (("blocks", 1, "v"), ["all", "all", "9"], r"mask.blocks\[1\].v\[2\]: wanted ascending indices below 2"),
         (("blocks", 1), "all", r"mask.blocks\[1\]: wanted a mapping, got str"),
         (("geometry",), None, "mask.geometry: wanted a mapping, got NoneType"),
+        (("geometry", "depth"), "2", "mask.geometry.depth: wanted a non-negative int, got '2'"),
+        (("geometry", "dim"), -6, "mask.geometry.dim: wanted a non-negative int, got -6"),
+        (("geometry", "qk_norm"), 0, "mask.geometry.qk_norm: wanted a non-negative bool, got 0"),
+        (("model",), 3, "mask.model: wanted a str, got 3"),
+        (("blocks",), {}, "mask.blocks: wanted a list, got {}"),
     ],
 )
 def test_wrong_json_is_refused(path: tuple[Any, ...], value: Any, message: str) -> None:
