@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 app = typer.Typer(
     name="gohsp",
@@ -58,16 +57,9 @@ def demo(
 @app.command()
 def info() -> None:
     """Say which kernels can run here and, where one cannot, why."""
-    from gohsp.demo import machine
-    from gohsp_kernels import backends
+    from importlib.metadata import version
 
-    facts = machine.describe()
-    table = Table("", "", show_header=False, box=None)
-    for name in ("processor", "threads", "kernels", "system", "python"):
-        table.add_row(name, str(facts[name]))
-    for name, version in facts["versions"].items():
-        table.add_row(name, version)
-    for name, support in backends().items():
-        verdict = "[green]can run[/]" if support.ok else f"[yellow]cannot run:[/] {support.reason}"
-        table.add_row(f"backend {name}", verdict)
-    Console().print(table)
+    from gohsp_kernels.info import report
+
+    typer.echo(f"gohsp             {version('gohsp')}, timm {version('timm')}")
+    typer.echo(report())

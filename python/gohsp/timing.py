@@ -2,8 +2,9 @@
 """Interleaved timing: functions that are to be compared take turns, so that a slow minute of the machine hits all.
 
 Timing one function a hundred times and then the next compares two moments of the machine as much as two functions.
-Here each round calls every function once, in a fresh random order, and a ratio is the median over the rounds of the
-ratio within a round.
+Here each round times every function once, in a fresh random order, and a ratio is the median over the rounds of the
+ratio within a round. Before each timed call the function settles: the call before it belonged to another function,
+whose data fill the caches and whose idle threads may still spin, which nobody meets who runs one of them alone.
 """
 
 from __future__ import annotations
@@ -46,13 +47,15 @@ def interleave(
     functions: Mapping[str, Callable[[], object]],
     rounds: int = 30,
     warmup: int = 3,
+    settle: int = 1,
     seed: int = 0,
     after_round: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time `functions` side by side; returns a Timing for each name, in the order given.
 
     Each function must return only when its work is done (on a GPU: synchronise inside it). Every one is called
-    `warmup` times before the first round. `after_round` is called outside the timed spans, to show progress.
+    `warmup` times before the first round, and `settle` times, untimed, before each timed call. `after_round` is called
+    outside the timed spans, to show progress.
     Raises ValueError where there is nothing to time.
     """
     if not functions:
@@ -69,8 +72,11 @@ def interleave(
     for _ in range(rounds):
         shuffle(order)
         for name in order:
+            function = functions[name]
+            for _ in range(settle):
+                function()
             start = time.perf_counter()
-            functions[name]()
+            function()
             seconds[name].append(time.perf_counter() - start)
         if after_round is not None:
             after_round()

@@ -45,8 +45,8 @@ def test_demo_help_tells_what_happens_and_what_can_be_changed(call):
 def test_info_says_what_can_run(call):
     result = call("info")
     assert result.exit_code == 0
-    assert "backend reference" in result.output and "can run" in result.output
-    assert "torch" in result.output
+    assert "timm" in result.output and "processor" in result.output
+    assert "reference  yes" in result.output
 
 
 @pytest.mark.parametrize("arguments", [("--keep", "1.5"), ("--keep", "0"), ("--images", "10")])

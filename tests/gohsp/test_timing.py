@@ -9,7 +9,7 @@ from gohsp.timing import Timing, interleave
 
 def test_every_function_runs_once_a_round_after_its_warmup():
     calls = []
-    interleave({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=5, warmup=2)
+    interleave({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=5, warmup=2, settle=0)
     assert calls[:6] == ["a", "a", "b", "b", "c", "c"]
     rounds = [calls[i : i + 3] for i in range(6, len(calls), 3)]
     assert len(rounds) == 5
@@ -19,7 +19,9 @@ def test_every_function_runs_once_a_round_after_its_warmup():
 def test_order_changes_between_rounds_and_repeats_with_the_seed():
     def order(seed):
         calls = []
-        interleave({name: lambda name=name: calls.append(name) for name in "abcd"}, rounds=20, warmup=0, seed=seed)
+        interleave(
+            {name: lambda name=name: calls.append(name) for name in "abcd"}, rounds=20, warmup=0, settle=0, seed=seed
+        )
         return calls
 
     assert order(1) == order(1)
@@ -27,8 +29,15 @@ def test_order_changes_between_rounds_and_repeats_with_the_seed():
     assert len({tuple(order(1)[i : i + 4]) for i in range(0, 80, 4)}) > 1
 
 
+def test_functions_settle_before_they_are_timed():
+    calls = []
+    interleave({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=3, warmup=0, settle=2)
+    turns = [calls[i : i + 3] for i in range(0, len(calls), 3)]
+    assert len(turns) == 6 and all(len(set(turn)) == 1 for turn in turns)
+
+
 def test_seconds_are_those_of_the_function():
-    measured = interleave({"slow": lambda: time.sleep(0.02), "fast": lambda: None}, rounds=5, warmup=0)
+    measured = interleave({"slow": lambda: time.sleep(0.02), "fast": lambda: None}, rounds=5, warmup=0, settle=0)
     assert list(measured) == ["slow", "fast"]
     assert min(measured["slow"].seconds) >= 0.02
     assert measured["fast"].median < 0.02
