@@ -2,7 +2,7 @@
 """Kernels that execute heterogeneously pruned transformer sublayers. Tensors in, tensors out; knows no model."""
 
 from .dispatch import Support, backends, can_run, use_backend
-from .ops import attention_sublayer, mlp_sublayer, packed_linear, ragged_attention
+from .ops import attention_sublayer, mlp_sublayer, packed_linear, ragged_attention, sublayer_chain
 from .reference import ACTIVATIONS
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "mlp_sublayer",
     "packed_linear",
     "ragged_attention",
+    "sublayer_chain",
     "use_backend",
 ]

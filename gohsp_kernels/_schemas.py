@@ -2,8 +2,8 @@
 """Schemas of all torch operators, in one place, each with the function that computes its result's shape.
 
 Two layers. The *public* operators take compact parameters and mean the same on every backend: they are what
-``torch.compile`` and ``torch.export`` see. The *native* operators (``cpu_*``) take packed weights, belong to the compiled
-library and have no meaning without it; public calls reach them.
+``torch.compile`` and ``torch.export`` see. The *native* operators (``cpu_*``) take packed weights, belong to the
+compiled library and have no meaning without it; public calls reach them.
 """
 
 from __future__ import annotations
@@ -47,14 +47,7 @@ NATIVE = {
     "cpu_attention": (
         "(Tensor qkv, Tensor widths, Tensor? qk_norm, float scale, float eps, int v_total, int num_queries) -> Tensor"
     ),
-    "cpu_attention_sublayer": (
-        "(Tensor x, Tensor qkv_panels, Tensor proj_panels, Tensor? in_cols, Tensor? out_cols, Tensor widths, "
-        "Tensor? qk_norm, float scale, float eps, float qk_eps, int num_queries) -> Tensor"
-    ),
-    "cpu_mlp_sublayer": (
-        "(Tensor x, Tensor fc1_panels, Tensor fc2_panels, Tensor? in_cols, Tensor? out_cols, int hidden, "
-        "int activation, float eps) -> Tensor"
-    ),
+    "cpu_sublayers": ("(Tensor x, Tensor[] panels, Tensor[] layouts, float[] constants, int num_queries) -> Tensor"),
 }
 
 SCHEMAS = {**PUBLIC, **NATIVE}
@@ -84,12 +77,12 @@ def _ragged_attention(qkv: Tensor, *rest: object) -> Tensor:
     return qkv.new_empty(qkv.shape[0], num_queries, sum(v_widths))
 
 
-@_fake("attention_sublayer", "cpu_attention_sublayer")
+@_fake("attention_sublayer", "cpu_sublayers")
 def _attention_sublayer(x: Tensor, *rest: object) -> Tensor:
     return x.new_empty(x.shape[0], rest[-1], x.shape[2])
 
 
-@_fake("mlp_sublayer", "cpu_mlp_sublayer")
+@_fake("mlp_sublayer")
 def _mlp_sublayer(x: Tensor, *rest: object) -> Tensor:
     return x.new_empty(x.shape)
 

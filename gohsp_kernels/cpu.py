@@ -5,16 +5,16 @@ Packing happens on first use and again when a parameter has changed. Packed weig
 parameters, never in a module: they are not saved, not copied, and go when the parameters go.
 
 Exact algebra used here (LayerNorm statistics apart, every step is linear, so it is done once, in float64):
-the affine part of LayerNorm folds into the next matrix; the softmax scale folds into q; the k bias adds the same number
-to every score of a query and cancels in the softmax; the v bias passes through the softmax, whose rows sum to 1, and
-folds into the bias of proj; layer scale folds into proj and fc2. With qk-norm q and k are renormalised after their bias,
-so there the k bias and the q scale stay where they are.
+the affine part of LayerNorm folds into the next matrix; the softmax scale folds into q; the k bias adds the same
+number to every score of a query and cancels in the softmax; the v bias passes through the softmax, whose rows sum to 1,
+and folds into the bias of proj; layer scale folds into proj and fc2. With qk-norm q and k are renormalised after their
+bias, so there the k bias and the q scale stay where they are.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ from ._cache import PackedCache
 
 ACTIVATION_IDS = {"identity": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4, "quick_gelu": 5}
 """Numbers of the activations; the same as in csrc/cpu/kernels.h."""
+
+_ATTENTION, _MLP = 0, 1  # kinds of sublayer in a layout
 
 
 def capability() -> str:
@@ -95,51 +97,18 @@ class PackedLinear:
 
 
 @dataclass(frozen=True)
-class PackedAttention:
-    """An attention sublayer ready for the CPU kernel."""
+class PackedSublayer:
+    """An attention or MLP sublayer ready for the CPU kernel.
 
-    qkv_panels: Tensor
-    proj_panels: Tensor
-    in_cols: Tensor | None
-    out_cols: Tensor | None
-    widths: Tensor
-    qk_norm: Tensor | None
-    scale: float
-    eps: float
-    qk_eps: float
+    Attributes:
+        panels: float32, its packed matrices one behind the other, then the affine parts of the q and k norms.
+        layout: int64, kind and sizes, then widths and kept columns; csrc/torch/cpu_ops.cpp reads it in this order.
+        constants: eps, eps of the q and k norms, softmax scale.
+    """
 
-    def __call__(self, x: Tensor, num_queries: int) -> Tensor:
-        return torch.ops.gohsp_kernels.cpu_attention_sublayer(
-            x,
-            self.qkv_panels,
-            self.proj_panels,
-            self.in_cols,
-            self.out_cols,
-            self.widths,
-            self.qk_norm,
-            self.scale,
-            self.eps,
-            self.qk_eps,
-            num_queries,
-        )
-
-
-@dataclass(frozen=True)
-class PackedMlp:
-    """An MLP sublayer ready for the CPU kernel."""
-
-    fc1_panels: Tensor
-    fc2_panels: Tensor
-    in_cols: Tensor | None
-    out_cols: Tensor | None
-    hidden: int
-    activation: int
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.gohsp_kernels.cpu_mlp_sublayer(
-            x, self.fc1_panels, self.fc2_panels, self.in_cols, self.out_cols, self.hidden, self.activation, self.eps
-        )
+    panels: Tensor
+    layout: Tensor
+    constants: tuple[float, float, float]
 
 
 def _qk_norm_table(
@@ -151,6 +120,11 @@ def _qk_norm_table(
     rows = [q_weight, torch.zeros_like(q_weight) if q_bias is None else q_bias]
     rows += [k_weight, torch.zeros_like(k_weight) if k_bias is None else k_bias]
     return torch.stack([row.detach() for row in rows]).to(torch.float32)
+
+
+def _columns(cols: Tensor | None) -> list[int]:
+    """Kept columns behind their number, or -1 for all."""
+    return [-1] if cols is None else [len(cols), *cols.tolist()]
 
 
 def _widths(qk_widths: Sequence[int], v_widths: Sequence[int]) -> Tensor:
@@ -176,7 +150,7 @@ def pack_attention(
     scale: float,
     eps: float,
     qk_eps: float,
-) -> PackedAttention:
+) -> PackedSublayer:
     """Fold the constants of an attention sublayer and pack its two matrices. Arguments as attention_sublayer."""
     n_qk = sum(qk_widths)
     qkv, constant = _fold_norm(qkv_weight, qkv_bias, norm_weight, norm_bias, in_cols)
@@ -184,27 +158,23 @@ def pack_attention(
     v_constant = constant[2 * n_qk :].clone()
     constant[2 * n_qk :] = 0
     proj_constant = proj @ v_constant if proj_constant is None else proj_constant + proj @ v_constant
-    qk_norm = _qk_norm_table(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias)
+    qk_norm = _qk_norm_table(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias) if qk_widths else None
     if qk_norm is None:
         qkv[:n_qk] *= scale
         constant[:n_qk] *= scale
         constant[n_qk : 2 * n_qk] = 0
     proj, proj_constant = _fold_layer_scale(proj, proj_constant, layer_scale)
-    parts = [
-        _panels(qkv[rows], constant[rows])
-        for rows in (slice(0, n_qk), slice(n_qk, 2 * n_qk), slice(2 * n_qk, None))
-    ]
-    return PackedAttention(
-        torch.cat(parts),
-        _panels(proj, proj_constant),
-        in_cols,
-        out_cols,
-        _widths(qk_widths, v_widths),
-        qk_norm,
-        1.0 if qk_norm is None else scale,
-        eps,
-        qk_eps,
-    )
+    panels = [_panels(qkv[rows], constant[rows]) for rows in _qkv_rows(n_qk)] + [_panels(proj, proj_constant)]
+    if qk_norm is not None:
+        panels.append(qk_norm.flatten())
+    layout = [_ATTENTION, len(qk_widths), int(qk_norm is not None), *_columns(in_cols), *_columns(out_cols)]
+    constants = (eps, qk_eps, 1.0 if qk_norm is None else scale)
+    return PackedSublayer(torch.cat(panels), torch.tensor([*layout, *qk_widths, *v_widths]), constants)
+
+
+def _qkv_rows(n_qk: int) -> tuple[slice, slice, slice]:
+    """Rows of q, k and v in a qkv matrix."""
+    return slice(0, n_qk), slice(n_qk, 2 * n_qk), slice(2 * n_qk, None)
 
 
 def pack_mlp(
@@ -219,21 +189,15 @@ def pack_mlp(
     out_cols: Tensor | None,
     activation: str,
     eps: float,
-) -> PackedMlp:
+) -> PackedSublayer:
     """Fold the constants of an MLP sublayer and pack its two matrices. Arguments as mlp_sublayer."""
     fc1, fc1_constant = _fold_norm(fc1_weight, fc1_bias, norm_weight, norm_bias, in_cols)
     fc2, fc2_constant = _fold_layer_scale(
         _double(fc2_weight), None if fc2_bias is None else _double(fc2_bias), layer_scale
     )
-    return PackedMlp(
-        _panels(fc1, fc1_constant),
-        _panels(fc2, fc2_constant),
-        in_cols,
-        out_cols,
-        fc1.shape[0],
-        ACTIVATION_IDS[activation],
-        eps,
-    )
+    layout = [_MLP, fc1.shape[0], ACTIVATION_IDS[activation], *_columns(in_cols), *_columns(out_cols)]
+    panels = torch.cat([_panels(fc1, fc1_constant), _panels(fc2, fc2_constant)])
+    return PackedSublayer(panels, torch.tensor(layout), (eps, 0.0, 1.0))
 
 
 def packed_linear(
@@ -270,14 +234,64 @@ def ragged_attention(
     )
 
 
+def _run(x: Tensor, sublayers: Sequence[PackedSublayer], num_queries: int) -> Tensor:
+    return torch.ops.gohsp_kernels.cpu_sublayers(
+        x,
+        [s.panels for s in sublayers],
+        [s.layout for s in sublayers],
+        [c for s in sublayers for c in s.constants],
+        num_queries,
+    )
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """A sublayer of a chain before it is packed.
+
+    Attributes:
+        name: "attention_sublayer" or "mlp_sublayer".
+        tensors: the tensor arguments of that operator but for x, in the order of its schema.
+        constants: its other arguments in that order, but for num_queries.
+        check: raises for arguments that do not fit together; called before they are packed.
+    """
+
+    name: str
+    tensors: Sequence[Any]
+    constants: tuple[Any, ...]
+    check: Callable[[], None]
+
+    def packed(self) -> PackedSublayer:
+        """The packed form, from the cache or made now."""
+
+        def pack() -> PackedSublayer:
+            self.check()
+            return _PACK[self.name](*self.tensors, *self.constants)
+
+        # The key is qkv_weight or fc1_weight: of all the tensors the one that is never None.
+        return _cache.get(self.tensors[2], self.tensors, self.constants, pack)
+
+
+_PACK: dict[str, Callable[..., PackedSublayer]] = {"attention_sublayer": pack_attention, "mlp_sublayer": pack_mlp}
+
+
+def _already_checked() -> None:
+    """The public operators check their arguments before they come here."""
+
+
 def attention_sublayer(x: Tensor, *arguments: Any) -> Tensor:
     """Arguments in the order of the schema: 13 tensors, then qk_widths, v_widths, scale, eps, qk_eps, num_queries."""
-    tensors, constants, num_queries = arguments[:13], arguments[13:18], arguments[18]
-    packed = _cache.get(tensors[2], tensors, constants, lambda: pack_attention(*arguments[:18]))
-    return packed(x, num_queries)
+    sublayer = Sublayer("attention_sublayer", arguments[:13], arguments[13:18], _already_checked)
+    return _run(x, [sublayer.packed()], arguments[18])
 
 
 def mlp_sublayer(x: Tensor, *arguments: Any) -> Tensor:
     """Arguments in the order of the schema: 9 tensors, then activation and eps."""
-    tensors, constants = arguments[:9], arguments[9:]
-    return _cache.get(tensors[2], tensors, constants, lambda: pack_mlp(*arguments))(x)
+    sublayer = Sublayer("mlp_sublayer", arguments[:9], arguments[9:], _already_checked)
+    # Rows are independent here, so the whole batch is one image of many tokens.
+    rows = x.reshape(1, -1, x.shape[-1]) if x.numel() else x.new_empty(1, 0, x.shape[-1])
+    return _run(rows, [sublayer.packed()], rows.shape[1]).view(x.shape)
+
+
+def sublayer_chain(x: Tensor, sublayers: Sequence[Sublayer], num_queries: int) -> Tensor:
+    """All sublayers in one native call."""
+    return _run(x, [sublayer.packed() for sublayer in sublayers], num_queries)

@@ -32,9 +32,7 @@ const int64_t* indices(const Tensor& t, const char* name) {
 }
 
 // Kernels trust the column lists, so their order and range are checked here, in time proportional to their length.
-Columns columns(const std::optional<Tensor>& t, int64_t features, const char* name) {
-  if (!t.has_value()) return {features, nullptr, true};
-  const Columns c{t->numel(), indices(*t, name), false};
+Columns checked(const Columns& c, int64_t features, const char* name) {
   for (int64_t i = 0; i < c.count; ++i) {
     const int64_t lowest = i == 0 ? 0 : c.kept[i - 1] + 1;
     STD_TORCH_CHECK(c.kept[i] >= lowest && c.kept[i] < features, name, ": wanted ascending columns in [0, ", features,
@@ -43,11 +41,9 @@ Columns columns(const std::optional<Tensor>& t, int64_t features, const char* na
   return c;
 }
 
-Matrix matrix(const Tensor& panels, int64_t first, int64_t n, int64_t k, const char* name) {
-  const int64_t size = gohsp::kernels().packed_size(n, k);
-  STD_TORCH_CHECK(first + size <= panels.numel(), name, ": wanted packed weights of ", n, " outputs and ", k,
-                  " inputs; got ", panels.numel(), " floats");
-  return {floats(panels, name) + first, n, k};
+Columns columns(const std::optional<Tensor>& t, int64_t features, const char* name) {
+  if (!t.has_value()) return {features, nullptr, true};
+  return checked({t->numel(), indices(*t, name), false}, features, name);
 }
 
 void run_in_torch_pool(int64_t workers, void (*body)(void*, int64_t), void* context) {
@@ -63,24 +59,18 @@ gohsp::Activation activation_of(int64_t id) {
   return static_cast<gohsp::Activation>(id);
 }
 
-struct Widths {
-  gohsp::Heads heads;
-  int64_t qk_total = 0, v_total = 0;
+struct Totals {
+  int64_t qk = 0, v = 0;
 };
 
-Widths widths_of(const Tensor& widths, const std::optional<Tensor>& qk_norm, double scale, double qk_eps) {
-  STD_TORCH_CHECK(widths.dim() == 2 && widths.size(0) == 2, "widths: wanted shape [2, heads]");
-  const int64_t count = widths.size(1);
-  const int64_t* w = indices(widths, "widths");
-  const float* norm = qk_norm.has_value() ? floats(*qk_norm, "qk_norm") : nullptr;
-  Widths result{{count, w, w + count, norm, static_cast<float>(qk_eps), static_cast<float>(scale)}};
-  for (int64_t h = 0; h < count; ++h) {
-    STD_TORCH_CHECK(w[h] >= 0 && w[count + h] >= 0, "widths: wanted no negative width");
-    STD_TORCH_CHECK(norm == nullptr || qk_norm->numel() == 4 * w[h], "qk_norm: wanted shape [4, ", w[h], "]");
-    result.qk_total += w[h];
-    result.v_total += w[count + h];
+Totals totals_of(const gohsp::Heads& heads) {
+  Totals totals;
+  for (int64_t h = 0; h < heads.count; ++h) {
+    STD_TORCH_CHECK(heads.qk_widths[h] >= 0 && heads.v_widths[h] >= 0, "widths: wanted no negative width");
+    totals.qk += heads.qk_widths[h];
+    totals.v += heads.v_widths[h];
   }
-  return result;
+  return totals;
 }
 
 Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape) {
@@ -109,69 +99,158 @@ Tensor cpu_linear(Tensor x, Tensor panels, std::optional<Tensor> in_cols, std::o
   const int64_t features = x.size(x.dim() - 1);
   const Columns in = columns(in_cols, features, "in_cols"), out = columns(out_cols, out_features, "out_cols");
   STD_TORCH_CHECK(out.count == kept_outputs, "out_cols: wanted ", kept_outputs, " columns; got ", out.count);
+  const Matrix weight{floats(panels, "panels"), kept_outputs, in.count};
+  STD_TORCH_CHECK(gohsp::kernels().packed_size(weight.n, weight.k) == panels.numel(), "panels: wanted the weights of ",
+                  weight.n, " outputs and ", weight.k, " inputs");
   std::vector<int64_t> shape = shape_of(x);
   int64_t rows = 1;
   for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
   shape.back() = out_features;
   Tensor y = new_tensor(x, shape);
-  gohsp::kernels().linear(matrix(panels, 0, kept_outputs, in.count, "panels"), in, out, activation_of(activation),
-                          floats(x, "x"), rows, features, data(y), out_features, pool());
+  gohsp::kernels().linear(weight, in, out, activation_of(activation), floats(x, "x"), rows, features, data(y),
+                          out_features, pool());
   return y;
 }
 
 Tensor cpu_attention(Tensor qkv, Tensor widths, std::optional<Tensor> qk_norm, double scale, double eps,
                      int64_t v_total, int64_t num_queries) {
   qkv = torch::stable::contiguous(qkv);
-  const Widths w = widths_of(widths, qk_norm, scale, eps);
-  STD_TORCH_CHECK(qkv.dim() == 3 && qkv.size(2) == 2 * w.qk_total + w.v_total && v_total == w.v_total,
-                  "qkv: wanted [batch, tokens, ", 2 * w.qk_total + w.v_total, "]");
+  STD_TORCH_CHECK(widths.dim() == 2 && widths.size(0) == 2, "widths: wanted shape [2, heads]");
+  const int64_t count = widths.size(1);
+  const int64_t* w = indices(widths, "widths");
+  gohsp::Heads heads{count, w, w + count, nullptr, static_cast<float>(eps), static_cast<float>(scale)};
+  if (qk_norm.has_value()) {
+    heads.qk_norm = floats(*qk_norm, "qk_norm");
+    for (int64_t h = 0; h < count; ++h)
+      STD_TORCH_CHECK(qk_norm->numel() == 4 * w[h], "qk_norm: wanted shape [4, ", w[h], "]");
+  }
+  const Totals totals = totals_of(heads);
+  STD_TORCH_CHECK(qkv.dim() == 3 && qkv.size(2) == 2 * totals.qk + totals.v && v_total == totals.v,
+                  "qkv: wanted [batch, tokens, ", 2 * totals.qk + totals.v, "]");
   const gohsp::Shape shape{qkv.size(0), qkv.size(1), qkv.size(2), num_queries};
   STD_TORCH_CHECK(num_queries >= 0 && num_queries <= shape.tokens, "num_queries: wanted 0 to ", shape.tokens);
-  Tensor y = new_tensor(qkv, {shape.batch, num_queries, w.v_total});
-  gohsp::kernels().attention(w.heads, floats(qkv, "qkv"), shape, data(y), pool());
+  Tensor y = new_tensor(qkv, {shape.batch, num_queries, totals.v});
+  gohsp::kernels().attention(heads, floats(qkv, "qkv"), shape, data(y), pool());
   return y;
 }
 
-Tensor cpu_attention_sublayer(Tensor x, Tensor qkv_panels, Tensor proj_panels, std::optional<Tensor> in_cols,
-                              std::optional<Tensor> out_cols, Tensor widths, std::optional<Tensor> qk_norm,
-                              double scale, double eps, double qk_eps, int64_t num_queries) {
+// Reads the layout of one packed sublayer, number by number, as gohsp_kernels/cpu.py wrote it.
+class Layout {
+ public:
+  explicit Layout(const Tensor& t) : next_(indices(t, "layouts")), end_(next_ + t.numel()) {}
+
+  int64_t number() { return *take(1); }
+
+  const int64_t* take(int64_t count) {
+    STD_TORCH_CHECK(count >= 0 && count <= end_ - next_, "layouts: too short");
+    const int64_t* place = next_;
+    next_ += count;
+    return place;
+  }
+
+  bool empty() const { return next_ == end_; }
+
+  // A count, or -1 for all columns, is followed by that many columns.
+  Columns columns(int64_t features) {
+    const int64_t count = number();
+    return count < 0 ? Columns{features, nullptr, true} : checked({count, take(count), false}, features, "layouts");
+  }
+
+ private:
+  const int64_t* next_;
+  const int64_t* end_;
+};
+
+// Hands out the packed matrices of one sublayer, which stand one behind the other.
+class Panels {
+ public:
+  explicit Panels(const Tensor& t) : next_(floats(t, "panels")), end_(next_ + t.numel()) {}
+
+  Matrix matrix(int64_t n, int64_t k) { return {take(gohsp::kernels().packed_size(n, k)), n, k}; }
+
+  bool empty() const { return next_ == end_; }
+
+  const float* take(int64_t count) {
+    STD_TORCH_CHECK(count >= 0 && count <= end_ - next_, "panels: too short");
+    const float* place = next_;
+    next_ += count;
+    return place;
+  }
+
+ private:
+  const float* next_;
+  const float* end_;
+};
+
+enum Kind : int64_t { kAttention, kMlp };
+
+// Order of the numbers: heads, whether q and k are normalised, columns in, columns out, QK widths, V widths.
+gohsp::Attention read_attention(Layout& layout, Panels& panels, const double* constants, int64_t features) {
+  gohsp::Attention a{};
+  const int64_t count = layout.number();
+  const bool normalised = layout.number() != 0;
+  a.in = layout.columns(features);
+  a.out = layout.columns(features);
+  a.heads = {count, layout.take(count), layout.take(count), nullptr, static_cast<float>(constants[1]),
+             static_cast<float>(constants[2])};
+  const Totals totals = totals_of(a.heads);
+  a.q = panels.matrix(totals.qk, a.in.count);
+  a.k = panels.matrix(totals.qk, a.in.count);
+  a.v = panels.matrix(totals.v, a.in.count);
+  a.proj = panels.matrix(a.out.count, totals.v);
+  if (normalised) a.heads.qk_norm = panels.take(count > 0 ? 4 * a.heads.qk_widths[0] : 0);
+  a.eps = static_cast<float>(constants[0]);
+  return a;
+}
+
+// Order of the numbers: hidden neurons, activation, columns in, columns out.
+gohsp::Mlp read_mlp(Layout& layout, Panels& panels, const double* constants, int64_t features) {
+  gohsp::Mlp m{};
+  const int64_t hidden = layout.number();
+  m.activation = activation_of(layout.number());
+  m.in = layout.columns(features);
+  m.out = layout.columns(features);
+  m.fc1 = panels.matrix(hidden, m.in.count);
+  m.fc2 = panels.matrix(m.out.count, hidden);
+  m.eps = static_cast<float>(constants[0]);
+  return m;
+}
+
+constexpr size_t kConstants = 3;  // of each sublayer: eps, eps of the q and k norms, softmax scale
+
+Tensor cpu_sublayers(Tensor x, std::vector<Tensor> panels, std::vector<Tensor> layouts, std::vector<double> constants,
+                     int64_t num_queries) {
   x = torch::stable::contiguous(x);
   STD_TORCH_CHECK(x.dim() == 3, "x: wanted 3 dimensions; got ", x.dim());
   const gohsp::Shape shape{x.size(0), x.size(1), x.size(2), num_queries};
   STD_TORCH_CHECK(num_queries >= 0 && num_queries <= shape.tokens, "num_queries: wanted 0 to ", shape.tokens);
-  const Widths w = widths_of(widths, qk_norm, scale, qk_eps);
-  gohsp::Attention a{};
-  a.in = columns(in_cols, shape.features, "in_cols");
-  a.out = columns(out_cols, shape.features, "out_cols");
-  const int64_t qk_size = gohsp::kernels().packed_size(w.qk_total, a.in.count);
-  a.q = matrix(qkv_panels, 0, w.qk_total, a.in.count, "qkv_panels");
-  a.k = matrix(qkv_panels, qk_size, w.qk_total, a.in.count, "qkv_panels");
-  a.v = matrix(qkv_panels, 2 * qk_size, w.v_total, a.in.count, "qkv_panels");
-  a.proj = matrix(proj_panels, 0, a.out.count, w.v_total, "proj_panels");
-  a.heads = w.heads;
-  a.eps = static_cast<float>(eps);
+  const size_t count = panels.size();
+  STD_TORCH_CHECK(count > 0 && layouts.size() == count && constants.size() == kConstants * count,
+                  "panels, layouts, constants: wanted the same number of sublayers, at least one");
+  // Reserved, so that the sublayers' pointers into them stay true.
+  std::vector<gohsp::Attention> attentions;
+  std::vector<gohsp::Mlp> mlps;
+  std::vector<gohsp::Sublayer> layers;
+  attentions.reserve(count);
+  mlps.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    Layout layout(layouts[i]);
+    Panels matrices(panels[i]);
+    const int64_t kind = layout.number();
+    STD_TORCH_CHECK(kind == kAttention || kind == kMlp, "layouts: unknown kind of sublayer ", kind);
+    const double* own = constants.data() + kConstants * i;
+    if (kind == kAttention) {
+      attentions.push_back(read_attention(layout, matrices, own, shape.features));
+      layers.push_back({&attentions.back(), nullptr});
+    } else {
+      mlps.push_back(read_mlp(layout, matrices, own, shape.features));
+      layers.push_back({nullptr, &mlps.back()});
+    }
+    STD_TORCH_CHECK(layout.empty() && matrices.empty(), "x: wanted the number of features that sublayer ", i,
+                    " was packed for; got ", shape.features);
+  }
   Tensor y = new_tensor(x, {shape.batch, num_queries, shape.features});
-  const gohsp::Sublayer layer{&a, nullptr};
-  gohsp::kernels().sublayers(&layer, 1, floats(x, "x"), data(y), shape, pool());
-  return y;
-}
-
-Tensor cpu_mlp_sublayer(Tensor x, Tensor fc1_panels, Tensor fc2_panels, std::optional<Tensor> in_cols,
-                        std::optional<Tensor> out_cols, int64_t hidden, int64_t activation, double eps) {
-  x = torch::stable::contiguous(x);
-  const int64_t features = x.size(x.dim() - 1);
-  const int64_t rows = features == 0 ? 0 : x.numel() / features;
-  gohsp::Mlp m{};
-  m.in = columns(in_cols, features, "in_cols");
-  m.out = columns(out_cols, features, "out_cols");
-  m.fc1 = matrix(fc1_panels, 0, hidden, m.in.count, "fc1_panels");
-  m.fc2 = matrix(fc2_panels, 0, m.out.count, hidden, "fc2_panels");
-  m.activation = activation_of(activation);
-  m.eps = static_cast<float>(eps);
-  Tensor y = new_tensor(x, shape_of(x));
-  const gohsp::Sublayer layer{nullptr, &m};
-  // Rows are independent here, so the whole batch is one image of many tokens.
-  gohsp::kernels().sublayers(&layer, 1, floats(x, "x"), data(y), {1, rows, features, rows}, pool());
+  gohsp::kernels().sublayers(layers.data(), static_cast<int64_t>(count), floats(x, "x"), data(y), shape, pool());
   return y;
 }
 
@@ -181,8 +260,7 @@ STABLE_TORCH_LIBRARY_IMPL(gohsp_kernels, CPU, m) {
   m.impl("cpu_pack", TORCH_BOX(&cpu_pack));
   m.impl("cpu_linear", TORCH_BOX(&cpu_linear));
   m.impl("cpu_attention", TORCH_BOX(&cpu_attention));
-  m.impl("cpu_attention_sublayer", TORCH_BOX(&cpu_attention_sublayer));
-  m.impl("cpu_mlp_sublayer", TORCH_BOX(&cpu_mlp_sublayer));
+  m.impl("cpu_sublayers", TORCH_BOX(&cpu_sublayers));
 }
 
 extern "C" __attribute__((visibility("default"))) const char* gohsp_cpu_capability() { return gohsp::kernels().name; }

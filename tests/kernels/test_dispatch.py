@@ -127,7 +127,7 @@ WRONG = {
     "activation: wanted one of identity, gelu": changed(LINEAR, activation="tanh"),
     "weight: wanted shape [20, 17]; got shape [20, 16]": changed(LINEAR, 1, torch.zeros(20, 16)),
     "bias: wanted shape [20]; got shape [19]": changed(LINEAR, 2, torch.zeros(19)),
-    "in_cols: wanted a 1-D int64 tensor; got 1-D torch.int32": changed(LINEAR, in_cols=torch.zeros(17, dtype=torch.int32)),
+    "in_cols: wanted a 1-D int64 tensor; got 1-D torch.int32": changed(LINEAR, in_cols=torch.zeros(17).int()),
     "qkv: wanted 3 dimensions": changed(ATTENTION, 0, torch.zeros(9, 53)),
     "qkv: wanted shape [2, 9, 53]; got shape [2, 9, 52]": changed(ATTENTION, 0, torch.zeros(2, 9, 52)),
     "v_widths: wanted 3 heads, as in qk_widths; got 2": changed(ATTENTION, 2, [8, 19]),

@@ -38,26 +38,21 @@ def flat(call: Call) -> tuple[Any, ...]:
 def native_samples() -> dict[str, tuple[Any, ...]]:
     """Arguments of one call of each native operator."""
     maker, calls = Maker(1), samples()
+    maker, calls = Maker(1), samples()
     linear, attention, mlp = (flat(calls[n]) for n in ("packed_linear", "attention_sublayer", "mlp_sublayer"))
-    packed_attention, packed_mlp = cpu.pack_attention(*attention[1:19]), cpu.pack_mlp(*mlp[1:])
     weight, bias = maker.weight(20, 17), maker.normal(20)
+    chain = (cpu.pack_attention(*attention[1:19]), cpu.pack_mlp(*mlp[1:]))
     return {
         "cpu_pack": (weight, bias),
         "cpu_linear": (linear[0], torch.ops.gohsp_kernels.cpu_pack(weight, bias), *linear[3:5], 20, 32, 1),
         "cpu_attention": (maker.normal(2, 9, 26 + 27), torch.tensor([[8, 0, 5], [8, 3, 16]]), None, 0.2, 1e-6, 27, 9),
-        "cpu_attention_sublayer": (
+        "cpu_sublayers": (
             attention[0],
-            packed_attention.qkv_panels,
-            packed_attention.proj_panels,
-            *attention[8:10],
-            packed_attention.widths,
-            None,
-            1.0,
-            1e-6,
-            1e-6,
-            9,
+            [s.panels for s in chain],
+            [s.layout for s in chain],
+            [c for s in chain for c in s.constants],
+            5,
         ),
-        "cpu_mlp_sublayer": (mlp[0], packed_mlp.fc1_panels, packed_mlp.fc2_panels, *mlp[8:10], 40, 1, 1e-6),
     }
 
 

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""sublayer_chain is its sublayers one after another, on every backend."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import gohsp_kernels as gk
+from gohsp_kernels import _native
+
+from .cases import OPERATORS, Call, Maker, kept, relative_error
+
+needs_native = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
+FEATURES = 40
+NAMES = {
+    "attention_sublayer": ("norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias"),
+    "mlp_sublayer": ("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"),
+}
+
+
+def bound(call: Call) -> partial[Tensor]:
+    """The call as a member of a chain: all but x bound by keyword."""
+    return partial(
+        OPERATORS[call.operator], **dict(zip(NAMES[call.operator], call.args[1:], strict=True)), **call.kwargs
+    )
+
+
+def one_by_one(x: Tensor, calls: list[Call]) -> Tensor:
+    for call in calls:
+        x = Call(call.operator, (x, *call.args[1:]), call.kwargs).to(torch.float64).run("reference")
+    return x
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> list[Call]:
+    """Up to six sublayers in any order, heterogeneous."""
+    maker, calls = Maker(draw(st.integers(0, 2**31))), []
+    for kind in draw(st.lists(st.sampled_from("am"), min_size=1, max_size=6)):
+        columns = draw(kept(FEATURES)), draw(kept(FEATURES))
+        if kind == "a":
+            heads = draw(st.integers(0, 3))
+            qk, v = ([draw(st.sampled_from([0, 3, 8, 17])) for _ in range(heads)] for _ in "qv")
+            calls.append(maker.attention_sublayer(0, 0, FEATURES, qk, v, *columns))
+        else:
+            calls.append(maker.mlp_sublayer((0,), FEATURES, draw(st.sampled_from([0, 5, 48])), *columns))
+    return calls
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(calls=chains(), batch=st.sampled_from([0, 1, 2, 5, 9]), tokens=st.sampled_from([1, 7, 30]), data=st.data())
+def test_random_chains(calls: list[Call], batch: int, tokens: int, data: st.DataObject) -> None:
+    queries = data.draw(st.sampled_from([tokens, 1, 0]))
+    x = Maker(batch).normal(batch, tokens, FEATURES)
+    result = gk.sublayer_chain(x, list(map(bound, calls)), num_queries=queries, backend="cpu")
+    assert relative_error(result, one_by_one(x.double(), calls)[:, :queries]) < 2e-6
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
+def test_chain_of_a_small_transformer(backend: str) -> None:
+    maker = Maker(1)
+    calls = [
+        maker.attention_sublayer(0, 0, FEATURES, [8, 8], [8, 8], 30, 31),
+        maker.mlp_sublayer((0,), FEATURES, 50, 29, 33),
+        maker.attention_sublayer(0, 0, FEATURES, [5, 11, 3], [8, 2, 7]),
+        maker.mlp_sublayer((0,), FEATURES, 64),
+    ]
+    x = maker.normal(3, 20, FEATURES)
+    for queries in (None, 2):
+        result = gk.sublayer_chain(x, list(map(bound, calls)), num_queries=queries, backend=backend)
+        assert relative_error(result, one_by_one(x.double(), calls)[:, :queries]) < 2e-6
+
+
+def test_empty_chain_gives_its_input() -> None:
+    x = torch.randn(2, 5, 8)
+    assert torch.equal(gk.sublayer_chain(x, [], num_queries=3), x[:, :3])
+
+
+def test_chain_is_differentiable() -> None:
+    maker = Maker(2)
+    x = maker.normal(2, 5, FEATURES).requires_grad_()
+    gk.sublayer_chain(x, [bound(maker.mlp_sublayer((0,), FEATURES, 8))]).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+@needs_native
+def test_chain_follows_its_parameters_and_its_input() -> None:
+    maker = Maker(3)
+    calls = [maker.attention_sublayer(0, 0, FEATURES, [8], [8]), maker.mlp_sublayer((0,), FEATURES, 50)]
+    x = maker.normal(2, 5, FEATURES)
+    for call in calls:
+        gk.sublayer_chain(x, list(map(bound, calls)), backend="cpu")
+        call.args[3].mul_(2)
+        result = gk.sublayer_chain(x, list(map(bound, calls)), backend="cpu")
+        assert relative_error(result, one_by_one(x.double(), calls)) < 2e-6
+    with pytest.raises(RuntimeError, match="x: wanted the number of features that sublayer 0 was packed for; got 39"):
+        gk.sublayer_chain(x[..., :39], list(map(bound, calls)), backend="cpu")
+
+
+@needs_native
+def test_wrong_members_give_one_clear_error() -> None:
+    maker = Maker(4)
+    x = maker.normal(2, 5, FEATURES)
+    member = bound(maker.mlp_sublayer((0,), FEATURES, 8))
+    with pytest.raises(ValueError, match="sublayers: wanted partials of attention_sublayer or mlp_sublayer"):
+        gk.sublayer_chain(x, [partial(gk.packed_linear, weight=torch.ones(1, 1))])
+    with pytest.raises(ValueError, match=r"fc1_bias: wanted shape \[8\]; got shape \[7\]"):
+        gk.sublayer_chain(x, [partial(member, fc1_bias=torch.zeros(7))])
+    with pytest.raises(ValueError, match="num_queries: wanted 0 to 5"):
+        gk.sublayer_chain(x, [member], num_queries=6)
+    with pytest.raises(ValueError, match="x: wanted 3 dimensions"):
+        gk.sublayer_chain(x[0], [member])
