@@ -42,13 +42,13 @@ inline void attend_tile(const float* q, const HeadBuffers& from, const float* k_
                         int64_t ldo) {
   for (int64_t j = 0; j < tokens; j += N) {
     const int64_t vectors = min(NV, ceil_div(tokens - j, W));
-    kTiles.of[rows][vectors](q, from.ldq, k_t + j, from.ldk, kZeros, qk_width, scores + j, ld_scores);
+    kTiles.of[rows][vectors](q, from.ldq, k_t + j, from.ldk, kZeros, qk_width, scores + j, ld_scores, {k_t + j, 0});
   }
   float inverse[M];
   for (int64_t i = 0; i < rows; ++i) inverse[i] = softmax_row(scores + i * ld_scores, tokens);
   for (int64_t c = 0; c < v_width; c += N) {
     const int64_t vectors = min(NV, ceil_div(v_width - c, W));
-    kTiles.of[rows][vectors](scores, ld_scores, v + c, from.ldv, kZeros, tokens, out + c, ldo);
+    kTiles.of[rows][vectors](scores, ld_scores, v + c, from.ldv, kZeros, tokens, out + c, ldo, {v + c, 0});
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = c; j < c + vectors * W; j += W)
         store(out + i * ldo + j, load(out + i * ldo + j) * inverse[i]);

@@ -46,16 +46,24 @@ inline void pack(const float* weight, const float* bias, int64_t n, int64_t k, f
   }
 }
 
+// What to bring into the second-level cache while a tile is computed: `step` floats on for each of its k.
+struct Ahead {
+  const float* place;
+  int64_t step;
+};
+
 // c[0:Rows, 0:Vecs*W] = init + a[0:Rows, 0:k] b[0:k, 0:Vecs*W]
 template <int64_t Rows, int64_t Vecs>
 void tile(const float* a, int64_t lda, const float* b, int64_t ldb, const float* init, int64_t k, float* c,
-          int64_t ldc) {
+          int64_t ldc, Ahead ahead) {
   Vec acc[Rows][Vecs];
 #pragma GCC unroll 32
   for (int64_t i = 0; i < Rows; ++i)
 #pragma GCC unroll 32
     for (int64_t v = 0; v < Vecs; ++v) acc[i][v] = load(init + v * W);
+#pragma GCC unroll 4
   for (int64_t kk = 0; kk < k; ++kk, b += ldb) {
+    __builtin_prefetch(ahead.place + kk * ahead.step, 0, 2);
     Vec row[Vecs];
 #pragma GCC unroll 32
     for (int64_t v = 0; v < Vecs; ++v) row[v] = load(b + v * W);
@@ -72,7 +80,7 @@ void tile(const float* a, int64_t lda, const float* b, int64_t ldb, const float*
     for (int64_t v = 0; v < Vecs; ++v) store(c + i * ldc + v * W, acc[i][v]);
 }
 
-using Tile = void (*)(const float*, int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t);
+using Tile = void (*)(const float*, int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, Ahead);
 
 struct TileTable {
   Tile of[M + 1][NV + 1];
@@ -103,7 +111,9 @@ alignas(64) constexpr float kZeros[N] = {};
 inline int64_t part_begin(int64_t total, int64_t parts, int64_t i) { return total * i / parts; }
 
 // For each tile of a[0:rows, 0:k] W^T + b: calls emit(first row, rows, first column, columns, tile) with tile[i * N + j].
-// Panels outside, rows inside: a panel is read from memory once for the block and then comes from cache.
+// Panels outside, rows inside: a panel is read from memory once for the block and then comes from cache. Each tile
+// brings its share of the next panel nearer; the hardware would not, because it stops prefetching at every 4 KB page.
+// After the last panel that is whatever stands behind it: the next matrix of the same sublayer.
 template <class Emit>
 inline void multiply(const float* a, int64_t lda, int64_t rows, const Matrix& w, int64_t first_panel,
                      int64_t last_panel, const Emit& emit) {
@@ -114,7 +124,8 @@ inline void multiply(const float* a, int64_t lda, int64_t rows, const Matrix& w,
     const int64_t vectors = panel_vectors(w.n, p);
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t r0 = part_begin(rows, tiles, t), r1 = part_begin(rows, tiles, t + 1);
-      kTiles.of[r1 - r0][vectors](a + r0 * lda, lda, b + vectors * W, vectors * W, b, w.k, c, N);
+      const Ahead ahead = {b + vectors * W * (w.k + 1) + part_begin(w.k * N, tiles, t), ceil_div(N, tiles)};
+      kTiles.of[r1 - r0][vectors](a + r0 * lda, lda, b + vectors * W, vectors * W, b, w.k, c, N, ahead);
       emit(r0, r1 - r0, p * N, min(N, w.n - p * N), c);
     }
   }
