@@ -50,8 +50,7 @@ inline void attend_tile(const float* q, const HeadBuffers& from, const float* k_
     const int64_t vectors = min(NV, ceil_div(v_width - c, W));
     kTiles.of[rows][vectors](scores, ld_scores, v + c, from.ldv, kZeros, tokens, out + c, ldo, {v + c, 0});
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = c; j < c + vectors * W; j += W)
-        store(out + i * ldo + j, load(out + i * ldo + j) * inverse[i]);
+      for (int64_t j = c; j < c + vectors * W; j += W) store(out + i * ldo + j, load(out + i * ldo + j) * inverse[i]);
   }
 }
 

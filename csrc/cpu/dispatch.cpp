@@ -60,8 +60,10 @@ const KernelTable& pick() {
   }
   const KernelTable* table = kernels(wanted);
   if (table == nullptr)
-    throw std::runtime_error("GOHSP_CPU_CAPABILITY: wanted an instruction set that this build and this machine have "
-                             "(scalar, avx2, avx512 or neon); got '" + std::string(wanted) + "'");
+    throw std::runtime_error(
+        "GOHSP_CPU_CAPABILITY: wanted an instruction set that this build and this machine have "
+        "(scalar, avx2, avx512 or neon); got '" +
+        std::string(wanted) + "'");
   return *table;
 }
 

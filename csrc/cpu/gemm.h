@@ -54,8 +54,8 @@ struct Ahead {
 
 // c[0:Rows, 0:Vecs*W] = init + a[0:Rows, 0:k] b[0:k, 0:Vecs*W]
 template <int64_t Rows, int64_t Vecs>
-void tile(const float* a, int64_t lda, const float* b, int64_t ldb, const float* init, int64_t k, float* c,
-          int64_t ldc, Ahead ahead) {
+void tile(const float* a, int64_t lda, const float* b, int64_t ldb, const float* init, int64_t k, float* c, int64_t ldc,
+          Ahead ahead) {
   Vec acc[Rows][Vecs];
 #pragma GCC unroll 32
   for (int64_t i = 0; i < Rows; ++i)

@@ -54,8 +54,12 @@ inline void linear(const Matrix& weight, const Columns& gather, const Columns& s
   const int64_t blocks = ceil_div(rows, 8 * M), panels = panel_count(weight.n);
   const int64_t groups = scatters ? 1 : min(panels, ceil_div(4 * parallel.workers, blocks));
 
-  LinearBuffers buffers{parallel.workers, ceil_div(rows, blocks), gathers ? row_stride(gather.count) : 0,
-                        scatters ? row_stride(weight.n) : 0, features, out_features};
+  LinearBuffers buffers{parallel.workers,
+                        ceil_div(rows, blocks),
+                        gathers ? row_stride(gather.count) : 0,
+                        scatters ? row_stride(weight.n) : 0,
+                        features,
+                        out_features};
   place(buffers);
   if (gathers) plan_columns(gather, features, Direction::compress, buffers.gather);
   if (scatters) plan_columns(scatter, out_features, Direction::expand, buffers.scatter);
@@ -109,8 +113,12 @@ struct AttentionBuffers {
   }
 
   HeadBuffers of(int64_t image) const {
-    return {q + image * tokens * ld_qk, k_t + image * qk_total * ld_tokens, v + image * tokens * ld_v,
-            ld_qk, ld_tokens, ld_v};
+    return {q + image * tokens * ld_qk,
+            k_t + image * qk_total * ld_tokens,
+            v + image * tokens * ld_v,
+            ld_qk,
+            ld_tokens,
+            ld_v};
   }
 };
 

@@ -183,8 +183,8 @@ class Chain {
       wait_for(done - slots_ * segments_ + segments_ - 1, static_cast<int32_t>(last_blocks_));
     }
     const int64_t rows = segment == segments_ - 1 ? shape_.queries : shape_.tokens;
-    run_rows(segment, image, part_begin(rows, blocks_of(segment), block), part_begin(rows, blocks_of(segment), block + 1),
-             scratch);
+    run_rows(segment, image, part_begin(rows, blocks_of(segment), block),
+             part_begin(rows, blocks_of(segment), block + 1), scratch);
     __atomic_fetch_add(done + segment, 1, __ATOMIC_RELEASE);
   }
 
@@ -269,14 +269,14 @@ class Chain {
   int64_t segments_ = 0, blocks_ = 0, last_blocks_ = 0, max_rows_ = 0, slots_ = 0, max_qk_ = 0;
   int64_t ld_in_ = 0, ld_inner_ = 0, ld_packed_ = 0, ld_qk_ = 0, ld_v_ = 0, ld_tokens_ = 0;
 
-  int64_t* attentions_ = nullptr;     // [segments - 1] index of each attention in layers_
-  Plans* plans_ = nullptr;            // [count]
+  int64_t* attentions_ = nullptr;  // [segments - 1] index of each attention in layers_
+  Plans* plans_ = nullptr;         // [count]
   ColumnVector* plan_store_ = nullptr;
-  int32_t* done_ = nullptr;           // [batch, segments] blocks finished
-  HeadBuffers* buffers_ = nullptr;    // [slots, 2]
-  Scratch* scratch_ = nullptr;        // [workers]
-  float* state_ = nullptr;            // [batch, tokens, features] residual stream
-  alignas(64) int64_t next_ = 0;      // number of the next task; alone on its cache line
+  int32_t* done_ = nullptr;         // [batch, segments] blocks finished
+  HeadBuffers* buffers_ = nullptr;  // [slots, 2]
+  Scratch* scratch_ = nullptr;      // [workers]
+  float* state_ = nullptr;          // [batch, tokens, features] residual stream
+  alignas(64) int64_t next_ = 0;    // number of the next task; alone on its cache line
 };
 
 inline void sublayers(const Sublayer* layers, int64_t count, const float* x, float* y, const Shape& shape,

@@ -127,9 +127,7 @@ struct Block {
 
   static int64_t size(const Indices& i) { return static_cast<int64_t>(i.size()); }
   // All columns are given as "all" rather than as a list, so that both forms are run.
-  Columns columns(const Indices& kept) const {
-    return {size(kept), kept.data(), size(kept) == s.features};
-  }
+  Columns columns(const Indices& kept) const { return {size(kept), kept.data(), size(kept) == s.features}; }
 
   void truth(std::vector<double>& x) const {
     const std::vector<double> before = x;
@@ -191,8 +189,9 @@ void run_at_once(int64_t workers, void (*body)(void*, int64_t), void* context) {
 void test_chain(const gohsp::KernelTable& kernels, const Sizes& s, const std::string& what) {
   Random random{std::mt19937(7)};
   const Block first(kernels, random, s), second(kernels, random, s), third(kernels, random, s);
-  const gohsp::Sublayer layers[] = {{&first.attention, nullptr}, {nullptr, &first.mlp},  {&second.attention, nullptr},
-                                    {nullptr, &second.mlp},      {&third.attention, nullptr}, {nullptr, &third.mlp}};
+  const gohsp::Sublayer layers[] = {{&first.attention, nullptr},  {nullptr, &first.mlp},
+                                    {&second.attention, nullptr}, {nullptr, &second.mlp},
+                                    {&third.attention, nullptr},  {nullptr, &third.mlp}};
   const Floats x = random.normal(s.batch * s.tokens * s.features);
   std::vector<double> all(x.begin(), x.end()), truth;
   for (const Block* block : {&first, &second, &third}) block->truth(all);

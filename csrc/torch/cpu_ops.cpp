@@ -55,7 +55,8 @@ void run_in_torch_pool(int64_t workers, void (*body)(void*, int64_t), void* cont
 gohsp::Parallel pool() { return {static_cast<int64_t>(torch::stable::get_num_threads()), run_in_torch_pool}; }
 
 gohsp::Activation activation_of(int64_t id) {
-  STD_TORCH_CHECK(id >= 0 && id < gohsp::kActivations, "activation: wanted 0 to ", gohsp::kActivations - 1, "; got ", id);
+  STD_TORCH_CHECK(id >= 0 && id < gohsp::kActivations, "activation: wanted 0 to ", gohsp::kActivations - 1, "; got ",
+                  id);
   return static_cast<gohsp::Activation>(id);
 }
 
@@ -89,7 +90,8 @@ Tensor cpu_pack(Tensor weight, std::optional<Tensor> bias) {
   const int64_t n = weight.size(0), k = weight.size(1);
   STD_TORCH_CHECK(!bias.has_value() || bias->numel() == n, "bias: wanted ", n, " elements");
   Tensor panels = new_tensor(weight, {gohsp::kernels().packed_size(n, k)});
-  gohsp::kernels().pack(floats(weight, "weight"), bias.has_value() ? floats(*bias, "bias") : nullptr, n, k, data(panels));
+  gohsp::kernels().pack(floats(weight, "weight"), bias.has_value() ? floats(*bias, "bias") : nullptr, n, k,
+                        data(panels));
   return panels;
 }
 
@@ -191,7 +193,11 @@ gohsp::Attention read_attention(Layout& layout, Panels& panels, const double* co
   const bool normalised = layout.number() != 0;
   a.in = layout.columns(features);
   a.out = layout.columns(features);
-  a.heads = {count, layout.take(count), layout.take(count), nullptr, static_cast<float>(constants[1]),
+  a.heads = {count,
+             layout.take(count),
+             layout.take(count),
+             nullptr,
+             static_cast<float>(constants[1]),
              static_cast<float>(constants[2])};
   const Totals totals = totals_of(a.heads);
   a.q = panels.matrix(totals.qk, a.in.count);
