@@ -12,7 +12,28 @@
 
 #include "../cpu/kernels.h"
 
+#ifdef GOHSP_PORTABLE_TEST
+// Built a second time with all x86 texts compiled for the baseline: the wide code is then tested where the wide
+// instructions are missing.
+namespace gohsp {
+namespace avx2 {
+extern const KernelTable table;
+}
+namespace avx512 {
+extern const KernelTable table;
+}
+}  // namespace gohsp
+#endif
+
 namespace {
+
+const gohsp::KernelTable* table(const char* name) {
+#ifdef GOHSP_PORTABLE_TEST
+  if (std::strcmp(name, "avx2") == 0) return &gohsp::avx2::table;
+  if (std::strcmp(name, "avx512") == 0) return &gohsp::avx512::table;
+#endif
+  return gohsp::kernels(name);
+}
 
 using gohsp::Columns;
 using gohsp::Matrix;
@@ -215,7 +236,7 @@ void test_chain(const gohsp::KernelTable& kernels, const Sizes& s, const std::st
 int main() {
   int tested = 0;
   for (const char* name : {"scalar", "avx2", "avx512", "neon"}) {
-    const gohsp::KernelTable* kernels = gohsp::kernels(name);
+    const gohsp::KernelTable* kernels = table(name);
     if (kernels == nullptr) continue;
     ++tested;
     const std::string isa = std::string(name) + ": ";

@@ -53,6 +53,22 @@ def test_unknown_capability_is_refused() -> None:
         checks.exponential("mmx", np.zeros(1, dtype=np.float32))
 
 
+def test_neon_under_emulation(tmp_path: Path) -> None:
+    """The C++ tests, cross-compiled for AArch64 and run by QEMU, where both are installed."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if compiler is None or emulator is None:
+        pytest.skip("no AArch64 cross compiler and emulator (Debian: g++-aarch64-linux-gnu, qemu-user)")
+    csrc = Path(__file__).parents[2] / "csrc"
+    sources = [*(csrc / "cpu" / f"{name}.cpp" for name in ("dispatch", "isa_scalar", "isa_neon"))]
+    program = tmp_path / "test_cpu_kernels"
+    flags = ["-std=c++20", "-O2", "-ffp-contract=fast", "-Wno-psabi", "-static", "-pthread"]
+    command = [compiler, *flags, *map(str, sources), str(csrc / "tests" / "test_cpu_kernels.cpp"), "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-3000:]
+    run = subprocess.run([emulator, str(program)], capture_output=True, text=True)
+    assert run.returncode == 0 and "neon done" in run.stdout, run.stdout
+
+
 def test_cpp() -> None:
     tree = Path(__file__).parents[2] / "build" / "native"
     ctest = shutil.which("ctest")
