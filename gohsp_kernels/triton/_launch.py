@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one place that starts a kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **meta: Any) -> None:
+    """Start ``programs`` programs of ``kernel`` on the current stream of ``device``; none is no launch at all.
+
+    A grid of one dimension has no limit that a tensor can reach; the others end at 65535.
+    """
+    if programs == 0:
+        return
+    if device.type == "cpu":
+        kernel[(programs,)](*arguments, **meta)
+        return
+    with torch.cuda.device(device):
+        kernel[(programs,)](*arguments, **meta)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How tensor cores multiply ``dtype``: float32 as tf32 where PyTorch is allowed to, else in full."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

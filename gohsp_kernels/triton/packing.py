@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the parameters of launches out of compact ones: constants folded, channels aligned, column lists on the device.
+
+LayerNorm's affine part folds into the matrix after it. Layer scale stays a factor of the epilogue: at its usual 1e-5 it
+would push a float16 weight below the smallest normal number. The softmax scale stays a factor of the scores, where it
+costs nothing.
+
+Channels of heads and hidden neurons are padded with zero rows to multiples of 8 and 16, so that rows in memory can be
+read 16 bytes at a time whatever was pruned. A zero row of a matrix gives a zero channel, and every activation keeps
+zero, so the padding changes no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .linear import PackedLinear
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def column_order(cols: Tensor | None, features: int) -> Tensor | None:
+    """int32 [features]: the columns ``cols``, then the others. None stays None."""
+    if cols is None:
+        return None
+    other = torch.ones(features, dtype=torch.bool, device=cols.device)
+    other[cols] = False
+    return torch.cat([cols, other.nonzero()[:, 0]]).to(torch.int32)
+
+
+def fold_norm(
+    weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, cols: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear layer that is fed by a LayerNorm without its affine part. Differentiable."""
+    if norm_bias is not None:
+        shift = weight @ (norm_bias if cols is None else norm_bias[cols]).to(weight.dtype)
+        bias = shift if bias is None else bias.to(weight.dtype) + shift
+    if norm_weight is not None:
+        weight = weight * (norm_weight if cols is None else norm_weight[cols]).to(weight.dtype)
+    return weight, bias
+
+
+def spread(tensor: Tensor, dim: int, positions: Sequence[int], size: int) -> Tensor:
+    """``tensor`` with its entries along ``dim`` moved to ``positions`` of ``size``, zeros in between."""
+    shape = list(tensor.shape)
+    shape[dim] = size
+    index = torch.tensor(positions, dtype=torch.int64, device=tensor.device)
+    return tensor.new_zeros(shape).index_copy(dim, index, tensor)
+
+
+def spread_channels(widths: Sequence[int], keep: Sequence[bool], align: int) -> tuple[list[int], list[int], list[int]]:
+    """Heads moved to aligned channels, those that are not in ``keep`` left out.
+
+    Returns:
+        The padded widths; the channels that are kept; the aligned channels that they move to.
+    """
+    padded: list[int] = []
+    source: list[int] = []
+    target: list[int] = []
+    start = new_start = 0
+    for width, kept in zip(widths, keep, strict=True):
+        if kept:
+            source += range(start, start + width)
+            target += range(new_start, new_start + width)
+            padded.append(round_up(width, align))
+            new_start += padded[-1]
+        start += width
+    return padded, source, target
+
+
+def wide_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` as ``dtype``, each row beginning at a multiple of 16 elements."""
+    rows, columns = weight.shape
+    storage = weight.new_zeros(rows, round_up(columns, 16), dtype=dtype)
+    storage[:, :columns] = weight
+    return storage[:, :columns]
+
+
+def pack_linear(
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    features: int,
+    out_features: int,
+    in_cols: Tensor | None = None,
+    out_cols: Tensor | None = None,
+    norm_eps: float | None = None,
+    layer_scale: Tensor | None = None,
+    activation: str = "identity",
+) -> PackedLinear:
+    """One launch of the linear kernel for activations of ``dtype``.
+
+    Args:
+        weight: [outputs, inputs], in any float dtype; float64 if something was folded into it.
+        bias: [outputs] or None.
+        dtype: of the activations, and of the weights in memory.
+        features: of the input, of which ``in_cols`` are read.
+        out_features: of the output, of which ``out_cols`` are computed.
+        norm_eps: of a LayerNorm on the input; None for no norm.
+        layer_scale: [outputs] or None.
+        activation: applied before the layer scale.
+    """
+    stored = wide_rows(weight.detach(), dtype)
+    return PackedLinear(
+        stored,
+        out_features,
+        bias=None if bias is None else bias.detach().to(torch.float32),
+        # Of the weights as they are rounded: only those cancel against the product (see linear.py).
+        row_sum=None if norm_eps is None else stored.to(torch.float64).sum(1).to(torch.float32),
+        scale=None if layer_scale is None else layer_scale.detach().to(torch.float32),
+        in_cols=column_order(in_cols, features),
+        out_cols=column_order(out_cols, out_features),
+        eps=norm_eps or 0.0,
+        activation=activation,
+    )

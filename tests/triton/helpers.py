@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of the Triton kernels share: running a call in the interpreter and judging its result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gohsp_kernels.triton as kernels
+from gohsp_kernels import ops
+from tests.kernels.cases import Call, relative_error
+
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3}
+"""Relative norm of the error. Results are near 1 and sums have a few hundred terms; float16 rounds at 5e-4."""
+
+
+def flat(call: Call) -> tuple[Any, ...]:
+    """Arguments of ``call`` in the order of its operator's schema."""
+    caught: list[tuple[Any, ...]] = []
+
+    def catch(*arguments: Any) -> Tensor:
+        caught.append(arguments)
+        return arguments[0]
+
+    implementations = ops._IMPLEMENTATIONS[call.operator]
+    original, implementations["reference"] = implementations["reference"], catch
+    try:
+        call.run("reference")
+    finally:
+        implementations["reference"] = original
+    return caught[0]
+
+
+def run(call: Call) -> Tensor:
+    return getattr(kernels, call.operator)(*flat(call))
+
+
+def check(call: Call, dtype: torch.dtype = torch.float32, tolerance: float | None = None) -> None:
+    """``call`` in ``dtype`` against the reference in float64 on the same rounded numbers."""
+    rounded = call.to(dtype)
+    result = run(rounded)
+    truth = rounded.to(torch.float64).run("reference")
+    assert result.dtype == dtype and result.is_contiguous()
+    error = relative_error(result, truth)
+    assert error < (tolerance or TOLERANCE[dtype]), error
