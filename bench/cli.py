@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command line: ``python -m bench <routine>``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from typer.core import TyperCommand
+
+from bench import contenders, contention, end_to_end, environment, kernels, roofline, sublayers
+from bench.cases import Case
+from bench.environment import Settings, available_cores
+from bench.store import DEFAULT_PATH
+
+
+def spread(arguments: Sequence[str], options: Collection[str]) -> list[str]:
+    """Give each further value of an option its own name: ``--batch 1 8`` becomes ``--batch 1 --batch 8``."""
+    result: list[str] = []
+    option, values = "", 0
+    for argument in arguments:
+        if argument.startswith("--"):
+            option, values = argument, 0
+        else:
+            if option in options and values > 0:
+                result.append(option)
+            values += 1
+        result.append(argument)
+    return result
+
+
+class SpreadCommand(TyperCommand):
+    """A command whose options that may be repeated also take several values at once."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        repeatable = {name for parameter in self.params for name in parameter.opts if getattr(parameter, "multiple", 0)}
+        return super().parse_args(ctx, spread(args, repeatable))
+
+
+app = typer.Typer(
+    help="Benchmarks of gohsp against what else runs a pruned vision transformer on a CPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+Models = Annotated[list[str], typer.Option("--model", help="timm names.")]
+Presets = Annotated[
+    list[str], typer.Option("--preset", help="dense, HEADSxNEURONS, ragged, ragged:SHARE, base35 or mask files.")
+]
+Batches = Annotated[list[int], typer.Option("--batch", min=1, help="Images at a time.")]
+Names = Annotated[list[str], typer.Option("--contenders", help="Who is compared; all by default.")]
+ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels; the model's own by default.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of every contender; one a core by default.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Timed spans of each contender.")]
+Out = Annotated[Path, typer.Option(help="CSV file that results are appended to.")]
+BackendList = Annotated[bool, typer.Option("--backend-list", help="List the contenders, who can run here, and exit.")]
+
+MODEL, PRESET, BATCH, ROUNDS = ["deit_small_patch16_224"], ["4x960"], [1, 8], 20
+THREADS = available_cores()
+CONTENDERS = list(contenders.CONTENDERS)
+console = Console()
+
+
+@app.command("end-to-end", cls=SpreadCommand)
+def end_to_end_command(
+    model: Models = MODEL,
+    preset: Presets = PRESET,
+    batch: Batches = BATCH,
+    names: Names = CONTENDERS,
+    image_size: ImageSize = None,
+    threads: Threads = THREADS,
+    rounds: Rounds = ROUNDS,
+    out: Out = DEFAULT_PATH,
+    backend_list: BackendList = False,
+) -> None:
+    """Whole models, from images to logits."""
+    if backend_list:
+        _list_contenders()
+    else:
+        _finish(end_to_end.run(_cases(model, preset, image_size), batch, names, _settings(threads, rounds, out)))
+
+
+@app.command("sublayers", cls=SpreadCommand)
+def sublayers_command(
+    model: Models = MODEL,
+    preset: Presets = PRESET,
+    batch: Batches = BATCH,
+    image_size: ImageSize = None,
+    threads: Threads = THREADS,
+    rounds: Rounds = ROUNDS,
+    out: Out = DEFAULT_PATH,
+) -> None:
+    """Attention and MLP sublayers alone, against the same in PyTorch."""
+    _finish(sublayers.run(_cases(model, preset, image_size), batch, _settings(threads, rounds, out)))
+
+
+@app.command("kernels")
+def kernels_command(
+    threads: Threads = THREADS,
+    rounds: Rounds = ROUNDS,
+    out: Out = DEFAULT_PATH,
+) -> None:
+    """The operators packed_linear and ragged_attention over shapes, against the same in PyTorch."""
+    _finish(kernels.run(_settings(threads, rounds, out)))
+
+
+@app.command("roofline", cls=SpreadCommand)
+def roofline_command(
+    model: Models = MODEL,
+    preset: Presets = PRESET,
+    batch: Batches = BATCH,
+    image_size: ImageSize = None,
+    threads: Threads = THREADS,
+    rounds: Rounds = ROUNDS,
+    out: Out = DEFAULT_PATH,
+) -> None:
+    """gohsp's sublayers against the machine's limits, and where the rest of the time goes."""
+    _finish(roofline.run(_cases(model, preset, image_size), batch, _settings(threads, rounds, out)))
+
+
+@app.command("contention", cls=SpreadCommand)
+def contention_command(
+    model: Models = MODEL,
+    preset: Presets = PRESET,
+    batch: Batches = BATCH,
+    names: Names = CONTENDERS,
+    image_size: ImageSize = None,
+    threads: Threads = THREADS,
+    rounds: Rounds = ROUNDS,
+    out: Out = DEFAULT_PATH,
+) -> None:
+    """Whole models beside another process that spins on one core."""
+    _finish(contention.run(_cases(model, preset, image_size), batch, names, _settings(threads, rounds, out)))
+
+
+@app.command("plot")
+def plot_command(
+    source: Annotated[Path, typer.Option("--from", help="CSV file of results.")] = DEFAULT_PATH,
+    out: Annotated[Path | None, typer.Option(help="Directory of the charts; that of the CSV file by default.")] = None,
+) -> None:
+    """Charts (SVG) from the CSV file alone."""
+    # Here, because matplotlib belongs to an extra of the package.
+    from bench import plot
+
+    for path in plot.draw_all(source, out or source.parent):
+        console.print(f"wrote {path}")
+
+
+def _cases(models: Sequence[str], presets: Sequence[str], image_size: int | None) -> list[Case]:
+    return [Case(model, preset, image_size) for model in models for preset in presets]
+
+
+def _settings(threads: int, rounds: int, out: Path) -> Settings:
+    torch.set_num_threads(threads)
+    return Settings(threads, rounds, out, console)
+
+
+def _finish(refused: Sequence[str]) -> None:
+    if refused:
+        console.print(f"refused for a wrong result: {', '.join(sorted({*refused}))}", style="bold red", markup=False)
+        raise typer.Exit(1)
+
+
+def _list_contenders() -> None:
+    table = Table("contender", "version", "can run here")
+    for name, contender in contenders.CONTENDERS.items():
+        reason = contenders.why_not(name)
+        table.add_row(name, environment.version_of(contender.library), f"no: {reason}" if reason else "yes")
+    console.print(table)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of each contender's time when another process keeps one core busy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from gohsp.timing import Timing
+
+from bench import cases, contenders, store
+from bench.cases import Case
+from bench.compare import TOLERANCE, Entrant, Place, agreeing, check, milliseconds, numbers_table, row
+from bench.environment import Settings
+from bench.measure import time_in_turns
+
+_SPIN = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); print('busy', flush=True)\nwhile True: pass"
+
+
+@contextmanager
+def busy_core() -> Iterator[int]:
+    """Keep one of this process's cores busy with another process, for the ``with`` block; gives the core's number.
+
+    Raises:
+        RuntimeError: The system cannot pin a process to a core.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        raise RuntimeError("contention: this system cannot pin a process to a core")
+    core = max(os.sched_getaffinity(0))
+    command = [sys.executable, "-c", _SPIN, str(core)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            yield core
+        finally:
+            process.kill()
+
+
+def run(todo: Sequence[Case], batches: Sequence[int], names: Sequence[str], settings: Settings) -> list[str]:
+    """Time contenders on a quiet machine, then beside a process that spins on one core.
+
+    Returns:
+        Names of the contenders that were refused for a wrong result.
+    """
+    refused: list[str] = []
+    for case in todo:
+        work = cases.load(case)
+        for batch in batches:
+            with contenders.ready(names, work, work.images(batch), settings) as entrants:
+                errors = check(entrants)
+                refused += [name for name, error in errors.items() if error > TOLERANCE]
+                place = Place("contention", case.label, "model", batch, work.count.tokens)
+                _compare(place, agreeing(entrants, errors), settings)
+    return refused
+
+
+def _compare(place: Place, entrants: Sequence[Entrant], settings: Settings) -> None:
+    functions = {entrant.name: entrant.run for entrant in entrants}
+    heading = f"{place.case}, batch {place.batch}"
+    quiet = time_in_turns(functions, settings.rounds, settings.console, f"{heading}: quiet")
+    with busy_core() as core:
+        busy = time_in_turns(functions, settings.rounds, settings.console, f"{heading}: core {core} busy")
+    title = f"{heading}\nanother process spinning on core {core}"
+    table = numbers_table(title, "contender", ("quiet ms", "busy ms", "p20", "p80", "growth"))
+    rows = []
+    for entrant in entrants:
+        before, after = quiet[entrant.name], busy[entrant.name]
+        growth = growths(before, after)
+        version = {"version": entrant.version}
+        rows.append(row(place, entrant.name, "quiet", milliseconds(before), "ms", settings, **version))
+        rows.append(row(place, entrant.name, "busy", milliseconds(after), "ms", settings, **version))
+        rows.append(row(place, entrant.name, "growth", growth, "x", settings, **version))
+        times = (f"{1e3 * seconds:.4g}" for seconds in (before.median, after.median, after.p20, after.p80))
+        table.add_row(entrant.name, *times, f"{after.median / before.median:.2f}")
+    store.append(settings.out, rows)
+    settings.console.print(table)
+
+
+def growths(quiet: Timing, busy: Timing) -> list[float]:
+    """Each busy span over the median of the quiet ones: their median is the growth of the median."""
+    return [seconds / quiet.median for seconds in busy.seconds]

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Charts, drawn from the CSV file alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from bench.compare import BASELINE
+from bench.store import Row, read
+
+OWN_COLOUR, OTHER_COLOUR = "#c1440e", "#8a9ba8"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of bars: one metric of one routine.
+
+    Attributes:
+        metric: Of the rows that are drawn.
+        axis: What the bars show.
+    """
+
+    metric: str
+    axis: str
+
+
+CHARTS = {
+    "end-to-end": Chart("time", "milliseconds a batch (less is better)"),
+    "sublayers": Chart("time", "milliseconds for the sublayers of all blocks (less is better)"),
+    "kernels": Chart("ratio", f"time as a multiple of {BASELINE}'s (more is slower)"),
+    "contention": Chart("growth", "time beside a busy core, as a multiple of the time on a quiet machine"),
+}
+
+
+def draw_all(source: Path, directory: Path) -> list[Path]:
+    """Draw a chart of every routine that the file has rows of.
+
+    Args:
+        source: The CSV file.
+        directory: Where the SVG files go; made if it is not there.
+
+    Returns:
+        The files written.
+
+    Raises:
+        FileNotFoundError: There is no such CSV file.
+        ValueError: It is malformed, or holds nothing to draw.
+    """
+    rows = read(source)
+    figures = {f"{routine}.svg": bars(latest(rows, routine, c.metric), c.axis) for routine, c in CHARTS.items()}
+    figures["roofline.svg"] = roofline(latest(rows, "roofline"))
+    drawn = {name: figure for name, figure in figures.items() if figure is not None}
+    if not drawn:
+        raise ValueError(f"{source}: wanted rows to draw, got none")
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, figure in drawn.items():
+        _save(figure, directory / name)
+    return [directory / name for name in drawn]
+
+
+def latest(rows: Sequence[Row], routine: str, metric: str | None = None) -> list[Row]:
+    """Return the rows of a routine that the last run of each case measured.
+
+    Only rows of one run took turns, so only those may stand side by side. Cases from another machine, or on another
+    number of threads, than the routine's last row are left out.
+    """
+    mine = [row for row in rows if row.routine == routine and metric in (None, row.metric)]
+    here = [row for row in mine if _machine(row) == _machine(mine[-1])]
+    last_run = {_group(row): row.run for row in here}
+    return [row for row in here if row.run == last_run[_group(row)]]
+
+
+def bars(rows: Sequence[Row], axis: str) -> Figure | None:
+    """Draw one panel a case and batch, one bar a contender, whiskers from the 20th to the 80th percentile."""
+    groups = list(dict.fromkeys(_group(row) for row in rows))
+    if not groups:
+        return None
+    heights = [sum(_group(row) == group for row in rows) for group in groups]
+    figure = Figure(figsize=(8, 0.9 + 0.28 * sum(heights) + 0.45 * len(groups)), layout="constrained")
+    panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, group in zip(panels, groups, strict=True):
+        _bars_of_group(panel, [row for row in rows if _group(row) == group])
+    panels[-1].set_xlabel(axis)
+    figure.suptitle(_provenance(rows[-1]), fontsize=8, color="#555555")
+    return figure
+
+
+def roofline(rows: Sequence[Row]) -> Figure | None:
+    """Draw the rate of each part against its intensity, under the two rates that the machine was measured to have."""
+    if not rows:
+        return None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    values = {(_group(row), row.metric): row.value for row in rows}
+    intensities = [row.value for row in rows if row.metric == "intensity"]
+    gemm = max(row.value for row in rows if row.metric == "gemm rate")
+    copy = max(row.value for row in rows if row.metric == "copy rate")
+    line = [min(*intensities, gemm / copy) / 2, gemm / copy, 2 * max(*intensities, gemm / copy)]
+    axes.loglog(line, [min(gemm, copy * intensity) for intensity in line], color="#333333")
+    for group in dict.fromkeys(_group(row) for row in rows if row.metric == "intensity"):
+        case, part, batch, _ = group
+        point = (values[group, "intensity"], values[group, "rate"])
+        axes.plot(*point, "o", color=OWN_COLOUR)
+        axes.annotate(f"{part}, batch {batch}\n{case}", point, fontsize=6, xytext=(5, -12), textcoords="offset points")
+    axes.set_xlabel("FLOPs a byte of weights and activations")
+    axes.set_ylabel("GFLOP/s")
+    axes.set_title(_provenance(rows[-1]), fontsize=8, color="#555555")
+    return figure
+
+
+def _bars_of_group(axes: Any, rows: Sequence[Row]) -> None:
+    rows = sorted(rows, key=lambda row: -row.value)
+    names = [row.contender for row in rows]
+    values = [row.value for row in rows]
+    whiskers = [[row.value - row.p20 for row in rows], [row.p80 - row.value for row in rows]]
+    colours = [OWN_COLOUR if name == BASELINE else OTHER_COLOUR for name in names]
+    drawn = axes.barh(names, values, xerr=whiskers, color=colours, error_kw={"lw": 0.8, "ecolor": "#333333"})
+    axes.bar_label(drawn, [f" {value:.3g}" for value in values], fontsize=7)
+    axes.margins(x=0.12)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    row = rows[0]
+    axes.set_title(f"{row.case} {row.part}, batch {row.batch}", fontsize=9, loc="left")
+
+
+def _group(row: Row) -> tuple[str, str, int, int]:
+    return row.case, row.part, row.batch, row.tokens
+
+
+def _machine(row: Row) -> tuple[str, str, int]:
+    return row.cpu, row.isa, row.threads
+
+
+def _provenance(row: Row) -> str:
+    return f"{row.cpu}, {row.isa}, {row.threads} threads, {row.dtype}, torch {row.torch}, commit {row.commit}"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write an SVG that is the same file for the same numbers; it appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with matplotlib.rc_context({"svg.hashsalt": "gohsp", "svg.fonttype": "none"}):
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    os.replace(temporary, path)
