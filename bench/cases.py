@@ -11,11 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import gohsp
 import timm
 import torch
-from gohsp.count import Count
 from torch import Tensor, nn
+
+import gohsp
+from gohsp.count import Count
 
 SEED = 2301
 NAMED_PRESETS: Mapping[str, str] = {"base35": "8x1920"}

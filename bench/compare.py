@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from gohsp.timing import Timing
 from rich import box
 from rich.table import Table
 from torch import Tensor
@@ -19,6 +18,7 @@ from bench import environment, store
 from bench.environment import Settings
 from bench.measure import time_in_turns
 from bench.store import Row
+from gohsp.timing import Timing
 
 BASELINE = "gohsp"
 """Ratios say how many times as long as this contender the others take."""
@@ -180,7 +180,7 @@ def _rows(place: Place, entrants: Sequence[Entrant], result: Comparison, setting
 
 def numbers_table(title: str, first: str, columns: Sequence[str]) -> Table:
     """Return an empty table of a column of names and of columns of numbers, narrow enough for 80 characters."""
-    table = Table(title=title, box=box.SIMPLE, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE, pad_edge=False, collapse_padding=True)
     table.add_column(first, no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)

@@ -9,13 +9,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from gohsp.timing import Timing
-
 from bench import cases, contenders, store
 from bench.cases import Case
 from bench.compare import TOLERANCE, Entrant, Place, agreeing, check, milliseconds, numbers_table, row
 from bench.environment import Settings
 from bench.measure import time_in_turns
+from gohsp.timing import Timing
 
 _SPIN = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])}); print('busy', flush=True)\nwhile True: pass"
 

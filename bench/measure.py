@@ -7,9 +7,10 @@ import math
 import time
 from collections.abc import Callable, Mapping
 
-from gohsp.timing import Timing, interleave
 from rich.console import Console
 from rich.progress import Progress
+
+from gohsp.timing import Timing, interleave
 
 SHORTEST_SPAN = 2e-3
 """Seconds that a timed span lasts at least: a function that is faster is called several times in it."""

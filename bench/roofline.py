@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gohsp.timing import Timing
 from rich.table import Table
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from bench.compare import TOLERANCE, Place, milliseconds, numbers_table, relativ
 from bench.environment import Settings, version_of
 from bench.measure import time_in_turns
 from bench.store import Row
+from gohsp.timing import Timing
 
 GEMM_SIZE = 2048
 COPY_FLOATS = 1 << 25

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from gohsp import vit
-from gohsp.layers import CompactLinear, PrunedAttention, PrunedBlock, PrunedMlp, attend, head_masks
+from gohsp.layers import CompactLinear, PrunedAttention, PrunedBlock, PrunedBlocks, PrunedMlp, attend, head_masks
 from gohsp.mask import ModelMask
 
 
@@ -38,7 +38,8 @@ def compress(model: nn.Module, mask: ModelMask) -> nn.Module:
     result: Any = copy.deepcopy(model)
     for index, block_mask in enumerate(mask.blocks):
         result.blocks[index] = PrunedBlock(result.blocks[index], block_mask)
-    # The class changes and the object stays: everything that timm hung on it is still there.
+    # The classes change and the objects stay: everything that timm or the user hung on them is still there.
+    result.blocks.__class__ = PrunedBlocks
     result.__class__ = vit.COMPRESSED_CLASS[type(model)]
     return result
 
@@ -61,6 +62,7 @@ def densify(model: nn.Module) -> nn.Module:
     result: Any = copy.deepcopy(model)
     for index, block in enumerate(result.blocks):
         result.blocks[index] = _plain_block(block)
+    result.blocks.__class__ = nn.Sequential
     result.__class__ = vit.DENSE_CLASS[type(model)]
     return result
 

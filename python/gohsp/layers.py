@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -206,11 +207,12 @@ class PrunedBlock(nn.Module):
         Raises:
             ValueError: See :class:`PrunedAttention`, or ``num_queries`` is not one of 0 to N.
         """
-        if attn_mask is not None or is_causal or self._must_call_modules():
+        if attn_mask is not None or is_causal or self.must_call_modules():
             return self._by_modules(x, attn_mask, is_causal)[:, :num_queries]
-        return self._mlp_sublayer(self._attention_sublayer(x, num_queries))
+        return gk.sublayer_chain(x, self.sublayers(), num_queries=num_queries)
 
-    def _must_call_modules(self) -> bool:
+    def must_call_modules(self) -> bool:
+        """Return whether the fused sublayers would leave something out: a hook inside, or dropout in training."""
         if any(_is_hooked(module) for module in (self.norm1, self.attn, self.norm2, self.mlp)):
             return True
         return self.training and any(_drops(module) for module in self._drop_modules())
@@ -223,18 +225,22 @@ class PrunedBlock(nn.Module):
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
-    def _attention_sublayer(self, x: Tensor, num_queries: int | None) -> Tensor:
-        norm, attn = self.norm1, self.attn
-        qkv, proj, scale = attn.qkv, attn.proj, self.ls1
+    def sublayers(self) -> tuple[partial[Tensor], partial[Tensor]]:
+        """Return the two halves of the block as members of a :func:`gohsp_kernels.sublayer_chain`."""
+        return self._attention_sublayer(), self._mlp_sublayer()
+
+    def _attention_sublayer(self) -> partial[Tensor]:
+        norm, attn, scale = self.norm1, self.attn, self.ls1
+        qkv, proj = attn.qkv, attn.proj
         qk_norm = attn.qk_norm_arguments()
-        return gk.attention_sublayer(
-            x,
-            norm.weight,
-            norm.bias,
-            qkv.weight,
-            qkv.bias,
-            proj.weight,
-            proj.bias,
+        return partial(
+            gk.attention_sublayer,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            qkv_weight=qkv.weight,
+            qkv_bias=qkv.bias,
+            proj_weight=proj.weight,
+            proj_bias=proj.bias,
             qk_widths=attn.qk_widths,
             v_widths=attn.v_widths,
             scale=attn.scale,
@@ -243,27 +249,47 @@ class PrunedBlock(nn.Module):
             out_cols=attn.out_cols,
             eps=norm.eps,
             qk_eps=qk_norm.pop("eps", norm.eps),
-            num_queries=num_queries,
             **qk_norm,
         )
 
-    def _mlp_sublayer(self, x: Tensor) -> Tensor:
+    def _mlp_sublayer(self) -> partial[Tensor]:
         norm, mlp, scale = self.norm2, self.mlp, self.ls2
         fc1, fc2 = mlp.fc1, mlp.fc2
-        return gk.mlp_sublayer(
-            x,
-            norm.weight,
-            norm.bias,
-            fc1.weight,
-            fc1.bias,
-            fc2.weight,
-            fc2.bias,
+        return partial(
+            gk.mlp_sublayer,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            fc1_weight=fc1.weight,
+            fc1_bias=fc1.bias,
+            fc2_weight=fc2.weight,
+            fc2_bias=fc2.bias,
             activation=mlp.activation,
             layer_scale=getattr(scale, "gamma", None),
             in_cols=mlp.in_cols,
             out_cols=mlp.out_cols,
             eps=norm.eps,
         )
+
+
+class PrunedBlocks(nn.Sequential):
+    """The blocks of a compressed model, which run as one chain of sublayers wherever nothing inside must be called."""
+
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+        """Return the output of the last block.
+
+        Args:
+            x: [B, N, D].
+            num_queries: Give the first so many tokens only; see :class:`PrunedBlock`.
+
+        Returns:
+            [B, num_queries or N, D].
+        """
+        blocks = list(self)
+        if not any(_is_hooked(block) or block.must_call_modules() for block in blocks):
+            return gk.sublayer_chain(x, [s for block in blocks for s in block.sublayers()], num_queries=num_queries)
+        for block in blocks[:-1]:
+            x = block(x)
+        return blocks[-1](x, num_queries=num_queries)
 
 
 def attend(attn: Any, qkv: Tensor, masks: Sequence[Tensor | None], is_causal: bool, dropout: float) -> Tensor:

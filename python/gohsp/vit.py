@@ -230,10 +230,7 @@ class PrunedVisionTransformer(VisionTransformer):
         if tokens is None or attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        *front, last = self.blocks
-        for block in front:
-            x = block(x)
-        return self.forward_head(self.norm(last(x, num_queries=tokens)))
+        return self.forward_head(self.norm(self.blocks(x, num_queries=tokens)))
 
     def _tokens_read(self) -> int | None:
         """Return how many leading tokens are enough for the head, or None if all of them are needed."""

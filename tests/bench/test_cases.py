@@ -3,10 +3,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gohsp
 import pytest
 import torch
 
+import gohsp
 from bench import cases
 from bench.cases import Case, Workload, load
 

@@ -6,13 +6,13 @@ import io
 
 import pytest
 import torch
-from gohsp.timing import Timing
 from rich.console import Console
 from torch import Tensor
 
 from bench import compare, store
 from bench.compare import TOLERANCE, Entrant, Place, relative_error
 from bench.environment import Settings
+from gohsp.timing import Timing
 
 from .conftest import printed
 

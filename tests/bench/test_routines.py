@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gohsp.timing import Timing
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +20,7 @@ from bench.cases import Workload
 from bench.compare import TOLERANCE, check
 from bench.environment import Settings
 from bench.kernels import Attention, Linear
+from gohsp.timing import Timing
 
 from .conftest import printed
 

@@ -2,9 +2,10 @@
 """The command line: its help teaches, wrong input is answered in one line, results are written and announced."""
 
 import pytest
+from typer.testing import CliRunner
+
 from gohsp.cli import app
 from gohsp.demo import report, run
-from typer.testing import CliRunner
 
 
 @pytest.fixture

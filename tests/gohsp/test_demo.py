@@ -7,15 +7,16 @@ import re
 
 import pytest
 import torch
-from gohsp.demo import measure, report, run, weights
-from gohsp.demo.data import Images, load_digits, load_folder, split
-from gohsp.demo.head import Classifier, fit_ridge, pool, top1
-from gohsp.demo.progress import Steps, each
 from markupsafe import escape
 from PIL import Image
 from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+
+from gohsp.demo import measure, report, run, weights
+from gohsp.demo.data import Images, load_digits, load_folder, split
+from gohsp.demo.head import Classifier, fit_ridge, pool, top1
+from gohsp.demo.progress import Steps, each
 
 CLASSES = ["circle", "square", "<b>&"]
 

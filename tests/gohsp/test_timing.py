@@ -4,6 +4,7 @@
 import time
 
 import pytest
+
 from gohsp.timing import Timing, interleave
 
 
