@@ -126,7 +126,8 @@ def _part(work: Workload, name: str, x: Tensor, backend: str) -> Part:
 
 def _runner(work: Workload, name: str, x: Tensor, backend: str) -> Callable[[], Tensor]:
     blocks = work.compressed.blocks
-    steps = list(blocks) if name == "encoder" else [sublayers.fused(block, name) for block in blocks]
+    # As a model runs them: all blocks at once.
+    steps = [blocks] if name == "encoder" else [sublayers.fused(block, name) for block in blocks]
     return _on(backend, sublayers.chain(steps, x))
 
 

@@ -73,9 +73,7 @@ def plain(block: Any, part: str) -> Step:
 
 def fused(block: Any, part: str) -> Step:
     """Return one half of a compressed block."""
-    if part == "attention":
-        return lambda x: block._attention_sublayer(x, None)
-    return block._mlp_sublayer
+    return block.sublayers()[PARTS.index(part)]
 
 
 def compact(work: Workload, part: str, x: Tensor, backend: str) -> Callable[[], Tensor]:
