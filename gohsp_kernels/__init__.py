@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels that execute heterogeneously pruned transformer sublayers. Tensors in, tensors out; knows no model."""
 
+from .chain import SublayerChain
 from .dispatch import Support, backends, can_run, use_backend
-from .ops import attention_sublayer, mlp_sublayer, packed_linear, ragged_attention, sublayer_chain
+from .ops import attention_sublayer, mlp_sublayer, packed_linear, ragged_attention
 from .reference import ACTIVATIONS
 
 __all__ = [
     "ACTIVATIONS",
+    "SublayerChain",
     "Support",
     "attention_sublayer",
     "backends",
@@ -14,6 +16,5 @@ __all__ = [
     "mlp_sublayer",
     "packed_linear",
     "ragged_attention",
-    "sublayer_chain",
     "use_backend",
 ]

@@ -8,7 +8,8 @@ compiled library and have no meaning without it; public calls reach them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,29 +72,28 @@ def _packed_linear(
 
 
 @_fake("ragged_attention")
-def _ragged_attention(qkv: Tensor, *rest: object) -> Tensor:
+def _ragged_attention(qkv: Tensor, *rest: Any) -> Tensor:
     v_widths, num_queries = rest[5], rest[8]
-    assert isinstance(v_widths, Sequence)
     return qkv.new_empty(qkv.shape[0], num_queries, sum(v_widths))
 
 
 @_fake("attention_sublayer", "cpu_sublayers")
-def _attention_sublayer(x: Tensor, *rest: object) -> Tensor:
+def _attention_sublayer(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], rest[-1], x.shape[2])
 
 
 @_fake("mlp_sublayer")
-def _mlp_sublayer(x: Tensor, *rest: object) -> Tensor:
+def _mlp_sublayer(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @_fake("cpu_linear")
-def _cpu_linear(x: Tensor, *rest: object) -> Tensor:
+def _cpu_linear(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], rest[-2])
 
 
 @_fake("cpu_attention")
-def _cpu_attention(qkv: Tensor, *rest: object) -> Tensor:
+def _cpu_attention(qkv: Tensor, *rest: Any) -> Tensor:
     v_total, num_queries = rest[-2:]
     return qkv.new_empty(qkv.shape[0], num_queries, v_total)
 

@@ -292,6 +292,36 @@ def mlp_sublayer(x: Tensor, *arguments: Any) -> Tensor:
     return _run(rows, [sublayer.packed()], rows.shape[1]).view(x.shape)
 
 
-def sublayer_chain(x: Tensor, sublayers: Sequence[Sublayer], num_queries: int) -> Tensor:
-    """All sublayers in one native call."""
-    return _run(x, [sublayer.packed() for sublayer in sublayers], num_queries)
+class PackedChain:
+    """Packed sublayers of a chain, packed again when one of their tensors has changed.
+
+    Args:
+        features: of the x that it will be called with.
+        sublayers: in their order.
+    """
+
+    def __init__(self, features: int, sublayers: Sequence[Sublayer]) -> None:
+        self.features = features
+        self._sublayers = sublayers
+        self._tensors = [t for s in sublayers for t in s.tensors if t is not None]
+        self._packed: list[PackedSublayer] | None = None
+        # As in _cache: aliases keep the storage, and so the address, from being taken by another tensor.
+        self._aliases: list[Tensor] = []
+        self._stamps: list[tuple[Tensor, int, int]] = []
+
+    def __call__(self, x: Tensor, num_queries: int) -> Tensor:
+        if self._packed is None or not self._is_current():
+            self._packed = [sublayer.packed() for sublayer in self._sublayers]
+            self._remember()
+        return _run(x, self._packed, num_queries)
+
+    def _is_current(self) -> bool:
+        if len(self._stamps) != len(self._tensors):
+            return False
+        return not any(t._version != version or t.data_ptr() != place for t, version, place in self._stamps)
+
+    def _remember(self) -> None:
+        if any(t.is_inference() for t in self._tensors):
+            return  # such a tensor keeps no version counter: never current
+        self._aliases = [t.detach() for t in self._tensors]
+        self._stamps = [(t, t._version, t.data_ptr()) for t in self._tensors]

@@ -8,8 +8,6 @@ are *compact*: pruned rows and columns are gone from them. Any of the sizes may 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -42,7 +40,7 @@ def _run(name: str, arguments: tuple[Any, ...], backend: str | None) -> Tensor:
 def _graph_node(name: str) -> Callable[..., Tensor]:
     def run(*arguments: Any) -> Tensor:
         # Torch hands lists of ints over; the functions compare layouts as tuples.
-        plain = tuple(tuple(a) if isinstance(a, list) else a for a in arguments)
+        plain: Any = tuple(tuple(a) if isinstance(a, list) else a for a in arguments)
         chosen = dispatch.choose(None, plain[0].device, plain[0].dtype, False)
         result = _IMPLEMENTATIONS[name][chosen](*plain)
         # A torch operator may not return one of its inputs, as an empty sublayer of the reference would.
@@ -54,13 +52,13 @@ def _graph_node(name: str) -> Callable[..., Tensor]:
 _library = _schemas.register({name: _graph_node(name) for name in _schemas.PUBLIC})
 
 
-def _wrong(argument: str, wanted: str, got: object) -> ValueError:
+def wrong(argument: str, wanted: str, got: object) -> ValueError:
     return ValueError(f"{argument}: wanted {wanted}; got {got}")
 
 
 def _check_shape(argument: str, tensor: Tensor | None, *shape: int) -> None:
     if tensor is not None and tuple(tensor.shape) != shape:
-        raise _wrong(argument, f"shape {list(shape)}", f"shape {list(tensor.shape)}")
+        raise wrong(argument, f"shape {list(shape)}", f"shape {list(tensor.shape)}")
 
 
 def _columns(argument: str, cols: Tensor | None, features: int) -> int:
@@ -68,20 +66,20 @@ def _columns(argument: str, cols: Tensor | None, features: int) -> int:
     if cols is None:
         return features
     if cols.dim() != 1 or cols.dtype != torch.int64:
-        raise _wrong(argument, "a 1-D int64 tensor", f"{cols.dim()}-D {cols.dtype}")
+        raise wrong(argument, "a 1-D int64 tensor", f"{cols.dim()}-D {cols.dtype}")
     return cols.shape[0]
 
 
 def _check_activation(activation: str) -> None:
     if activation not in reference.ACTIVATIONS:
-        raise _wrong("activation", f"one of {', '.join(reference.ACTIVATIONS)}", repr(activation))
+        raise wrong("activation", f"one of {', '.join(reference.ACTIVATIONS)}", repr(activation))
 
 
 def _check_widths(qk_widths: Sequence[int], v_widths: Sequence[int]) -> None:
     if len(qk_widths) != len(v_widths):
-        raise _wrong("v_widths", f"{len(qk_widths)} heads, as in qk_widths", f"{len(v_widths)}")
+        raise wrong("v_widths", f"{len(qk_widths)} heads, as in qk_widths", f"{len(v_widths)}")
     if any(width < 0 for width in (*qk_widths, *v_widths)):
-        raise _wrong("qk_widths, v_widths", "no negative width", f"{list(qk_widths)}, {list(v_widths)}")
+        raise wrong("qk_widths, v_widths", "no negative width", f"{list(qk_widths)}, {list(v_widths)}")
 
 
 def _check_qk_norm(qk_widths: Sequence[int], norms: dict[str, Tensor | None]) -> None:
@@ -89,10 +87,10 @@ def _check_qk_norm(qk_widths: Sequence[int], norms: dict[str, Tensor | None]) ->
     if norms["q_norm_weight"] is None and norms["k_norm_weight"] is None:
         return
     if len(set(qk_widths)) > 1:
-        raise _wrong("qk_widths", "one width for all heads, as the model has a q and k norm", list(qk_widths))
+        raise wrong("qk_widths", "one width for all heads, as the model has a q and k norm", list(qk_widths))
     for argument, tensor in norms.items():
         if tensor is None and argument.endswith("weight"):
-            raise _wrong(argument, "a weight for both the q and the k norm, or for neither", None)
+            raise wrong(argument, "a weight for both the q and the k norm, or for neither", None)
         if qk_widths:
             _check_shape(argument, tensor, width)
 
@@ -108,7 +106,7 @@ def _named_norms(
     }
 
 
-def _check_attention(features: int, tensors: Sequence[Any], constants: tuple[Any, ...]) -> None:
+def check_attention(features: int, tensors: Sequence[Any], constants: tuple[Any, ...]) -> None:
     """Tensors and constants in the order of the schema."""
     norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale, in_cols, out_cols = tensors[:9]
     qk_widths, v_widths = constants[:2]
@@ -125,7 +123,7 @@ def _check_attention(features: int, tensors: Sequence[Any], constants: tuple[Any
     _check_qk_norm(qk_widths, _named_norms(*tensors[9:]))
 
 
-def _check_mlp(features: int, tensors: Sequence[Any], constants: tuple[Any, ...]) -> None:
+def check_mlp(features: int, tensors: Sequence[Any], constants: tuple[Any, ...]) -> None:
     """Tensors and constants in the order of the schema."""
     norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, in_cols, out_cols = tensors
     _check_activation(constants[0])
@@ -140,11 +138,11 @@ def _check_mlp(features: int, tensors: Sequence[Any], constants: tuple[Any, ...]
     _check_shape("layer_scale", layer_scale, outputs)
 
 
-def _queries(num_queries: int | None, tokens: int) -> int:
+def check_queries(num_queries: int | None, tokens: int) -> int:
     if num_queries is None:
         return tokens
     if not 0 <= num_queries <= tokens:
-        raise _wrong("num_queries", f"0 to {tokens} (the number of tokens)", num_queries)
+        raise wrong("num_queries", f"0 to {tokens} (the number of tokens)", num_queries)
     return num_queries
 
 
@@ -219,13 +217,13 @@ def ragged_attention(
         RuntimeError: if the named backend cannot run the call.
     """
     if qkv.dim() != 3:
-        raise _wrong("qkv", "3 dimensions (batch, tokens, channels)", f"shape {list(qkv.shape)}")
+        raise wrong("qkv", "3 dimensions (batch, tokens, channels)", f"shape {list(qkv.shape)}")
     qk_widths, v_widths = tuple(qk_widths), tuple(v_widths)
     _check_widths(qk_widths, v_widths)
     _check_shape("qkv", qkv, qkv.shape[0], qkv.shape[1], 2 * sum(qk_widths) + sum(v_widths))
     norms = (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias)
     _check_qk_norm(qk_widths, _named_norms(*norms))
-    queries = _queries(num_queries, qkv.shape[1])
+    queries = check_queries(num_queries, qkv.shape[1])
     return _run("ragged_attention", (qkv, *norms, qk_widths, v_widths, scale, eps, queries), backend)
 
 
@@ -281,13 +279,13 @@ def attention_sublayer(
         RuntimeError: if the named backend cannot run the call.
     """
     if x.dim() != 3:
-        raise _wrong("x", "3 dimensions (batch, tokens, features)", f"shape {list(x.shape)}")
+        raise wrong("x", "3 dimensions (batch, tokens, features)", f"shape {list(x.shape)}")
     qk_widths, v_widths = tuple(qk_widths), tuple(v_widths)
     norms = (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias)
     tensors = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale, in_cols, out_cols)
     constants = (qk_widths, v_widths, scale, eps, qk_eps)
-    _check_attention(x.shape[2], (*tensors, *norms), constants)
-    arguments = (x, *tensors, *norms, *constants, _queries(num_queries, x.shape[1]))
+    check_attention(x.shape[2], (*tensors, *norms), constants)
+    arguments = (x, *tensors, *norms, *constants, check_queries(num_queries, x.shape[1]))
     return _run("attention_sublayer", arguments, backend)
 
 
@@ -330,75 +328,5 @@ def mlp_sublayer(
         RuntimeError: if the named backend cannot run the call.
     """
     tensors = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, in_cols, out_cols)
-    _check_mlp(x.shape[-1], tensors, (activation, eps))
+    check_mlp(x.shape[-1], tensors, (activation, eps))
     return _run("mlp_sublayer", (x, *tensors, activation, eps), backend)
-
-
-# Tensor arguments of the sublayers but for x, in the order of their schemas.
-_ATTENTION_TENSORS = (
-    *("norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "layer_scale"),
-    *("in_cols", "out_cols", "q_norm_weight", "q_norm_bias", "k_norm_weight", "k_norm_bias"),
-)
-_MLP_TENSORS = (
-    *("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "layer_scale"),
-    *("in_cols", "out_cols"),
-)
-
-
-def _describe(features: int, sublayer: partial[Tensor]) -> cpu.Sublayer:
-    """What a partial of a sublayer binds, in the order of the schema."""
-    bound = sublayer.keywords
-    eps = bound.get("eps", 1e-6)
-    if sublayer.func is mlp_sublayer:
-        tensors = tuple(map(bound.get, _MLP_TENSORS))
-        constants: tuple[Any, ...] = (bound.get("activation", "gelu"), eps)
-        return cpu.Sublayer("mlp_sublayer", tensors, constants, partial(_check_mlp, features, tensors, constants))
-    tensors = tuple(map(bound.get, _ATTENTION_TENSORS))
-    widths = (tuple(bound["qk_widths"]), tuple(bound["v_widths"]))
-    constants = (*widths, bound["scale"], eps, bound.get("qk_eps", 1e-6))
-    check = partial(_check_attention, features, tensors, constants)
-    return cpu.Sublayer("attention_sublayer", tensors, constants, check)
-
-
-def sublayer_chain(
-    x: Tensor,
-    sublayers: Sequence[partial[Tensor]],
-    *,
-    num_queries: int | None = None,
-    backend: str | None = None,
-) -> Tensor:
-    """Sublayers applied one after another; the CPU backend runs them in one parallel region.
-
-    There the workers wait for each other once a block, and images of a batch not at all, instead of three times a
-    block.
-
-    Args:
-        x: [batch, tokens, features], float.
-        sublayers: ``functools.partial`` of :func:`attention_sublayer` or :func:`mlp_sublayer` that binds, by keyword,
-            all arguments but ``x``, ``num_queries`` and ``backend``.
-        num_queries: give the first so many tokens only; the last attention and what follows compute no others.
-        backend: name of a backend; None for the selected one.
-
-    Returns:
-        [batch, num_queries, features].
-
-    Raises:
-        ValueError: for arguments that do not fit together.
-        RuntimeError: if the named backend cannot run the call.
-    """
-    if x.dim() != 3:
-        raise _wrong("x", "3 dimensions (batch, tokens, features)", f"shape {list(x.shape)}")
-    for sublayer in sublayers:
-        if sublayer.func not in (attention_sublayer, mlp_sublayer) or sublayer.args:
-            raise _wrong("sublayers", "partials of attention_sublayer or mlp_sublayer, bound by keyword", sublayer)
-    queries = _queries(num_queries, x.shape[1])
-    if sublayers and not torch.compiler.is_compiling():
-        described = [_describe(x.shape[2], sublayer) for sublayer in sublayers]
-        needs_grad = _needs_grad(chain([x], *(d.tensors for d in described)))
-        if dispatch.choose(backend, x.device, x.dtype, needs_grad) == "cpu":
-            return cpu.sublayer_chain(x, described, queries)
-    attentions = [i for i, sublayer in enumerate(sublayers) if sublayer.func is attention_sublayer]
-    for i, sublayer in enumerate(sublayers):
-        last = attentions and i == attentions[-1]
-        x = sublayer(x, backend=backend, num_queries=queries) if last else sublayer(x, backend=backend)
-    return x[:, :queries]

@@ -11,6 +11,7 @@ import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -209,7 +210,7 @@ class PrunedBlock(nn.Module):
         """
         if attn_mask is not None or is_causal or self.must_call_modules():
             return self._by_modules(x, attn_mask, is_causal)[:, :num_queries]
-        return gk.sublayer_chain(x, self.sublayers(), num_queries=num_queries)
+        return gk.SublayerChain(self.sublayers())(x, num_queries=num_queries)
 
     def must_call_modules(self) -> bool:
         """Return whether the fused sublayers would leave something out: a hook inside, or dropout in training."""
@@ -226,7 +227,7 @@ class PrunedBlock(nn.Module):
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
     def sublayers(self) -> tuple[partial[Tensor], partial[Tensor]]:
-        """Return the two halves of the block as members of a :func:`gohsp_kernels.sublayer_chain`."""
+        """Return the two halves of the block as members of a :class:`gohsp_kernels.SublayerChain`."""
         return self._attention_sublayer(), self._mlp_sublayer()
 
     def _attention_sublayer(self) -> partial[Tensor]:
@@ -284,12 +285,62 @@ class PrunedBlocks(nn.Sequential):
         Returns:
             [B, num_queries or N, D].
         """
+        if torch.compiler.is_compiling() or self.training:
+            return self._one_by_one(x, num_queries)
+        chain = _chains.get(self)
+        if chain is None or not chain.is_current():
+            chain = _chains[self] = _BlockChain(self)
+        return self._one_by_one(x, num_queries) if chain.is_hooked() else chain.run(x, num_queries)
+
+    def _one_by_one(self, x: Tensor, num_queries: int | None) -> Tensor:
         blocks = list(self)
-        if not any(_is_hooked(block) or block.must_call_modules() for block in blocks):
-            return gk.sublayer_chain(x, [s for block in blocks for s in block.sublayers()], num_queries=num_queries)
         for block in blocks[:-1]:
             x = block(x)
         return blocks[-1](x, num_queries=num_queries)
+
+
+class _BlockChain:
+    """The chain of a sequence of blocks, and what it was made of.
+
+    Looking up some 300 modules and parameters by name takes a millisecond, a twentieth of a small model's time, so it
+    is done once. The tables that hold them are remembered, so that whatever is replaced, added or removed is noticed.
+    """
+
+    def __init__(self, blocks: PrunedBlocks) -> None:
+        members: list[Any] = list(blocks)
+        self._chain = gk.SublayerChain([sublayer for block in members for sublayer in block.sublayers()])
+        self._entries: list[tuple[dict[str, Any], str, Any]] = []
+        self._sizes: list[tuple[dict[str, Any], int]] = []
+        self._hooks: list[dict[int, Any]] = []
+        for module in blocks.modules():
+            for table in (module._modules, module._parameters, module._buffers):
+                self._entries += [(table, name, value) for name, value in table.items()]
+                self._sizes.append((table, len(table)))
+            own = module.__dict__
+            self._entries += [(own, name, own[name]) for name in _CONSTANTS if name in own]
+            if module is not blocks:  # whose own hooks are called as ever
+                self._hooks += _hook_tables(module)
+
+    def run(self, x: Tensor, num_queries: int | None) -> Tensor:
+        """Return the output of the last block."""
+        return self._chain(x, num_queries=num_queries)
+
+    def is_current(self) -> bool:
+        """Return whether everything is still what the chain was made of."""
+        if any(len(table) != size for table, size in self._sizes):
+            return False
+        return all(table.get(name) is value for table, name, value in self._entries)
+
+    def is_hooked(self) -> bool:
+        """Return whether a hook waits on a module that the chain would not call."""
+        return any(self._hooks)
+
+
+# Plain attributes of the modules that the sublayers are told of.
+_CONSTANTS = ("eps", "scale", "qk_widths", "v_widths", "activation")
+
+# Beside the modules and not in them, so that a copy or a checkpoint of a model does not carry packed weights along.
+_chains: WeakKeyDictionary[PrunedBlocks, _BlockChain] = WeakKeyDictionary()
 
 
 def attend(attn: Any, qkv: Tensor, masks: Sequence[Tensor | None], is_causal: bool, dropout: float) -> Tensor:
@@ -357,10 +408,12 @@ def head_masks(
     return [full_mask[:, head : head + 1] for head in heads]
 
 
+def _hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 def _is_hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return any(_hook_tables(module))
 
 
 def _drops(module: Any) -> bool:

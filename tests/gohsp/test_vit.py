@@ -143,7 +143,7 @@ def last_block_tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return call
 
     monkeypatch.setattr(PrunedBlock, "forward", recorded(PrunedBlock.forward))
-    monkeypatch.setattr(gk, "sublayer_chain", recorded(gk.sublayer_chain))
+    monkeypatch.setattr(gk.SublayerChain, "__call__", recorded(gk.SublayerChain.__call__))
     return seen
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""sublayer_chain is its sublayers one after another, on every backend."""
+"""SublayerChain is its sublayers one after another, on every backend."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def chains(draw: st.DrawFn) -> list[Call]:
 def test_random_chains(calls: list[Call], batch: int, tokens: int, data: st.DataObject) -> None:
     queries = data.draw(st.sampled_from([tokens, 1, 0]))
     x = Maker(batch).normal(batch, tokens, FEATURES)
-    result = gk.sublayer_chain(x, list(map(bound, calls)), num_queries=queries, backend="cpu")
+    result = gk.SublayerChain(list(map(bound, calls)))(x, num_queries=queries, backend="cpu")
     assert relative_error(result, one_by_one(x.double(), calls)[:, :queries]) < 2e-6
 
 
@@ -73,19 +73,19 @@ def test_chain_of_a_small_transformer(backend: str) -> None:
     ]
     x = maker.normal(3, 20, FEATURES)
     for queries in (None, 2):
-        result = gk.sublayer_chain(x, list(map(bound, calls)), num_queries=queries, backend=backend)
+        result = gk.SublayerChain(list(map(bound, calls)))(x, num_queries=queries, backend=backend)
         assert relative_error(result, one_by_one(x.double(), calls)[:, :queries]) < 2e-6
 
 
 def test_empty_chain_gives_its_input() -> None:
     x = torch.randn(2, 5, 8)
-    assert torch.equal(gk.sublayer_chain(x, [], num_queries=3), x[:, :3])
+    assert torch.equal(gk.SublayerChain([])(x, num_queries=3), x[:, :3])
 
 
 def test_chain_is_differentiable() -> None:
     maker = Maker(2)
     x = maker.normal(2, 5, FEATURES).requires_grad_()
-    gk.sublayer_chain(x, [bound(maker.mlp_sublayer((0,), FEATURES, 8))]).sum().backward()
+    gk.SublayerChain([bound(maker.mlp_sublayer((0,), FEATURES, 8))])(x).sum().backward()
     assert x.grad is not None and x.grad.abs().sum() > 0
 
 
@@ -95,12 +95,12 @@ def test_chain_follows_its_parameters_and_its_input() -> None:
     calls = [maker.attention_sublayer(0, 0, FEATURES, [8], [8]), maker.mlp_sublayer((0,), FEATURES, 50)]
     x = maker.normal(2, 5, FEATURES)
     for call in calls:
-        gk.sublayer_chain(x, list(map(bound, calls)), backend="cpu")
+        gk.SublayerChain(list(map(bound, calls)))(x, backend="cpu")
         call.args[3].mul_(2)
-        result = gk.sublayer_chain(x, list(map(bound, calls)), backend="cpu")
+        result = gk.SublayerChain(list(map(bound, calls)))(x, backend="cpu")
         assert relative_error(result, one_by_one(x.double(), calls)) < 2e-6
     with pytest.raises(RuntimeError, match="x: wanted the number of features that sublayer 0 was packed for; got 39"):
-        gk.sublayer_chain(x[..., :39], list(map(bound, calls)), backend="cpu")
+        gk.SublayerChain(list(map(bound, calls)))(x[..., :39], backend="cpu")
 
 
 @needs_native
@@ -109,10 +109,10 @@ def test_wrong_members_give_one_clear_error() -> None:
     x = maker.normal(2, 5, FEATURES)
     member = bound(maker.mlp_sublayer((0,), FEATURES, 8))
     with pytest.raises(ValueError, match="sublayers: wanted partials of attention_sublayer or mlp_sublayer"):
-        gk.sublayer_chain(x, [partial(gk.packed_linear, weight=torch.ones(1, 1))])
+        gk.SublayerChain([partial(gk.packed_linear, weight=torch.ones(1, 1))])(x)
     with pytest.raises(ValueError, match=r"fc1_bias: wanted shape \[8\]; got shape \[7\]"):
-        gk.sublayer_chain(x, [partial(member, fc1_bias=torch.zeros(7))])
+        gk.SublayerChain([partial(member, fc1_bias=torch.zeros(7))])(x)
     with pytest.raises(ValueError, match="num_queries: wanted 0 to 5"):
-        gk.sublayer_chain(x, [member], num_queries=6)
+        gk.SublayerChain([member])(x, num_queries=6)
     with pytest.raises(ValueError, match="x: wanted 3 dimensions"):
-        gk.sublayer_chain(x[0], [member])
+        gk.SublayerChain([member])(x[0])

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sublayers one after another: what a whole encoder is to the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu, dispatch
+from .ops import attention_sublayer, check_attention, check_mlp, check_queries, mlp_sublayer, wrong
+
+# Tensor arguments of the sublayers but for x, in the order of their schemas.
+_ATTENTION_TENSORS = (
+    *("norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "layer_scale"),
+    *("in_cols", "out_cols", "q_norm_weight", "q_norm_bias", "k_norm_weight", "k_norm_bias"),
+)
+_MLP_TENSORS = (
+    *("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "layer_scale"),
+    *("in_cols", "out_cols"),
+)
+
+
+class SublayerChain:
+    """Sublayers applied one after another; the CPU backend runs them in one parallel region.
+
+    There the workers wait for each other once a block instead of three times, and images of a batch not at all. Build
+    the chain once and call it often: a call then costs a look at the parameters' version counters.
+
+    Args:
+        sublayers: ``functools.partial`` of :func:`attention_sublayer` or :func:`mlp_sublayer` that binds, by keyword,
+            all arguments but ``x``, ``num_queries`` and ``backend``. The tensors are held, not copied; a change of
+            their values is noticed.
+
+    Raises:
+        ValueError: for anything else among the sublayers.
+    """
+
+    def __init__(self, sublayers: Sequence[partial[Tensor]]) -> None:
+        for sublayer in sublayers:
+            if sublayer.func not in (attention_sublayer, mlp_sublayer) or sublayer.args:
+                raise wrong("sublayers", "partials of attention_sublayer or mlp_sublayer, bound by keyword", sublayer)
+        self._sublayers = tuple(sublayers)
+        attentions = [i for i, sublayer in enumerate(sublayers) if sublayer.func is attention_sublayer]
+        self._last_attention = attentions[-1] if attentions else -1
+        self._packed: cpu.PackedChain | None = None
+        self._tensors = [t for s in sublayers for t in s.keywords.values() if isinstance(t, Tensor)]
+
+    def __call__(self, x: Tensor, *, num_queries: int | None = None, backend: str | None = None) -> Tensor:
+        """Run the chain.
+
+        Args:
+            x: [batch, tokens, features], float.
+            num_queries: give the first so many tokens only; the last attention and what follows compute no others.
+            backend: name of a backend; None for the selected one.
+
+        Returns:
+            [batch, num_queries, features].
+
+        Raises:
+            ValueError: for arguments that do not fit together.
+            RuntimeError: if the named backend cannot run the call.
+        """
+        if x.dim() != 3:
+            raise wrong("x", "3 dimensions (batch, tokens, features)", f"shape {list(x.shape)}")
+        queries = check_queries(num_queries, x.shape[1])
+        if self._sublayers and not torch.compiler.is_compiling():
+            needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in self._tensors))
+            if dispatch.choose(backend, x.device, x.dtype, needs_grad) == "cpu":
+                return self._on_cpu(x, queries)
+        return self._one_by_one(x, queries, backend)
+
+    def _on_cpu(self, x: Tensor, queries: int) -> Tensor:
+        if self._packed is None or self._packed.features != x.shape[2]:
+            self._packed = cpu.PackedChain(x.shape[2], [_describe(x.shape[2], s) for s in self._sublayers])
+        return self._packed(x, queries)
+
+    def _one_by_one(self, x: Tensor, queries: int, backend: str | None) -> Tensor:
+        for i, sublayer in enumerate(self._sublayers):
+            if i == self._last_attention:
+                x = sublayer(x, num_queries=queries, backend=backend)
+            else:
+                x = sublayer(x, backend=backend)
+        return x[:, :queries]
+
+
+def _describe(features: int, sublayer: partial[Tensor]) -> cpu.Sublayer:
+    """What a partial of a sublayer binds, in the order of the schema."""
+    bound = sublayer.keywords
+    eps = bound.get("eps", 1e-6)
+    if sublayer.func is mlp_sublayer:
+        tensors = tuple(map(bound.get, _MLP_TENSORS))
+        constants: tuple[Any, ...] = (bound.get("activation", "gelu"), eps)
+        return cpu.Sublayer("mlp_sublayer", tensors, constants, partial(check_mlp, features, tensors, constants))
+    tensors = tuple(map(bound.get, _ATTENTION_TENSORS))
+    widths = (tuple(bound["qk_widths"]), tuple(bound["v_widths"]))
+    constants = (*widths, bound["scale"], eps, bound.get("qk_eps", 1e-6))
+    check = partial(check_attention, features, tensors, constants)
+    return cpu.Sublayer("attention_sublayer", tensors, constants, check)
