@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._cache import PackedCache
+from . import training
 from .attention import HeadLayout, attention
 from .attention_sublayer import pack_attention
 from .linear import PackedLinear
@@ -19,6 +21,10 @@ from .mlp import pack_mlp
 from .packing import pack_linear
 
 _cache = PackedCache()
+
+
+def _needs_grad(*arguments: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
 
 
 def packed_linear(
@@ -30,6 +36,8 @@ def packed_linear(
     out_features: int,
     activation: str,
 ) -> Tensor:
+    if _needs_grad(x, weight, bias):
+        return training.packed_linear(x, weight, bias, in_cols, out_cols, out_features, activation)
     rows = x.reshape(-1, x.shape[-1])
 
     def pack() -> PackedLinear:
@@ -62,12 +70,16 @@ def ragged_attention(
     num_queries: int,
 ) -> Tensor:
     norms = (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias)
+    if _needs_grad(qkv, *norms):
+        return training.ragged_attention(qkv, *norms, qk_widths, v_widths, scale, eps, num_queries)
     layout = HeadLayout.of(qk_widths, v_widths, qkv.device)
     return attention(qkv.contiguous(), layout, scale, num_queries, norms=norms, eps=eps)
 
 
 def attention_sublayer(x: Tensor, *arguments: Any) -> Tensor:
     """Arguments in the order of the schema: 13 tensors, then qk_widths, v_widths, scale, eps, qk_eps, num_queries."""
+    if _needs_grad(x, *arguments):
+        return training.attention_sublayer(x, *arguments)
     tensors, constants, num_queries = arguments[:13], arguments[13:18], arguments[18]
     packed = _cache.get(
         tensors[2],
@@ -80,6 +92,8 @@ def attention_sublayer(x: Tensor, *arguments: Any) -> Tensor:
 
 def mlp_sublayer(x: Tensor, *arguments: Any) -> Tensor:
     """Arguments in the order of the schema: 9 tensors, then activation and eps."""
+    if _needs_grad(x, *arguments):
+        return training.mlp_sublayer(x, *arguments)
     tensors, constants = arguments[:9], arguments[9:]
     packed = _cache.get(
         tensors[2], tensors, (x.dtype, *constants), lambda: pack_mlp(x.dtype, x.shape[-1], *tensors, *constants)

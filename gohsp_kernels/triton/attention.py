@@ -82,6 +82,23 @@ def layout_entry(layout, head, i, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def layout_row(layout, head, ALIGN: tl.constexpr):
+    """First q, k, v and output channel of a head, its QK width and its V width."""
+    q_start = layout_entry(layout, head, 0, ALIGN)
+    k_start = layout_entry(layout, head, 1, ALIGN)
+    v_start = layout_entry(layout, head, 2, ALIGN)
+    out_start = layout_entry(layout, head, 3, ALIGN)
+    return (
+        q_start,
+        k_start,
+        v_start,
+        out_start,
+        layout_entry(layout, head, 4, ALIGN),
+        layout_entry(layout, head, 5, ALIGN),
+    )
+
+
+@triton.jit
 def load_head(base, row64, row_ok, start, width, stride, WIDTH: tl.constexpr):
     """Rows of one head's q, k, v or output, padded with zeros to [rows, WIDTH]."""
     c = tl.arange(0, WIDTH)[None, :]
@@ -129,12 +146,7 @@ def attend(
     BLOCK_N: tl.constexpr,
 ):
     """One tile of queries of one head whose widths fit in WIDTH."""
-    q_start = layout_entry(layout, head, 0, ALIGN)
-    k_start = layout_entry(layout, head, 1, ALIGN)
-    v_start = layout_entry(layout, head, 2, ALIGN)
-    out_start = layout_entry(layout, head, 3, ALIGN)
-    qk_width = layout_entry(layout, head, 4, ALIGN)
-    v_width = layout_entry(layout, head, 5, ALIGN)
+    q_start, k_start, v_start, out_start, qk_width, v_width = layout_row(layout, head, ALIGN)
     qkv_batch = qkv + batch.to(tl.int64) * tokens * qkv_stride
 
     row = first_query + tl.arange(0, BLOCK_M)

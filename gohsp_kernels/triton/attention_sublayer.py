@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,95 @@ from torch import Tensor
 
 from .attention import HeadLayout, attention
 from .linear import PackedLinear
-from .packing import fold_norm, pack_linear, round_up, spread, spread_channels
+from .packing import fold_norm, pack_linear, round_up
+
+
+def aligned_channels(widths: Sequence[int], keep: Sequence[bool], align: int) -> tuple[list[int], list[int], list[int]]:
+    """Heads moved to channels that are multiples of ``align``, those that are not in ``keep`` left out.
+
+    Returns:
+        The padded widths; the channels that are kept; the channels that they move to.
+    """
+    padded: list[int] = []
+    source: list[int] = []
+    target: list[int] = []
+    start = new_start = 0
+    for width, kept in zip(widths, keep, strict=True):
+        if kept:
+            source += range(start, start + width)
+            target += range(new_start, new_start + width)
+            padded.append(round_up(width, align))
+            new_start += padded[-1]
+        start += width
+    return padded, source, target
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Where the channels of compact weights go so that every head begins at a multiple of 8 channels."""
+
+    layout: HeadLayout
+    qkv: tuple[Tensor, Tensor]  # int64: rows of the compact qkv weight, rows of the aligned one
+    out: tuple[Tensor, Tensor]  # the same for the columns of proj
+    qkv_channels: int  # of the layout, rounded up so that rows in memory begin at a multiple of 16
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)
+    def of(qk_widths: tuple[int, ...], v_widths: tuple[int, ...], qk_align: int, device: torch.device) -> Alignment:
+        """Heads without V channels add nothing and are left out, their q and k with them."""
+        keep = [width > 0 for width in v_widths]
+        qk_padded, qk_source, qk_target = aligned_channels(qk_widths, keep, qk_align)
+        v_padded, v_source, v_target = aligned_channels(v_widths, keep, 8)
+        old, new = sum(qk_widths), sum(qk_padded)
+        source = [*qk_source, *(old + c for c in qk_source), *(2 * old + c for c in v_source)]
+        target = [*qk_target, *(new + c for c in qk_target), *(2 * new + c for c in v_target)]
+
+        def index(channels: list[int]) -> Tensor:
+            return torch.tensor(channels, dtype=torch.int64, device=device)
+
+        layout = HeadLayout.of(tuple(qk_padded), tuple(v_padded), device)
+        channels = round_up(layout.qkv_channels, 16)
+        return Alignment(layout, (index(source), index(target)), (index(v_source), index(v_target)), channels)
+
+
+def move(tensor: Tensor, dim: int, channels: tuple[Tensor, Tensor], size: int) -> Tensor:
+    """Entries ``channels[0]`` of ``tensor`` along ``dim`` at ``channels[1]`` of ``size``, zeros elsewhere."""
+    shape = list(tensor.shape)
+    shape[dim] = size
+    return tensor.new_zeros(shape).index_copy(dim, channels[1], tensor.index_select(dim, channels[0]))
+
+
+@dataclass(frozen=True)
+class AlignedAttention:
+    """Weights with LayerNorm folded in and heads at aligned channels. Differentiable in what they were made of."""
+
+    layout: HeadLayout
+    qkv_weight: Tensor
+    qkv_bias: Tensor | None
+    proj_weight: Tensor
+
+
+def align_attention(
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    in_cols: Tensor | None,
+    qk_widths: tuple[int, ...],
+    v_widths: tuple[int, ...],
+    qk_norm: bool,
+) -> AlignedAttention:
+    """Fold and align, in the dtype of ``qkv_weight``. Arguments as attention_sublayer; whether q and k have a norm."""
+    # A norm on q and k divides by the width, so there the width must be the true one.
+    alignment = Alignment.of(qk_widths, v_widths, 1 if qk_norm else 8, qkv_weight.device)
+    weight, bias = fold_norm(qkv_weight, qkv_bias, norm_weight, norm_bias, in_cols)
+    return AlignedAttention(
+        alignment.layout,
+        move(weight, 0, alignment.qkv, alignment.qkv_channels),
+        None if bias is None else move(bias, 0, alignment.qkv, alignment.qkv_channels),
+        move(proj_weight, 1, alignment.out, alignment.layout.out_channels),
+    )
 
 
 @dataclass(frozen=True)
@@ -29,13 +119,17 @@ class PackedAttention:
         batch, tokens, features = x.shape
         rows = x.reshape(-1, features)
         # All tokens' queries are computed even where few are asked for: they are a third of this product in one block.
-        qkv = x.new_empty(batch, tokens, round_up(self.layout.qkv_channels, 16))
-        self.qkv(rows, out=qkv.flatten(0, 1))
-        heads = x.new_empty(batch, num_queries, round_up(self.layout.out_channels, 16))
+        qkv = self.qkv(rows).view(batch, tokens, self.qkv.out_features)
+        heads = new_heads(qkv, num_queries, self.layout)
         attention(qkv, self.layout, self.scale, num_queries, norms=self.norms, eps=self.qk_eps, out=heads)
         residual = rows if num_queries == tokens else x[:, :num_queries].reshape(-1, features)
-        out = self.proj(heads.flatten(0, 1)[:, : self.layout.out_channels], residual)
-        return out.view(batch, num_queries, features)
+        return self.proj(heads.flatten(0, 1), residual).view(batch, num_queries, features)
+
+
+def new_heads(qkv: Tensor, num_queries: int, layout: HeadLayout) -> Tensor:
+    """Room for the heads' outputs, each row beginning at a multiple of 16 channels."""
+    stride = round_up(layout.out_channels, 16)
+    return qkv.new_empty(qkv.shape[0], num_queries, stride)[..., : layout.out_channels]
 
 
 def pack_attention(
@@ -62,37 +156,28 @@ def pack_attention(
 ) -> PackedAttention:
     """Prepare a sublayer for activations [batch, tokens, features] of ``dtype``. Other arguments as attention_sublayer.
 
-    Heads without V channels add nothing and are left out, their q and k with them.
-
     Raises:
         ValueError: for a head wider than the kernels take.
     """
-    keep = [width > 0 for width in v_widths]
-    # A norm on q and k divides by the width, so there the width must be the true one.
-    qk_padded, qk_source, qk_target = spread_channels(qk_widths, keep, 8 if q_norm_weight is None else 1)
-    v_padded, v_source, v_target = spread_channels(v_widths, keep, 8)
-    old, new = sum(qk_widths), sum(qk_padded)
-    source = [*qk_source, *(old + c for c in qk_source), *(2 * old + c for c in v_source)]
-    target = [*qk_target, *(new + c for c in qk_target), *(2 * new + c for c in v_target)]
-
-    weight, bias = fold_norm(qkv_weight.detach().double(), qkv_bias, norm_weight, norm_bias, in_cols)
-    layout = HeadLayout.of(tuple(qk_padded), tuple(v_padded), qkv_weight.device)
+    weights = (norm_weight, norm_bias, qkv_weight.detach().double(), qkv_bias, proj_weight.detach())
+    aligned = align_attention(*weights, in_cols, qk_widths, v_widths, q_norm_weight is not None)
+    channels, out_channels = aligned.qkv_weight.shape[0], aligned.layout.out_channels
     return PackedAttention(
         pack_linear(
-            spread(weight[source], 0, target, layout.qkv_channels),
-            None if bias is None else spread(bias[source], 0, target, layout.qkv_channels),
+            aligned.qkv_weight,
+            aligned.qkv_bias,
             dtype,
             features=features,
-            out_features=layout.qkv_channels,
+            out_features=channels,
             in_cols=in_cols,
             norm_eps=eps,
         ),
-        layout,
+        aligned.layout,
         pack_linear(
-            spread(proj_weight.detach()[:, v_source], 1, v_target, layout.out_channels),
+            aligned.proj_weight,
             proj_bias,
             dtype,
-            features=layout.out_channels,
+            features=out_channels,
             out_features=features,
             out_cols=out_cols,
             layer_scale=layer_scale,

@@ -81,6 +81,17 @@ def linear_tile(target: Target, itemsize: int, rows: int, outputs: int, indexed:
     return ladder[-1]
 
 
+def weight_gradient_tile(target: Target, itemsize: int) -> Tile:
+    """Tile of the weight's gradient: outputs, inputs, and rows of a step."""
+    return Tile(64, 64, 32 if itemsize == 4 else 64, 4, 2 if target.vendor == "hip" or itemsize == 4 else 3)
+
+
+def rows_per_range(target: Target, rows: int, tiles: int, step: int) -> int:
+    """How many rows one program sums, so that ``tiles`` times the ranges come to two programs a multiprocessor."""
+    ranges = max(1, 2 * target.processors // max(tiles, 1))
+    return cdiv(cdiv(max(rows, 1), ranges), step) * step
+
+
 WIDTHS = (16, 32, 64, 128)
 """Widths that heads are padded to in registers. A tensor core takes no less than 16."""
 
@@ -108,6 +119,11 @@ def attention_tile(target: Target, itemsize: int, queries: int, tokens: int, wid
     block_m = 16 if queries <= 16 else 32 if itemsize == 4 else 64
     block_n = 64 if cdiv(tokens, 64) * 64 <= cdiv(tokens, 32) * 32 and itemsize < 4 and widest < 128 else 32
     return AttentionTile(block_m, block_n, 4, 2)
+
+
+def attention_gradient_tile(target: Target, itemsize: int, widest: int) -> AttentionTile:
+    """Tile of both kernels of the attention's gradient. They hold four operands of a head, the forward kernel two."""
+    return AttentionTile(32, 32, 4, 1) if itemsize == 4 or widest == 128 else AttentionTile(64, 64, 4, 1)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,7 +27,7 @@ from ._launch import dot_precision, launch
 from .activations import activate
 from .config import cdiv
 from .linear import PackedLinear
-from .packing import fold_norm, pack_linear, round_up, spread
+from .packing import fold_norm, pack_linear
 
 
 @triton.jit
@@ -179,6 +180,12 @@ class PackedMlp:
         return out
 
 
+def align_hidden(fc1: Tensor, bias1: Tensor | None, fc2: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The two layers with neurons of zero added up to a multiple of 16. Differentiable."""
+    added = -fc1.shape[0] % 16
+    return F.pad(fc1, (0, 0, 0, added)), None if bias1 is None else F.pad(bias1, (0, added)), F.pad(fc2, (0, added))
+
+
 def pack_mlp(
     dtype: torch.dtype,
     features: int,
@@ -196,12 +203,12 @@ def pack_mlp(
 ) -> PackedMlp:
     """Prepare a sublayer for activations [..., features] of ``dtype``. Other arguments as mlp_sublayer."""
     weight, bias = fold_norm(fc1_weight.detach().double(), fc1_bias, norm_weight, norm_bias, in_cols)
-    neurons = range(weight.shape[0])
-    hidden = round_up(len(neurons), 16)
+    weight, bias, fc2_weight = align_hidden(weight, bias, fc2_weight.detach())
+    hidden = weight.shape[0]
     return PackedMlp(
         pack_linear(
-            spread(weight, 0, neurons, hidden),
-            None if bias is None else spread(bias, 0, neurons, hidden),
+            weight,
+            bias,
             dtype,
             features=features,
             out_features=hidden,
@@ -210,7 +217,7 @@ def pack_mlp(
             activation=activation,
         ),
         pack_linear(
-            spread(fc2_weight.detach(), 1, neurons, hidden),
+            fc2_weight,
             fc2_bias,
             dtype,
             features=hidden,

@@ -12,11 +12,10 @@ zero, so the padding changes no result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from .._cache import PackedCache
 from .linear import PackedLinear
 
 
@@ -24,13 +23,21 @@ def round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
+_orders = PackedCache()
+
+
 def column_order(cols: Tensor | None, features: int) -> Tensor | None:
     """int32 [features]: the columns ``cols``, then the others. None stays None."""
     if cols is None:
         return None
-    other = torch.ones(features, dtype=torch.bool, device=cols.device)
-    other[cols] = False
-    return torch.cat([cols, other.nonzero()[:, 0]]).to(torch.int32)
+
+    def order() -> Tensor:
+        other = torch.ones(features, dtype=torch.bool, device=cols.device)
+        other[cols] = False
+        return torch.cat([cols, other.nonzero()[:, 0]]).to(torch.int32)
+
+    # Kept, as training asks at each step and nonzero() waits for the GPU.
+    return _orders.get(cols, (cols,), (features,), order)
 
 
 def fold_norm(
@@ -43,34 +50,6 @@ def fold_norm(
     if norm_weight is not None:
         weight = weight * (norm_weight if cols is None else norm_weight[cols]).to(weight.dtype)
     return weight, bias
-
-
-def spread(tensor: Tensor, dim: int, positions: Sequence[int], size: int) -> Tensor:
-    """``tensor`` with its entries along ``dim`` moved to ``positions`` of ``size``, zeros in between."""
-    shape = list(tensor.shape)
-    shape[dim] = size
-    index = torch.tensor(positions, dtype=torch.int64, device=tensor.device)
-    return tensor.new_zeros(shape).index_copy(dim, index, tensor)
-
-
-def spread_channels(widths: Sequence[int], keep: Sequence[bool], align: int) -> tuple[list[int], list[int], list[int]]:
-    """Heads moved to aligned channels, those that are not in ``keep`` left out.
-
-    Returns:
-        The padded widths; the channels that are kept; the aligned channels that they move to.
-    """
-    padded: list[int] = []
-    source: list[int] = []
-    target: list[int] = []
-    start = new_start = 0
-    for width, kept in zip(widths, keep, strict=True):
-        if kept:
-            source += range(start, start + width)
-            target += range(new_start, new_start + width)
-            padded.append(round_up(width, align))
-            new_start += padded[-1]
-        start += width
-    return padded, source, target
 
 
 def wide_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,9 +15,9 @@ from gohsp_kernels.triton import config
 from gohsp_kernels.triton.attention import HeadLayout
 from gohsp_kernels.triton.mlp import pack_mlp
 from gohsp_kernels.triton.packing import pack_linear
-from tests.kernels.cases import OPERATORS, Call, Maker, calls, relative_error, samples
+from tests.kernels.cases import OPERATORS, Call, Maker, calls, samples
 
-from .helpers import TOLERANCE, check, flat, run
+from .helpers import TOLERANCE, assert_close, check, flat, run
 
 pytestmark = pytest.mark.interpreter
 
@@ -136,7 +136,7 @@ def test_every_tile_of_the_linear_kernel(tile: config.Tile) -> None:
         activation=activation,
     )
     truth = rounded.to(torch.float64).run("reference")
-    assert relative_error(packed(x, tile=tile), truth) < TOLERANCE[torch.float16]
+    assert_close(packed(x, tile=tile), truth, TOLERANCE[torch.float16])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,7 +150,7 @@ def test_mlp_in_one_launch(features: int, kept_in: int | None, kept_out: int | N
     packed = pack_mlp(dtype, features, *rest)
     truth = call.to(torch.float64).run("reference")
     result = packed.in_one(x, config.MlpTile(*config.panels(features), 32, 32, 4, 2))
-    assert relative_error(result, truth) < TOLERANCE[dtype]
+    assert_close(result, truth, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("missing", ["bias", "norm", "scale"])
@@ -166,7 +166,7 @@ def test_mlp_in_one_launch_with_parts_missing(missing: str) -> None:
     arguments = (norm_weight, norm_bias, fc1, bias1, fc2, bias2, *rest)
     truth = Call("mlp_sublayer", (x, *arguments[:6]), {**call.kwargs, "layer_scale": rest[0]}).to(torch.float64)
     result = pack_mlp(x.dtype, 144, *arguments).in_one(x, config.MlpTile(128, 16, 32, 32, 4, 2))
-    assert relative_error(result, truth.run("reference")) < TOLERANCE[torch.float32]
+    assert_close(result, truth.run("reference"), TOLERANCE[torch.float32])
 
 
 def test_wide_models_take_two_launches_and_narrow_ones_one() -> None:

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of every operator against those of the reference in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gohsp_kernels.triton import config
+from tests.kernels.cases import OPERATORS, Call, Maker, calls, samples
+
+from .helpers import assert_close, run
+from .test_forward import EDGES
+
+pytestmark = pytest.mark.interpreter
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 6e-3}
+"""Relative norm of the error of all gradients of a call together: a chain of some ten roundings."""
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def gradients(call: Call, backend: str) -> list[Tensor]:
+    """Gradient of each float argument under a fixed random gradient of the result."""
+    leaves = call.tensors()
+    for leaf in leaves:
+        leaf.requires_grad_()
+    result = run(call) if backend == "triton" else call.run("reference")
+    if not result.requires_grad:  # the reference of a call without any head
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(5)).to(result.dtype)
+    return list(torch.autograd.grad(result, leaves, grad, materialize_grads=True))
+
+
+def clone(call: Call, dtype: torch.dtype) -> Call:
+    """A copy in another dtype that shares no tensor."""
+
+    def copy(value: Any) -> Any:
+        return value.detach().clone() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    call = Call(call.operator, tuple(map(copy, call.args)), {k: copy(v) for k, v in call.kwargs.items()})
+    return call.to(dtype)
+
+
+def check(call: Call, dtype: torch.dtype) -> None:
+    rounded = clone(call, dtype)
+    truth = gradients(clone(rounded, torch.float64), "reference")
+    result = gradients(rounded, "triton")
+    assert all(r.dtype == dtype and r.shape == t.shape for r, t in zip(result, truth, strict=True))
+    assert_close(*(torch.cat([g.double().flatten() for g in grads]) for grads in (result, truth)), TOLERANCE[dtype])
+
+
+DTYPES = [torch.float32, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("operator", OPERATORS)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_calls(operator: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    check(data.draw(calls(operator)), dtype)
+
+
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges(edge: str) -> None:
+    method, args, kwargs = EDGES[edge]
+    check(getattr(Maker(7), method)(*args, **kwargs), torch.float32)
+
+
+def test_each_gradient_alone_is_right() -> None:
+    """A wrong gradient of a small argument would not show in the norm of all of them."""
+    for name, sample in samples().items():
+        names = [f"{name} {i}" for i in range(len(sample.tensors()))]
+        truth = gradients(clone(sample, torch.float64), "reference")
+        result = gradients(clone(sample, torch.float32), "triton")
+        for argument, r, t in zip(names, result, truth, strict=True):
+            # The k bias has no effect, so its true gradient is rounding noise in both: judged by the largest entry.
+            assert (r - t).abs().max() < 1e-5 * t.abs().max().clamp_min(1.0), argument
+
+
+def test_only_what_is_asked_for_is_computed() -> None:
+    call = samples()["packed_linear"]
+    call.args[0].requires_grad_()
+    run(call).sum().backward()
+    assert call.args[0].grad is not None and call.args[1].grad is None
+    call = samples()["packed_linear"]
+    call.args[1].requires_grad_()
+    run(call).sum().backward()
+    assert call.args[0].grad is None and call.args[1].grad is not None
+
+
+def test_gradients_are_the_same_at_each_run() -> None:
+    call = Maker(20).attention_sublayer(3, 40, 48, [16, 8], [8, 16], 40, 37)
+    first, second = (gradients(clone(call, torch.float16), "triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_float32_weights_train_float16_activations() -> None:
+    call = samples()["mlp_sublayer"]
+    x = call.args[0].half()
+    mixed = Call(call.operator, (x, *call.args[1:]), call.kwargs)
+    grads = gradients(mixed, "triton")
+    assert [g.dtype for g in grads] == [torch.float16, *[torch.float32] * (len(grads) - 1)]
+
+
+def test_second_derivative_is_refused() -> None:
+    call = samples()["packed_linear"]
+    call.args[0].requires_grad_()
+    (grad,) = torch.autograd.grad(run(call).square().sum(), call.args[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_rows_are_cut_into_ranges_that_cover_them() -> None:
+    target = config.Target("cuda", 90, 132)
+    for rows, tiles in ((0, 1), (1, 1), (197, 72), (12608, 72), (12608, 1000)):
+        step = config.rows_per_range(target, rows, tiles, 64)
+        assert step % 64 == 0 and step > 0
+        ranges = -(-rows // step)
+        assert ranges * tiles <= 2 * target.processors + tiles
