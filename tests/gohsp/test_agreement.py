@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Full-size models under random heterogeneous masks: logits in fp32 against the masked dense model in float64.
 
-By default a few masks; `GOHSP_AGREEMENT_MASKS=200` spreads 200 over the models. Each instruction set needs a process of its
-own, so this file is also a program: `GOHSP_CPU_CAPABILITY=avx2 python tests/gohsp/test_agreement.py 200`.
+By default a few masks; `GOHSP_AGREEMENT_MASKS=200` spreads 200 over the models. Each instruction set needs a process of
+its own, so this file is also a program: `GOHSP_CPU_CAPABILITY=avx2 python tests/gohsp/test_agreement.py 200`.
 """
 
 from __future__ import annotations
