@@ -5,8 +5,10 @@ The limits are measured in the same rounds as the sublayers: the rate of torch's
 matrices, and the rate at which torch copies a tensor larger than the caches. A sublayer cannot pass the lesser of the
 first, and the second times its FLOPs a byte. Bytes are the least that have to move: weights, input and output.
 
-The stages are found by differences: a matrix product with a gather less the same without, and so on. They are timed as
-operators of their own, so the line "norm, residual, less what fusion saves" can be negative.
+The stages are found on one thread, where nothing waits, by differences: a matrix product with a gather less the same
+without, and so on; and divided by the number of threads. Waiting is what the whole takes beyond its own time on one
+thread so divided. Stages are operators of their own, so the line "norm, residual, less what fusion saves" may be
+negative.
 """
 
 from __future__ import annotations
@@ -142,9 +144,9 @@ def _on(backend: str, function: Callable[[], Any]) -> Callable[[], Any]:
 def _measure(work: Workload, parts: Sequence[Part], x: Tensor, backend: str, settings: Settings) -> None:
     batch, tokens, _ = x.shape
     functions: dict[str, Thunk] = {part.name: part.run for part in parts}
-    if settings.threads > 1:
-        functions |= {f"{part.name} on 1 thread": _on_one_thread(part.run, settings.threads) for part in parts}
-    functions |= {name: _on(backend, stage) for name, stage in _stages(work, x).items()}
+    alone = {_alone(part.name): part.run for part in parts}
+    alone |= {name: _on(backend, stage) for name, stage in _stages(work, x).items()}
+    functions |= {name: _on_one_thread(function, settings.threads) for name, function in alone.items()}
     functions |= {"gemm": _gemm(), "copy": _copy()}
     heading = f"{work.case.label}, batch {batch}"
     timings = time_in_turns(functions, settings.rounds, settings.console, heading)
@@ -161,6 +163,10 @@ def _measure(work: Workload, parts: Sequence[Part], x: Tensor, backend: str, set
     store.append(settings.out, rows)
     settings.console.print(_limits_table(heading, parts, timings, rates))
     settings.console.print(_stages_table(heading, stages))
+
+
+def _alone(name: str) -> str:
+    return f"{name} on one thread"
 
 
 def _on_one_thread(function: Thunk, threads: int) -> Thunk:
@@ -242,8 +248,9 @@ def _all(stages: Sequence[Thunk]) -> Thunk:
 
 
 def _where_time_goes(part: Part, timings: Mapping[str, Timing], rates: Rates, threads: int) -> dict[str, float]:
-    """Return milliseconds by stage; all but the waiting, which lies across the others, add up to the whole."""
-    t = {name: 1e3 * timing.median for name, timing in timings.items()}
+    """Return milliseconds by stage; they add up to the whole."""
+    whole = 1e3 * timings[part.name].median
+    t = {name: 1e3 * timing.median / threads for name, timing in timings.items()}
     rate = float(np.median(rates.gemm)) / 1e3
     stages = {"products at the GEMM rate": part.linear_flops / rate}
     products, extras = 0.0, {}
@@ -260,9 +267,8 @@ def _where_time_goes(part: Part, timings: Mapping[str, Timing], rates: Rates, th
         extras["scatter"] = extras.get("scatter", 0.0) + t["fc2, scatter"] - t["fc2"]
     stages["products below the GEMM rate"] = products - stages["products at the GEMM rate"]
     stages |= extras
-    stages["norm, residual, less what fusion saves"] = t[part.name] - sum(stages.values())
-    if threads > 1:
-        stages["waiting of threads (within the above)"] = t[part.name] - t[f"{part.name} on 1 thread"] / threads
+    stages["norm, residual, less what fusion saves"] = t[_alone(part.name)] - sum(stages.values())
+    stages["waiting of threads"] = whole - t[_alone(part.name)]
     return stages
 
 

@@ -104,20 +104,45 @@ def test_the_limit_is_the_lesser_of_products_and_bytes(copy: float, limit: float
     assert roofline.Rates(np.array([150e9]), np.array([copy])).limit(part).tolist() == [limit]
 
 
+ON_ONE_THREAD = {
+    "qkv": 4.0,
+    "qkv, gather": 4.5,
+    "heads": 3.0,
+    "proj": 2.0,
+    "proj, scatter": 2.25,
+    "fc1": 5.0,
+    "fc1, gather": 5.125,
+    "fc1, activation": 6.0,
+    "fc2": 5.0,
+    "fc2, scatter": 5.5,
+    roofline._alone("attention"): 10.0,
+    roofline._alone("mlp"): 12.0,
+    roofline._alone("encoder"): 21.0,
+}
+"""Milliseconds of a made-up machine."""
+
+
+@pytest.mark.parametrize(
+    ("name", "gather", "scatter", "activation"),
+    [("attention", 0.5, 0.25, None), ("mlp", 0.125, 0.5, 1.0), ("encoder", 0.625, 0.75, 1.0)],
+)
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("name", ["attention", "mlp", "encoder"])
-def test_stages_add_up_to_the_whole(name: str, threads: int) -> None:
-    names = ["qkv", "heads", "proj", "fc1", "fc2", "attention", "mlp", "encoder"]
-    more = ["qkv, gather", "proj, scatter", "fc1, gather", "fc1, activation", "fc2, scatter"]
-    alone = [f"{part} on 1 thread" for part in ("attention", "mlp", "encoder")]
-    timings = {key: Timing((0.001 * (i + 1),)) for i, key in enumerate([*names, *more, *alone])}
-    part = roofline.Part(name, lambda: torch.empty(0), 1e8 if name != "attention" else 1e7, 1e6, 1e6)
+def test_stages_are_differences_on_one_thread_and_add_up(
+    name: str, gather: float, scatter: float, activation: float | None, threads: int
+) -> None:
+    whole = {"attention": 7.0, "mlp": 8.0, "encoder": 12.0}
+    timings = {key: Timing((ms / 1e3,)) for key, ms in {**ON_ONE_THREAD, **whole}.items()}
+    part = roofline.Part(name, lambda: torch.empty(0), linear_flops=1e8, attention_flops=1e7, bytes=1e6)
     stages = roofline._where_time_goes(part, timings, roofline.Rates(np.array([1e11]), np.array([1e10])), threads)
-    waiting = stages.pop("waiting of threads (within the above)", None)
-    assert sum(stages.values()) == pytest.approx(1e3 * timings[name].median)
-    assert (waiting is None) == (threads == 1)
-    assert ("activation" in stages) == (name != "attention")
-    assert ("heads: softmax and the rest" in stages) == (name != "mlp")
+    assert sum(stages.values()) == pytest.approx(whole[name])
+    assert stages["products at the GEMM rate"] == pytest.approx(1.0)
+    assert stages["waiting of threads"] == pytest.approx(whole[name] - ON_ONE_THREAD[roofline._alone(name)] / threads)
+    assert stages["gather"] == pytest.approx(gather / threads)
+    assert stages["scatter"] == pytest.approx(scatter / threads)
+    assert stages.get("activation") == (None if activation is None else pytest.approx(activation / threads))
+    if name != "mlp":
+        assert stages["heads: QK and PV at the GEMM rate"] == pytest.approx(0.1)
+        assert stages["heads: softmax and the rest"] == pytest.approx(3.0 / threads - 0.1)
 
 
 @pytest.fixture
