@@ -28,6 +28,7 @@ ACTIVATION_IDS = {"identity": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4
 """Numbers of the activations; the same as in csrc/cpu/kernels.h."""
 
 _ATTENTION, _MLP = 0, 1  # kinds of sublayer in a layout
+_RUNS_ON = (torch.float32, "cpu")
 
 
 def capability() -> str:
@@ -45,6 +46,12 @@ def capability() -> str:
 
 
 _cache = PackedCache()
+
+
+def _check_weights(tensors: Sequence[Tensor | None]) -> None:
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype != torch.int64 and (tensor.dtype, tensor.device.type) != _RUNS_ON:
+            raise ValueError(f"weights: wanted float32 on the cpu, as x; got {tensor.dtype} on {tensor.device}")
 
 
 def _double(tensor: Tensor) -> Tensor:
@@ -210,6 +217,7 @@ def packed_linear(
     activation: str,
 ) -> Tensor:
     def pack() -> PackedLinear:
+        _check_weights((weight, bias))
         panels = _panels(weight.detach(), None if bias is None else bias.detach())
         return PackedLinear(panels, in_cols, out_cols, weight.shape[0], out_features, ACTIVATION_IDS[activation])
 
@@ -265,6 +273,7 @@ class Sublayer:
 
         def pack() -> PackedSublayer:
             self.check()
+            _check_weights(self.tensors)
             return _PACK[self.name](*self.tensors, *self.constants)
 
         # The key is qkv_weight or fc1_weight: of all the tensors the one that is never None.

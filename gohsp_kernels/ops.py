@@ -176,6 +176,8 @@ def packed_linear(
         ValueError: for arguments that do not fit together.
         RuntimeError: if the named backend cannot run the call.
     """
+    if x.dim() == 0:
+        raise wrong("x", "at least 1 dimension", "a scalar")
     _check_activation(activation)
     features = weight.shape[0] if out_features is None else out_features
     _check_shape("weight", weight, _columns("out_cols", out_cols, features), _columns("in_cols", in_cols, x.shape[-1]))
@@ -327,6 +329,8 @@ def mlp_sublayer(
         ValueError: for arguments that do not fit together.
         RuntimeError: if the named backend cannot run the call.
     """
+    if x.dim() == 0:
+        raise wrong("x", "at least 1 dimension", "a scalar")
     tensors = (norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, in_cols, out_cols)
     check_mlp(x.shape[-1], tensors, (activation, eps))
     return _run("mlp_sublayer", (x, *tensors, activation, eps), backend)

@@ -252,8 +252,7 @@ def attention(
     if out is None:
         out = qkv.new_empty(batch, num_queries, layout.out_channels)
     if tile is None:
-        target, widest = config.Target.of(qkv.device), 1 << layout.log_widest
-        tile = config.attention_tile(target, qkv.element_size(), num_queries, tokens, widest)
+        tile = config.attention_tile(qkv.element_size(), num_queries, tokens, layout.align > 1)
     launch(
         attention_kernel,
         cdiv(num_queries, tile.BLOCK_M) * heads * batch,

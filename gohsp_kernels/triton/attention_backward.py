@@ -237,7 +237,7 @@ def attention_gradient(
     # Channels that no program writes: queries past the asked ones, heads without output, padding.
     grad_qkv = torch.zeros_like(qkv)
     deltas = torch.empty_like(log_sums)
-    tile = config.attention_gradient_tile(config.Target.of(qkv.device), qkv.element_size(), 1 << layout.log_widest)
+    tile = config.attention_gradient_tile(qkv.element_size(), 1 << layout.log_widest, layout.align > 1)
     meta = dict(
         LOG_NARROWEST=layout.log_narrowest,
         LOG_WIDEST=layout.log_widest,

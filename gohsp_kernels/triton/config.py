@@ -35,6 +35,12 @@ class Target:
         return Target("cuda", properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 
+    @property
+    def roomy(self) -> bool:
+        """Whether operands of the tensor cores stay in shared memory, of which there are 228 KiB: Hopper and Blackwell."""
+        return self.arch in (90, 100, 103)
+
+
 @dataclass(frozen=True)
 class Tile:
     """Tile of a matrix product and how it is executed: rows, columns, depth of a step, warps, steps in flight."""
@@ -60,8 +66,7 @@ def tile_ladder(target: Target, itemsize: int) -> tuple[Tile, ...]:
         return Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3)
     # On AMD two stages are one buffer in local memory, of which a compute unit has 64 KiB.
     stages = 2 if target.vendor == "hip" else 3
-    # An A100 has 164 KiB of shared memory a multiprocessor, its successors 228 KiB: half the depth, the same occupancy.
-    largest = Tile(128, 128, 32, 8, 4) if target.arch == 80 else Tile(128, 128, 64, 8, stages)
+    largest = Tile(128, 128, 64, 8, stages) if target.roomy or target.vendor == "hip" else Tile(128, 128, 32, 8, 4)
     return largest, Tile(128, 64, 64, 8, stages), *(Tile(m, 64, 64, 4, stages) for m in (64, 32, 16))
 
 
@@ -111,19 +116,21 @@ class AttentionTile:
 
 
 @functools.lru_cache(maxsize=4096)
-def attention_tile(target: Target, itemsize: int, queries: int, tokens: int, widest: int) -> AttentionTile:
-    """16 queries a program for class tokens, else 64; the step of 32 or 64 keys that pads the tokens less.
+def attention_tile(itemsize: int, queries: int, tokens: int, aligned: bool) -> AttentionTile:
+    """16 queries a program for class tokens, else 64; the step of 32 or 64 keys that pads the tokens less, or 64.
 
-    Equal padding goes to 64. Heads of 128 channels, and float32, take smaller tiles so that nothing spills.
+    float32 takes half. Channels that are not ``aligned`` are loaded one by one: more threads hold their addresses.
     """
     block_m = 16 if queries <= 16 else 32 if itemsize == 4 else 64
-    block_n = 64 if cdiv(tokens, 64) * 64 <= cdiv(tokens, 32) * 32 and itemsize < 4 and widest < 128 else 32
-    return AttentionTile(block_m, block_n, 4, 2)
+    if itemsize == 4 or not aligned:
+        return AttentionTile(block_m, 32, 4 if aligned else 8, 2)
+    return AttentionTile(block_m, 64 if cdiv(tokens, 64) * 2 <= cdiv(tokens, 32) else 32, 4, 2)
 
 
-def attention_gradient_tile(target: Target, itemsize: int, widest: int) -> AttentionTile:
+def attention_gradient_tile(itemsize: int, widest: int, aligned: bool) -> AttentionTile:
     """Tile of both kernels of the attention's gradient. They hold four operands of a head, the forward kernel two."""
-    return AttentionTile(32, 32, 4, 1) if itemsize == 4 or widest == 128 else AttentionTile(64, 64, 4, 1)
+    small = itemsize == 4 or widest == 128 or not aligned
+    return AttentionTile(32, 32, 4, 1) if small else AttentionTile(64, 64, 4, 1)
 
 
 @dataclass(frozen=True)
@@ -156,8 +163,8 @@ def fused_mlp_tile(target: Target, itemsize: int, rows: int, features: int) -> M
     can be divided by. So: 16 bit; 128 to 256 features (above, a tile of rows does not fit in registers; below, launches
     are too short to matter); and at least one tile of rows for every multiprocessor.
     """
-    small = target.vendor == "cuda" and target.arch == 80  # operands of its tensor cores come from registers
-    tile = MlpTile(*panels(features), 32, 32, 4, 2) if small else MlpTile(*panels(features), 64, 32, 8, 2)
+    wide = target.roomy or target.vendor == "hip"
+    tile = MlpTile(*panels(features), 64, 32, 8, 2) if wide else MlpTile(*panels(features), 32, 32, 4, 2)
     if itemsize == 2 and 128 <= features <= 256 and cdiv(rows, tile.BLOCK_M) >= target.processors:
         return tile
     return None

@@ -134,6 +134,7 @@ WRONG = {
     "qk_widths, v_widths: wanted no negative width": changed(ATTENTION, 1, [8, -1, 5]),
     "qk_widths: wanted one width for all heads": changed(ATTENTION, **Maker(0).qk_norm(8)),
     "num_queries: wanted 0 to 9 (the number of tokens); got 10": changed(ATTENTION, num_queries=10),
+    "x: wanted at least 1 dimension; got a scalar": changed(MLP, 0, torch.tensor(1.0)),
     "x: wanted 3 dimensions": changed(SUBLAYER, 0, torch.zeros(9, 24)),
     "norm_weight: wanted shape [24]": changed(SUBLAYER, 1, torch.zeros(23)),
     "qkv_weight: wanted shape [53, 17]": changed(SUBLAYER, 3, torch.zeros(53, 24)),

@@ -135,3 +135,13 @@ def test_panels_hold_every_weight_once_and_their_bias_first() -> None:
     nonzero = panels[panels != 0].sort().values
     assert torch.equal(nonzero, torch.cat([bias.sort().values, weight.flatten()]))
     assert panels[0] == bias[0] and panels[1] == bias[1]
+
+
+@pytest.mark.parametrize("name", SUBLAYERS)
+def test_weights_of_another_dtype_are_refused(name: str) -> None:
+    call = samples()[name]
+    args = list(call.args)
+    weight = 1 if name == "packed_linear" else 3
+    args[weight] = args[weight].double()
+    with pytest.raises(ValueError, match="weights: wanted float32 on the cpu, as x; got torch.float64 on cpu"):
+        Call(name, tuple(args), call.kwargs).run("cpu")
