@@ -72,8 +72,14 @@ def cpu_name() -> str:
 
 
 def instruction_set() -> str:
-    """Instruction set of gohsp's kernels, or of torch's where the native library is not there."""
-    return cpu.capability() if gk.can_run("cpu") else torch.backends.cpu.get_cpu_capability().lower()
+    """Instruction set of gohsp's and of torch's kernels; one name where it is the same.
+
+    Environment variables may hold either back (GOHSP_CPU_CAPABILITY, ATEN_CPU_CAPABILITY), so a number that was
+    measured with only one of them held back has to show.
+    """
+    theirs = torch.backends.cpu.get_cpu_capability().lower()
+    ours = cpu.capability() if gk.can_run("cpu") else theirs
+    return ours if ours == theirs else f"gohsp {ours}, torch {theirs}"
 
 
 @functools.cache

@@ -25,7 +25,7 @@ class Row:
         metric: What the value is: "time", "ratio", "growth", "rate" ...
         dtype: Of weights and activations.
         threads: Of every contender.
-        cpu, isa: Name of the processor, instruction set of gohsp's kernels.
+        cpu, isa: Name of the processor, instruction set of the kernels.
         torch, timm, version: Versions of torch, timm and the contender's own library.
         commit: Of this repository; ends in "-dirty" where tracked files had changes.
         value, p20, p80: Median and percentiles over the rounds, in ``unit``.

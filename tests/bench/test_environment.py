@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import gohsp_kernels as gk
 from bench import environment
@@ -54,11 +55,22 @@ def test_cpu_has_a_name_and_cores() -> None:
     assert environment.available_cores() >= 1
 
 
-def test_instruction_set_is_that_of_the_kernels_where_they_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    if gk.can_run("cpu"):
-        assert environment.instruction_set() in ("scalar", "avx2", "avx512", "neon")
-    monkeypatch.setattr(gk, "can_run", lambda backend: gk.Support(False, "not built"))
-    assert environment.instruction_set() in ("default", "avx2", "avx512")
+@pytest.mark.parametrize(
+    ("ours", "theirs", "shown"),
+    [
+        ("avx2", "AVX2", "avx2"),
+        ("avx2", "AVX512", "gohsp avx2, torch avx512"),
+        ("neon", "DEFAULT", "gohsp neon, torch default"),
+        (None, "AVX512", "avx512"),
+    ],
+)
+def test_instruction_sets_show_where_they_differ(
+    ours: str | None, theirs: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gk, "can_run", lambda backend: gk.Support(ours is not None))
+    monkeypatch.setattr(environment.cpu, "capability", lambda: ours)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: theirs)
+    assert environment.instruction_set() == shown
 
 
 def test_versions_are_those_installed() -> None:
