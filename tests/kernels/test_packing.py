@@ -143,5 +143,5 @@ def test_weights_of_another_dtype_are_refused(name: str) -> None:
     args = list(call.args)
     weight = 1 if name == "packed_linear" else 3
     args[weight] = args[weight].double()
-    with pytest.raises(ValueError, match="weights: wanted float32 on the cpu, as x; got torch.float64 on cpu"):
+    with pytest.raises(ValueError, match=r"weights: wanted float32 on the cpu, as x; got torch\.float64 on cpu"):
         Call(name, tuple(args), call.kwargs).run("cpu")
