@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels that execute heterogeneously pruned transformer sublayers. Tensors in, tensors out; knows no model."""
 
-from .chain import SublayerChain
+from .chain import FrozenChain, SublayerChain
 from .dispatch import Support, backends, can_run, use_backend
 from .ops import attention_sublayer, mlp_sublayer, packed_linear, ragged_attention
 from .reference import ACTIVATIONS
 
 __all__ = [
     "ACTIVATIONS",
+    "FrozenChain",
     "SublayerChain",
     "Support",
     "attention_sublayer",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -73,10 +74,26 @@ class SublayerChain:
                 return self._on_cpu(x, queries)
         return self._one_by_one(x, queries, backend)
 
+    def frozen(self, features: int) -> FrozenChain:
+        """The chain as it is now, packed for the CPU backend and free of the tensors that it was made from.
+
+        Args:
+            features: width of the residual stream.
+
+        Raises:
+            ValueError: for arguments that do not fit together.
+            RuntimeError: if the CPU backend cannot run here.
+        """
+        dispatch.choose("cpu", torch.device("cpu"), torch.float32, False)
+        return FrozenChain(features, tuple(self._pack(features).current()))
+
+    def _pack(self, features: int) -> cpu.PackedChain:
+        if self._packed is None or self._packed.features != features:
+            self._packed = cpu.PackedChain(features, [_describe(features, s) for s in self._sublayers])
+        return self._packed
+
     def _on_cpu(self, x: Tensor, queries: int) -> Tensor:
-        if self._packed is None or self._packed.features != x.shape[2]:
-            self._packed = cpu.PackedChain(x.shape[2], [_describe(x.shape[2], s) for s in self._sublayers])
-        return self._packed(x, queries)
+        return self._pack(x.shape[2])(x, queries)
 
     def _one_by_one(self, x: Tensor, queries: int, backend: str | None) -> Tensor:
         for i, sublayer in enumerate(self._sublayers):
@@ -85,6 +102,27 @@ class SublayerChain:
             else:
                 x = sublayer(x, backend=backend)
         return x[:, :queries]
+
+
+@dataclass(frozen=True)
+class FrozenChain:
+    """Packed sublayers of the CPU backend without the parameters behind them: inference only, half the memory.
+
+    Attributes:
+        features: width of the residual stream.
+        sublayers: packed.
+    """
+
+    features: int
+    sublayers: tuple[cpu.PackedSublayer, ...]
+
+    def __call__(self, x: Tensor, *, num_queries: int | None = None) -> Tensor:
+        """Run the chain; arguments and result as :class:`SublayerChain`, x float32 on the CPU."""
+        if x.dim() != 3 or x.shape[2] != self.features or x.dtype != torch.float32 or x.device.type != "cpu":
+            wanted = f"float32 [batch, tokens, {self.features}] on the cpu"
+            raise wrong("x", wanted, f"{x.dtype} {list(x.shape)} on {x.device}")
+        queries = check_queries(num_queries, x.shape[1])
+        return cpu.run_packed(x, self.sublayers, queries) if self.sublayers else x[:, :queries]
 
 
 def _describe(features: int, sublayer: partial[Tensor]) -> cpu.Sublayer:

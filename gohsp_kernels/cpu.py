@@ -242,7 +242,8 @@ def ragged_attention(
     )
 
 
-def _run(x: Tensor, sublayers: Sequence[PackedSublayer], num_queries: int) -> Tensor:
+def run_packed(x: Tensor, sublayers: Sequence[PackedSublayer], num_queries: int) -> Tensor:
+    """The native operator on packed sublayers, one after another."""
     return torch.ops.gohsp_kernels.cpu_sublayers(
         x,
         [s.panels for s in sublayers],
@@ -290,7 +291,7 @@ def _already_checked() -> None:
 def attention_sublayer(x: Tensor, *arguments: Any) -> Tensor:
     """Arguments in the order of the schema: 13 tensors, then qk_widths, v_widths, scale, eps, qk_eps, num_queries."""
     sublayer = Sublayer("attention_sublayer", arguments[:13], arguments[13:18], _already_checked)
-    return _run(x, [sublayer.packed()], arguments[18])
+    return run_packed(x, [sublayer.packed()], arguments[18])
 
 
 def mlp_sublayer(x: Tensor, *arguments: Any) -> Tensor:
@@ -298,7 +299,7 @@ def mlp_sublayer(x: Tensor, *arguments: Any) -> Tensor:
     sublayer = Sublayer("mlp_sublayer", arguments[:9], arguments[9:], _already_checked)
     # Rows are independent here, so the whole batch is one image of many tokens.
     rows = x.reshape(1, -1, x.shape[-1]) if x.numel() else x.new_empty(1, 0, x.shape[-1])
-    return _run(rows, [sublayer.packed()], rows.shape[1]).view(x.shape)
+    return run_packed(rows, [sublayer.packed()], rows.shape[1]).view(x.shape)
 
 
 class PackedChain:
@@ -319,10 +320,14 @@ class PackedChain:
         self._stamps: list[tuple[Tensor, int, int]] = []
 
     def __call__(self, x: Tensor, num_queries: int) -> Tensor:
+        return run_packed(x, self.current(), num_queries)
+
+    def current(self) -> list[PackedSublayer]:
+        """The packed sublayers as their tensors are now."""
         if self._packed is None or not self._is_current():
             self._packed = [sublayer.packed() for sublayer in self._sublayers]
             self._remember()
-        return _run(x, self._packed, num_queries)
+        return self._packed
 
     def _is_current(self) -> bool:
         if len(self._stamps) != len(self._tensors):

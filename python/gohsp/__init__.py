@@ -6,10 +6,11 @@ from typing import Any
 
 from gohsp.compress import compress, densify
 from gohsp.count import count
+from gohsp.freeze import freeze
 from gohsp.io import load, save
 from gohsp.mask import BlockMask, ModelMask
 
-__all__ = ["BlockMask", "ModelMask", "compress", "count", "densify", "load", "save"]
+__all__ = ["BlockMask", "ModelMask", "compress", "count", "densify", "freeze", "load", "save"]
 
 _ON_FIRST_USE = {"rank_heads": "gohsp.ranking", "prune": "gohsp.prune", "PruneResult": "gohsp.prune"}
 

@@ -80,7 +80,10 @@ def find_blocks(model: nn.Module) -> list[Any]:
         ValueError: A block holds something that gohsp cannot prune exactly; the message names the block and the reason.
     """
     if is_compressed(model):
-        return list(model.blocks)  # type: ignore[arg-type]
+        compact: list[Any] = list(model.blocks)  # type: ignore[arg-type]
+        if not all(hasattr(block, "mask") for block in compact):
+            raise ValueError("model: it is frozen, so its compact weights are gone; wanted the model it was made from")
+        return compact
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
         raise TypeError(
             "model: wanted a timm VisionTransformer or VisionTransformerDistilled (not a subclass), "

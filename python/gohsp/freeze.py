@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inference only: a compressed model that holds its weights once, packed for the kernels."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+import gohsp_kernels as gk
+from gohsp import vit
+from gohsp.layers import PrunedBlock
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Return the compressed model for inference on the CPU kernels, without the compact parameters of its blocks.
+
+    A compressed model keeps its compact parameters beside the packed form that the kernels read, so that it can be
+    trained, saved and moved. The frozen one cannot: its blocks have no parameters, and their weights are in memory
+    once. Everything outside the blocks is shared with the given model, which is not changed; drop that one to free
+    its memory.
+
+    Args:
+        model: A model made by :func:`gohsp.compress` or :func:`gohsp.load`, float32 on the CPU.
+
+    Raises:
+        ValueError: The model is not compressed, or its weights are not float32 on the CPU.
+        RuntimeError: The CPU kernels cannot run here; the message says why.
+    """
+    if not vit.is_compressed(model):
+        raise ValueError(f"model: wanted a model made by gohsp.compress, got {type(model).__name__}")
+    result: Any = copy.copy(model)
+    result._modules = dict(model._modules)
+    result.blocks = FrozenBlocks(*(FrozenBlock(block) for block in vit.find_blocks(model)))
+    return result.eval()
+
+
+class FrozenBlock(nn.Module):
+    """A block whose two sublayers are packed.
+
+    Args:
+        block: The compact block. It is not changed, and not held.
+    """
+
+    def __init__(self, block: PrunedBlock) -> None:
+        super().__init__()
+        self.chain = gk.SublayerChain(block.sublayers()).frozen(block.attn.dim)
+
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+        """Return the block's output [B, num_queries or N, D] for x [B, N, D]; no gradient flows through it."""
+        return self.chain(x.detach(), num_queries=num_queries)
+
+
+class FrozenBlocks(nn.Sequential):
+    """Frozen blocks, run as one chain."""
+
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+        """Return the last block's output [B, num_queries or N, D] for x [B, N, D]; no gradient flows through it."""
+        blocks: list[Any] = list(self)
+        chain = gk.FrozenChain(blocks[0].chain.features, tuple(s for block in blocks for s in block.chain.sublayers))
+        return chain(x.detach(), num_queries=num_queries)

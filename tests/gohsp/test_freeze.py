@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen models: the same results, half the memory, and a clear no to whatever needs the compact weights."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gohsp
+import gohsp_kernels as gk
+from gohsp.mask import ModelMask
+
+pytestmark = pytest.mark.skipif(not gk.can_run("cpu"), reason=gk.can_run("cpu").reason)
+
+
+@pytest.fixture(params=["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def compact(request: pytest.FixtureRequest, make_model: Callable[..., Any]) -> Any:
+    model = make_model(request.param).float()
+    return gohsp.compress(model, ModelMask.random(model, 0.7, torch.Generator().manual_seed(3)))
+
+
+def test_same_results(compact: Any, images: Callable[..., Tensor]) -> None:
+    x, frozen = images().float(), gohsp.freeze(compact)
+    with torch.no_grad():
+        assert torch.equal(frozen(x), compact(x))
+        assert torch.equal(frozen.forward_features(x), compact.forward_features(x))
+        for ours, theirs in zip(frozen.forward_intermediates(x)[1], compact.forward_intermediates(x)[1], strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert torch.equal(frozen.blocks[0](frozen.blocks[1](x_tokens(frozen, x))), by_blocks(compact, x))
+
+
+def x_tokens(model: Any, x: Tensor) -> Tensor:
+    return model.norm_pre(model._pos_embed(model.patch_embed(x)))
+
+
+def by_blocks(model: Any, x: Tensor) -> Tensor:
+    return model.blocks[0](model.blocks[1](x_tokens(model, x)))
+
+
+def test_weights_are_held_once(make_model: Callable[..., Any], images: Callable[..., Tensor]) -> None:
+    model = make_model().float()
+    compact = gohsp.compress(model, ModelMask.full(model))
+    size = sum(p.numel() for p in compact.blocks.parameters())
+    frozen = gohsp.freeze(compact)
+    assert not list(frozen.blocks.parameters())
+    packed = sum(s.panels.numel() for block in frozen.blocks for s in block.chain.sublayers)
+    assert 0.95 * size < packed < 1.05 * size
+    gone = weakref.ref(compact.blocks[0].mlp.fc1.weight)
+    del compact
+    gc.collect()
+    assert gone() is None
+    with torch.no_grad():
+        assert torch.isfinite(frozen(images().float())).all()
+
+
+def test_later_changes_of_the_compact_model_do_not_reach_it(compact: Any, images: Callable[..., Tensor]) -> None:
+    x, frozen = images().float(), gohsp.freeze(compact)
+    with torch.no_grad():
+        before = frozen(x)
+        compact.blocks[0].mlp.fc1.weight.mul_(3)
+        assert torch.equal(frozen(x), before)
+        assert not torch.equal(compact(x), before)
+
+
+def test_compiles_and_exports(compact: Any, images: Callable[..., Tensor]) -> None:
+    x, frozen = images().float(), gohsp.freeze(compact)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        eager = frozen(x)
+        compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(x), eager, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(torch.export.export(frozen, (x,)).module()(x), eager, rtol=1e-4, atol=1e-4)
+
+
+def test_refusals(compact: Any, make_model: Callable[..., Any], images: Callable[..., Tensor], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model: wanted a model made by"):
+        gohsp.freeze(make_model())
+    with pytest.raises(ValueError, match="weights: wanted float32 on the cpu"):
+        gohsp.freeze(compact.double())
+    frozen = gohsp.freeze(compact.float())
+    for needs_weights in (lambda: gohsp.save(frozen, tmp_path / "m"), lambda: gohsp.count(frozen)):
+        with pytest.raises(ValueError, match="model: it is frozen"):
+            needs_weights()
+    with pytest.raises(ValueError, match=r"x: wanted float32 \[batch, tokens, \d+\] on the cpu; got torch.float64"):
+        frozen.blocks(images().double().flatten(1).unsqueeze(0))
