@@ -23,14 +23,21 @@ class Steps:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def step(self, title: str, total: int | None = None) -> Iterator[Callable[[], None]]:
-        """One step. Yields a function that moves the bar on by one; without `total` the bar only shows life."""
+    def step(self, title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
+        """One step. Yields `advance`, which moves the bar on by one, or to `advance(done, total)`."""
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         counter = () if total is None else (MofNCompleteColumn(),)
         start = time.perf_counter()
         with Progress(*columns, *counter, console=self.console, transient=True) as progress:
             task = progress.add_task(title, total=total)
-            yield lambda: progress.advance(task)
+
+            def advance(done: int | None = None, total: int | None = None) -> None:
+                if done is None:
+                    progress.advance(task)
+                else:
+                    progress.update(task, completed=done, total=total)
+
+            yield advance
         self.seconds[title] = time.perf_counter() - start
         self.console.print(f"[green]✓[/] {title} [dim]{self.seconds[title]:.1f} s[/]", highlight=False)
 

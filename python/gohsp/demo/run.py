@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import base64
-import copy
 import io
 import time
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 import gohsp
 from gohsp.demo import machine, weights
-from gohsp.demo.data import BATCH, Images, Splits, load_digits, load_folder, split
+from gohsp.demo.data import LARGE_BATCH, Images, Splits, load_digits, load_folder, split
 from gohsp.demo.head import Classifier, collect, fit_ridge, pool
 from gohsp.demo.measure import DENSE, GOHSP, MASKED, SLICED, compare, relative_distance
 from gohsp.demo.progress import Steps, each
@@ -54,8 +53,8 @@ def load_images(settings: Settings) -> Images:
 def train_head(backbone: nn.Module, images: Images, steps: Steps) -> nn.Linear:
     """A linear head fitted on the frozen backbone's features of the images."""
     title = f"features of {len(images)} training images"
-    with steps.step(title, images.batch_count(BATCH)) as advance:
-        features = collect(lambda batch: pool(backbone(batch)), each(images.batches(BATCH), advance))
+    with steps.step(title, images.batch_count(LARGE_BATCH)) as advance:
+        features = collect(lambda batch: pool(backbone(batch)), each(images.batches(LARGE_BATCH), advance))
     with steps.step("linear head"):
         return fit_ridge(features, images.labels, len(images.classes))
 
@@ -117,11 +116,11 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
         splits = split(images)
     head = train_head(backbone, splits.train, steps)
 
-    calibration = list(splits.calibration.batches(32))
-    with steps.step("rank the heads"):
-        importance = gohsp.rank_heads(backbone, calibration)
-    with steps.step(f"prune to {settings.keep:.0%} of the parameters, without training"):
-        pruned = gohsp.prune(backbone, calibration, target={"params": settings.keep})
+    calibration = list(splits.calibration.batches(LARGE_BATCH))
+    with steps.step("rank the heads", len(calibration)) as advance:
+        importance = gohsp.rank_heads(backbone, each(calibration, advance))
+    with steps.step(f"prune to {settings.keep:.0%} of the parameters, without training") as advance:
+        pruned = gohsp.prune(backbone, calibration, target={"params": settings.keep}, on_progress=advance)
     with steps.step("compress, save, load"):
         compact = gohsp.compress(pruned.model, pruned.mask)
         store(compact, head, settings.out / "model")
@@ -129,8 +128,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     if not torch.equal(loaded(calibration[0]), Classifier(compact, head).eval()(calibration[0])):
         raise RuntimeError("the model read back from its files gives other logits than the one that was saved")
 
-    masked = pruned.mask.apply_(copy.deepcopy(pruned.model))
-    backbones = {DENSE: backbone, MASKED: masked, SLICED: gohsp.densify(compact), GOHSP: loaded.backbone}
+    backbones = {DENSE: backbone, MASKED: pruned.model, SLICED: gohsp.densify(compact), GOHSP: loaded.backbone}
     classifiers = {name: Classifier(model, head).eval() for name, model in backbones.items()}
     rows, logits = compare(classifiers, splits.test, settings.image_size, steps)
     distance = relative_distance(logits[GOHSP], logits[MASKED])
