@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What pruning learns from calibration images: the tokens between the blocks, second moments, sensitivities.
+
+Everything is accumulated in float64 and in bounded memory: a linear layer with m inputs needs O(m^2) numbers however
+many images there are. The only thing kept per image is one residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gohsp import vit
+
+CHUNK = 16  # images that go through a block at once: small enough for the caches, large enough for the GEMMs
+
+
+def read_images(batches: Iterable[Any], model: nn.Module, max_images: int | None = None) -> Iterator[Tensor]:
+    """Give the images of some batches, on the device and in the dtype of a model.
+
+    Args:
+        batches: Tensors [B, C, height, width] or sequences that start with one, such as (images, labels).
+        model: Where the images go.
+        max_images: Stop after so many images; None takes all.
+
+    Raises:
+        TypeError: ``batches`` cannot be iterated over, or holds something else.
+        ValueError: A tensor is not four-dimensional, ``max_images`` is not positive, or there is no image.
+    """
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"max_images: wanted a positive number or None, got {max_images}")
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches: wanted an iterable of batches of images, got {type(batches).__name__}")
+    like = next(model.parameters())
+    seen = 0
+    for batch in batches:
+        images = batch if isinstance(batch, Tensor) else _first(batch)
+        if images.dim() != 4:
+            raise ValueError(f"batches: wanted images [B, C, height, width], got shape {tuple(images.shape)}")
+        images = images[: None if max_images is None else max_images - seen]
+        seen += len(images)
+        if len(images):
+            yield images.to(like)
+        if seen == max_images:
+            return
+    if seen == 0:
+        raise ValueError("batches: wanted at least one image, got none")
+
+
+def _first(batch: Any) -> Tensor:
+    if isinstance(batch, Sequence) and batch and isinstance(batch[0], Tensor):
+        return batch[0]
+    raise TypeError(f"batches: wanted tensors or (images, ...) sequences, got {type(batch).__name__}")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each of its modules back into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def inputs_of(*modules: nn.Module) -> Iterator[list[Tensor]]:
+    """Give a list that receives the input of each of the modules at every call, in the order of the calls."""
+    caught: list[Tensor] = []
+    with ExitStack() as stack:
+        for module in modules:
+            handle = module.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+            stack.callback(handle.remove)
+        yield caught
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """One residual half of a timm block: ``x + scale(write(hidden))`` with ``hidden`` made from ``norm(x)``.
+
+    Attributes:
+        norm: LayerNorm over the residual stream.
+        body: The attention or MLP module.
+        write: Its last linear layer (proj or fc2), whose inputs are head outputs or hidden neurons.
+        scale: Layer scale, or identity.
+    """
+
+    norm: Any
+    body: Any
+    write: Any
+    scale: Any
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the residual stream after this sublayer, [B, N, D] from [B, N, D]."""
+        return x + self.scale(self.body(self.norm(x)))
+
+    def trace(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what ``write`` reads [B, N, m], and the stream after the sublayer [B, N, D]."""
+        with inputs_of(self.write) as caught:
+            after = self(x)
+        return caught[0], after
+
+    def gain(self) -> Tensor:
+        """Return the layer scale as float64 [D]; ones where there is none."""
+        gamma = getattr(self.scale, "gamma", None)
+        weight = self.write.weight
+        return weight.new_ones(weight.shape[0], dtype=torch.float64) if gamma is None else gamma.detach().double()
+
+
+def sublayers(model: nn.Module) -> list[Sublayer]:
+    """Return the sublayers of a dense model in the order of the data: attention and MLP of each block in turn.
+
+    Raises:
+        TypeError, ValueError: See :func:`gohsp.vit.find_dense_blocks`.
+    """
+    found = []
+    for block in vit.find_dense_blocks(model):
+        found.append(Sublayer(block.norm1, block.attn, block.attn.proj, block.ls1))
+        found.append(Sublayer(block.norm2, block.mlp, block.mlp.fc2, block.ls2))
+    return found
+
+
+def embed(model: Any, batches: Iterable[Any], max_images: int | None = None) -> tuple[Tensor, tuple[int, int]]:
+    """Return the tokens that the first block reads, [images, N, D], and the (height, width) of the images.
+
+    Raises:
+        TypeError, ValueError: See :func:`read_images`, or the images are not all of one size.
+    """
+    parts, sizes = [], set()
+    for images in read_images(batches, model, max_images):
+        sizes.add((images.shape[2], images.shape[3]))
+        if len(sizes) > 1:
+            raise ValueError(f"batches: wanted images of one size, got {sorted(sizes)}")
+        parts += [
+            model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(part)))) for part in images.split(CHUNK)
+        ]
+    return torch.cat(parts), sizes.pop()
+
+
+class Moments:
+    """Weighted second moments of rows x [rows, m] and, beside them, of y [rows, n]: what a linear regression needs.
+
+    Args:
+        inputs: m.
+        outputs: n.
+        device: Where to accumulate.
+    """
+
+    def __init__(self, inputs: int, outputs: int = 0, device: torch.device | str = "cpu") -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.weight = zeros()
+        self.x, self.y, self.yy = zeros(inputs), zeros(outputs), zeros()
+        self.xx, self.xy = zeros(inputs, inputs), zeros(inputs, outputs)
+
+    def update(self, x: Tensor, y: Tensor | None = None, weight: Tensor | None = None) -> None:
+        """Add rows: x [..., m], y [..., n], one non-negative weight a row [...] (1 if None)."""
+        x = x.detach().double().flatten(0, -2)
+        weighted = x if weight is None else x * weight.detach().double().flatten()[:, None]
+        self.weight += x.shape[0] if weight is None else weight.detach().double().sum()
+        self.x += weighted.sum(dim=0)
+        self.xx.addmm_(weighted.T, x)
+        if y is not None:
+            y = y.detach().double().flatten(0, -2)
+            self.xy.addmm_(weighted.T, y)
+            squares = y if weight is None else y * weight.detach().double().flatten()[:, None]
+            self.y += squares.sum(dim=0)
+            self.yy += (squares * y).sum()
+
+    def mean(self) -> Tensor:
+        """Return the mean of x, [m]."""
+        return self.x / self.weight
+
+    def covariance(self) -> Tensor:
+        """Return the covariance of x, [m, m]."""
+        return self.xx / self.weight - torch.outer(self.mean(), self.mean())
+
+    def fit(self, weight: Tensor, kept: Tensor, ridge: float, *, intercept: bool = True) -> tuple[Tensor, Tensor]:
+        """Fit y = W x[kept] + b by least squares, pulled towards given weights.
+
+        The minimum of E||y - W x[kept] - b||^2 + ridge * mean(diag C) * ||W - weight[:, kept]||^2, with C the
+        covariance of the kept x, in closed form. The pull goes to the given weights and not to zero: where the
+        calibration images say little, these are the better guess.
+
+        Args:
+            weight: [n, m], float64.
+            kept: Indices of the columns to use, int64 [k].
+            ridge: Strength of the pull, relative to the mean variance.
+            intercept: Whether there is a b. Without one it is zero, and C is the second moment about zero.
+
+        Returns:
+            W [n, k] and b [n], float64.
+        """
+        mean_x, mean_y = self.x[kept] / self.weight, self.y / self.weight
+        if not intercept:
+            mean_x, mean_y = torch.zeros_like(mean_x), torch.zeros_like(mean_y)
+        square = self.xx[kept][:, kept] / self.weight - torch.outer(mean_x, mean_x)
+        cross = self.xy[kept] / self.weight - torch.outer(mean_x, mean_y)
+        start = weight[:, kept]
+        change = torch.cholesky_solve(cross - square @ start.T, torch.linalg.cholesky(damped(square, ridge)))
+        fitted = start + change.T
+        return fitted, mean_y - fitted @ mean_x
+
+    def error(self, weight: Tensor, bias: Tensor, kept: Tensor) -> float:
+        """Return E||y - W x[kept] - b||^2 for W [n, k] and b [n]."""
+        square, cross, mean_x = self.xx[kept][:, kept], self.xy[kept], self.x[kept]
+        quadratic = (weight @ square * weight).sum() - 2 * (weight.T * cross).sum() + self.yy
+        linear = 2 * bias @ (weight @ mean_x - self.y) + self.weight * bias @ bias
+        return max(float((quadratic + linear) / self.weight), 0.0)
+
+
+def damped(square: Tensor, ridge: float) -> Tensor:
+    """Return a positive semidefinite matrix plus ``ridge`` times its mean diagonal, safely invertible."""
+    # The floor keeps the Cholesky factorisation alive for duplicate or constant columns; it is far below any signal.
+    level = max(ridge, 1e-9) * square.diagonal().mean() if len(square) else square.new_zeros(())
+    return square + (level + 1e-30) * torch.eye(len(square), dtype=square.dtype, device=square.device)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much the features that a model gives react to errors in the residual stream after one sublayer.
+
+    Attributes:
+        metric: E[sum over tokens of g g^T], float64 [D, D], for g the gradient of a random projection of the features.
+        tokens: E[||g||^2] of each token, float64 [N].
+    """
+
+    metric: Tensor
+    tokens: Tensor
+
+    def weights(self) -> Tensor:
+        """Return weights of the tokens for regressions, [N], with the mean of their squares near 1.
+
+        The square root of the sensitivity: in the last blocks the class token has nearly all of it, and a regression on
+        one token an image would learn the calibration images by heart. Ours; found best of the powers 0, 1/2 and 1.
+        """
+        return (self.tokens / self.tokens.mean()).sqrt().clamp_min(0.1)
+
+
+def measure_sensitivities(model: nn.Module, stream: Tensor, seed: int = 0) -> list[Sensitivity]:
+    """Measure the sensitivity after each sublayer of a dense model, one backward pass for each image and no labels.
+
+    A projection of the features on random signs has, on average over the signs, the squared norm of the Jacobian as
+    the squared norm of its gradient. So ``trace(metric E)`` estimates what an error of covariance E does to the
+    features, if it is alike at all tokens: the usual Kronecker factorisation.
+
+    Args:
+        model: Dense timm vision transformer in evaluation mode.
+        stream: Tokens before the first block, [images, N, D].
+        seed: Of the random signs.
+    """
+    layers = sublayers(model)
+    generator = torch.Generator().manual_seed(seed)
+    _, tokens, dim = stream.shape
+    metrics = [torch.zeros(dim, dim, dtype=torch.float64, device=stream.device) for _ in layers]
+    energy = [torch.zeros(tokens, dtype=torch.float64, device=stream.device) for _ in layers]
+    for chunk in stream.split(CHUNK):
+        for index, gradient in enumerate(_gradients(model, layers, chunk, generator)):
+            flat = gradient.flatten(0, 1)
+            metrics[index].addmm_(flat.T, flat)
+            energy[index] += gradient.square().sum(dim=(0, 2))
+    return [Sensitivity(m / len(stream), e / len(stream)) for m, e in zip(metrics, energy, strict=True)]
+
+
+def _gradients(model: nn.Module, layers: list[Sublayer], x: Tensor, generator: torch.Generator) -> list[Tensor]:
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.clone().requires_grad_()
+        after = []
+        for layer in layers:
+            x = layer(x)
+            after.append(x)
+        features = _features(model, x)
+        signs = torch.randint(0, 2, features.shape, generator=generator).mul(2).sub(1)
+        gradients = torch.autograd.grad((features * signs.to(features)).sum(), after)
+    return [gradient.double() for gradient in gradients]
+
+
+def _features(model: Any, x: Tensor) -> Tensor:
+    """Return what the head of a model reads; where that is all tokens, the prefix tokens and the patches' mean."""
+    pooled = model.forward_head(model.norm(x), pre_logits=True)
+    if pooled.dim() == 2:
+        return pooled
+    prefix = model.num_prefix_tokens
+    return torch.cat((pooled[:, :prefix], pooled[:, prefix:].mean(dim=1, keepdim=True)), dim=1)
