@@ -8,10 +8,12 @@
 //   the last:  attention, proj, residual  [MLPs]
 //
 // Within a segment a block of rows depends on no other row, so one task takes its rows through all of it in buffers
-// that stay in its core's cache; between segments only the blocks of the same image wait for each other. Tasks are
-// numbered so that whatever a task waits for has a lower number, and workers take the numbers from one counter: a
-// waiting worker waits only for tasks that running workers already hold, so any number of workers makes progress, one
-// included, and a core that is slow or shared simply takes fewer tasks.
+// that stay in its core's cache; between segments the blocks of an image wait for each other, and images do not. A
+// worker takes an image of its own while there are any, which keeps that image's keys and values in its cache and waits
+// for nobody; then it helps with the images that are not finished, so that one image, the rest of a batch and a core
+// that is slow or shared are all the same case. The tasks of an image are numbered so that whatever a task waits for
+// has a lower number, and workers take the numbers from one counter: a waiting worker waits only for tasks that running
+// workers already hold, so any number of workers makes progress, one included.
 #pragma once
 
 #include "attention.h"
@@ -78,6 +80,8 @@ class Chain {
     const int64_t vectors = ceil_div(shape_.features, W);
     plan_store_ = carver.take<ColumnVector>(2 * count_ * vectors);
     done_ = carver.take<int32_t>(shape_.batch * segments_);
+    slot_of_ = carver.take<int32_t>(shape_.batch);
+    next_task_ = carver.take<int64_t>(shape_.batch);
     scratch_ = carver.take<Scratch>(workers_);
     buffers_ = carver.take<HeadBuffers>(2 * slots_);
     // A vector is read past the last kept column when a row closes up or spreads.
@@ -129,16 +133,17 @@ class Chain {
     }
     ld_tokens_ = row_stride(shape_.tokens);
     // Rows a task: their buffers should leave most of a 1 MB second-level cache to the panels that stream past, and
-    // there should be a few tasks a worker even for one image, so that no worker waits long for another.
+    // workers that share an image should have equally many tasks. The images that are shared are those which are left
+    // when every worker has had equally many; where most are not, their number of blocks is not bent far.
     const int64_t fitting = max(2 * M, 110000 / (ld_in_ + ld_inner_) / M * M);
-    const int64_t wanted = ceil_div(2 * workers_, shape_.batch);
-    blocks_ = max(ceil_div(shape_.tokens, fitting), min(wanted, ceil_div(shape_.tokens, M)));
+    const int64_t left = shape_.batch % workers_;
+    const int64_t sharing = left == 0 ? 1 : ceil_div(workers_, left);
+    const int64_t wanted = round_up(ceil_div(shape_.tokens, fitting), left < shape_.batch ? min(sharing, 4) : sharing);
+    blocks_ = min(wanted, ceil_div(shape_.tokens, M));
     last_blocks_ = shape_.queries == shape_.tokens ? blocks_ : ceil_div(shape_.queries, fitting);
     max_rows_ = max(ceil_div(shape_.tokens, blocks_), ceil_div(shape_.queries, last_blocks_));
-    // Images in flight: enough that a worker finds something to do while an image waits for its last block.
-    slots_ = min(shape_.batch, 2 * workers_);
-    const int64_t tasks = slots_ * max(blocks_, last_blocks_);
-    workers_ = max(1, min(workers_, tasks));
+    workers_ = max(1, min(workers_, shape_.batch * max(blocks_, last_blocks_)));
+    slots_ = min(shape_.batch, workers_);
   }
 
   void prepare() {
@@ -155,33 +160,38 @@ class Chain {
       plan += 2 * vectors;
     }
     for (int64_t i = 0; i < shape_.batch * segments_; ++i) done_[i] = 0;
-    next_ = 0;
+    for (int64_t i = 0; i < shape_.batch; ++i) slot_of_[i] = next_task_[i] = 0;
+    next_image_ = 0;
   }
 
   int64_t blocks_of(int64_t segment) const { return segment == segments_ - 1 ? last_blocks_ : blocks_; }
 
   void work(int64_t worker) {
-    const int64_t image_tasks = (segments_ - 1) * blocks_ + last_blocks_;
-    const int64_t total = shape_.batch * image_tasks;
-    for (int64_t number = take_number(&next_); number < total; number = take_number(&next_)) {
-      // Groups of `slots_` images; in a group segment after segment, in a segment image after image.
-      const int64_t first_image = number / (slots_ * image_tasks) * slots_;
-      const int64_t images = min(slots_, shape_.batch - first_image);
-      int64_t rest = number - first_image * image_tasks;
-      const int64_t segment = min(rest / (images * blocks_), segments_ - 1);
-      rest -= segment * images * blocks_;
-      const int64_t blocks = blocks_of(segment);
-      run_task(segment, first_image + rest / blocks, rest % blocks, scratch_[worker]);
+    for (int64_t image = take_number(&next_image_); image < shape_.batch; image = take_number(&next_image_)) {
+      // A slot is used again only while fresh images remain, and nobody helps before they are gone.
+      const int64_t slot = shape_.batch <= workers_ ? image : worker;
+      __atomic_store_n(slot_of_ + image, static_cast<int32_t>(slot + 1), __ATOMIC_RELEASE);
+      run_image(image, scratch_[worker]);
+    }
+    for (int64_t i = 0; i < shape_.batch; ++i) {
+      const int64_t image = (worker + i) % shape_.batch;  // helpers spread over the images
+      wait_for(slot_of_ + image, 1);
+      run_image(image, scratch_[worker]);
+    }
+  }
+
+  // Runs tasks of this image until all are taken.
+  void run_image(int64_t image, const Scratch& scratch) {
+    const int64_t tasks = (segments_ - 1) * blocks_ + last_blocks_;
+    for (int64_t task = take_number(next_task_ + image); task < tasks; task = take_number(next_task_ + image)) {
+      const int64_t segment = min(task / blocks_, segments_ - 1);
+      run_task(segment, image, task - segment * blocks_, scratch);
     }
   }
 
   void run_task(int64_t segment, int64_t image, int64_t block, const Scratch& scratch) {
     int32_t* done = done_ + image * segments_;
-    if (segment > 0) {
-      wait_for(done + segment - 1, static_cast<int32_t>(blocks_of(segment - 1)));
-    } else if (image >= slots_) {  // the image that used these buffers before must be finished
-      wait_for(done - slots_ * segments_ + segments_ - 1, static_cast<int32_t>(last_blocks_));
-    }
+    if (segment > 0) wait_for(done + segment - 1, static_cast<int32_t>(blocks_of(segment - 1)));
     const int64_t rows = segment == segments_ - 1 ? shape_.queries : shape_.tokens;
     run_rows(segment, image, part_begin(rows, blocks_of(segment), block),
              part_begin(rows, blocks_of(segment), block + 1), scratch);
@@ -206,7 +216,7 @@ class Chain {
 
   // Keys and values of one segment are read while those of the next are written, hence two of each.
   const HeadBuffers& buffers(int64_t image, int64_t attention) const {
-    return buffers_[2 * (image % slots_) + attention % 2];
+    return buffers_[2 * (slot_of_[image] - 1) + attention % 2];
   }
 
   void normalise(const float* x, int64_t rows, float eps, const ColumnVector* gather, const Scratch& scratch) const {
@@ -276,7 +286,9 @@ class Chain {
   HeadBuffers* buffers_ = nullptr;  // [slots, 2]
   Scratch* scratch_ = nullptr;      // [workers]
   float* state_ = nullptr;          // [batch, tokens, features] residual stream
-  alignas(64) int64_t next_ = 0;    // number of the next task; alone on its cache line
+  int32_t* slot_of_ = nullptr;      // [batch] which buffers an image has, plus 1; 0 before it is begun
+  int64_t* next_task_ = nullptr;    // [batch] number of the next task of each image
+  alignas(64) int64_t next_image_ = 0;
 };
 
 inline void sublayers(const Sublayer* layers, int64_t count, const float* x, float* y, const Shape& shape,
