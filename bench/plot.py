@@ -104,11 +104,14 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
     copy = max(row.value for row in rows if row.metric == "copy rate")
     line = [min(*intensities, gemm / copy) / 2, gemm / copy, 2 * max(*intensities, gemm / copy)]
     axes.loglog(line, [min(gemm, copy * intensity) for intensity in line], color="#333333")
-    for group in dict.fromkeys(_group(row) for row in rows if row.metric == "intensity"):
-        case, part, batch, _ = group
-        point = (values[group, "intensity"], values[group, "rate"])
-        axes.plot(*point, "o", color=OWN_COLOUR)
-        axes.annotate(f"{part}, batch {batch}\n{case}", point, fontsize=6, xytext=(5, -12), textcoords="offset points")
+    groups = list(dict.fromkeys(_group(row) for row in rows if row.metric == "intensity"))
+    for case in dict.fromkeys(group[0] for group in groups):
+        mine = [group for group in groups if group[0] == case]
+        points = [(values[group, "intensity"], values[group, "rate"]) for group in mine]
+        axes.plot(*zip(*points, strict=True), "o", label=case)
+        for (_, part, batch, _), point in zip(mine, points, strict=True):
+            axes.annotate(f"{part} x{batch}", point, fontsize=7, xytext=(5, -3), textcoords="offset points")
+    axes.legend(fontsize=7, loc="lower left")
     axes.set_xlabel("FLOPs a byte of weights and activations")
     axes.set_ylabel("GFLOP/s")
     axes.set_title(_provenance(rows[-1]), fontsize=8, color="#555555")
@@ -122,7 +125,7 @@ def _bars_of_group(axes: Any, rows: Sequence[Row]) -> None:
     whiskers = [[row.value - row.p20 for row in rows], [row.p80 - row.value for row in rows]]
     colours = [OWN_COLOUR if name == BASELINE else OTHER_COLOUR for name in names]
     drawn = axes.barh(names, values, xerr=whiskers, color=colours, error_kw={"lw": 0.8, "ecolor": "#333333"})
-    axes.bar_label(drawn, [f" {value:.3g}" for value in values], fontsize=7)
+    axes.bar_label(drawn, [f" {value:.0f}" if value >= 100 else f" {value:.3g}" for value in values], fontsize=7)
     axes.margins(x=0.12)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)

@@ -100,8 +100,7 @@ def test_gohsp_stands_out_by_its_colour(tmp_path: Path) -> None:
 
 def test_roofline_shows_its_points_and_the_limits(tmp_path: Path) -> None:
     texts = _texts(plot.draw_all(_write(tmp_path / "results.csv", _roofline()), tmp_path)[0])
-    assert all(any(text.startswith(f"{part}, batch 1") for text in texts) for part in ("attention", "mlp", "encoder"))
-    assert "GFLOP/s" in texts
+    assert {"attention x1", "mlp x1", "encoder x1", "vit/4x960", "GFLOP/s"} <= {*texts}
 
 
 @pytest.mark.parametrize(("routine", "metric"), [("sublayers", "time"), ("kernels", "ratio"), ("contention", "growth")])
