@@ -30,4 +30,5 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **
 
 def dot_precision(dtype: torch.dtype) -> str:
     """How tensor cores multiply ``dtype``: float32 as tf32 where PyTorch is allowed to, else in full."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"

@@ -196,7 +196,7 @@ def attention_kernel(
     heads,
     tokens,
     queries,
-    qkv_stride,
+    qkv_stride,  # in units of ALIGN, which is how the compiler learns that it is a multiple; like the next
     out_stride,
     scale_log2,  # factor on the scores, times log2(e), as 2^x is what the hardware has
     eps,
@@ -207,6 +207,8 @@ def attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    qkv_stride *= ALIGN
+    out_stride *= ALIGN
     tiles = tl.cdiv(queries, BLOCK_M)
     first_query = (tl.program_id(0) % tiles) * BLOCK_M
     head = (tl.program_id(0) // tiles) % heads
@@ -252,7 +254,9 @@ def attention(
     if out is None:
         out = qkv.new_empty(batch, num_queries, layout.out_channels)
     if tile is None:
-        tile = config.attention_tile(qkv.element_size(), num_queries, tokens, layout.align > 1)
+        target = config.Target.of(qkv.device)
+        widest = 1 << layout.log_widest
+        tile = config.attention_tile(target, qkv.dtype, num_queries, tokens, widest, layout.align > 1)
     launch(
         attention_kernel,
         cdiv(num_queries, tile.BLOCK_M) * heads * batch,
@@ -265,8 +269,8 @@ def attention(
         heads,
         tokens,
         num_queries,
-        qkv.stride(1),
-        out.stride(1),
+        qkv.stride(1) // layout.align,
+        out.stride(1) // layout.align,
         scale * LOG2_E,
         eps,
         LOG_NARROWEST=layout.log_narrowest,

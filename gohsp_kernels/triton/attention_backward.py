@@ -156,7 +156,7 @@ def query_gradient_kernel(
     heads,
     tokens,
     queries,
-    qkv_stride,
+    qkv_stride,  # in units of ALIGN, like the next two
     out_stride,
     grad_out_stride,
     scale_log2,
@@ -168,6 +168,9 @@ def query_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    qkv_stride *= ALIGN
+    out_stride *= ALIGN
+    grad_out_stride *= ALIGN
     tiles = tl.cdiv(queries, BLOCK_M)
     first_query = (tl.program_id(0) % tiles) * BLOCK_M
     head = (tl.program_id(0) // tiles) % heads
@@ -194,7 +197,7 @@ def key_value_gradient_kernel(
     heads,
     tokens,
     queries,
-    qkv_stride,
+    qkv_stride,  # in units of ALIGN, like the next
     grad_out_stride,
     scale_log2,
     scale,
@@ -205,6 +208,8 @@ def key_value_gradient_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    qkv_stride *= ALIGN
+    grad_out_stride *= ALIGN
     tiles = tl.cdiv(tokens, BLOCK_N)
     first_key = (tl.program_id(0) % tiles) * BLOCK_N
     head = (tl.program_id(0) // tiles) % heads
@@ -251,7 +256,8 @@ def attention_gradient(
         cdiv(queries, tile.BLOCK_M) * heads * batch,
         qkv.device,
         *(qkv, out, grad_out, grad_qkv, log_sums, deltas, layout.table, heads, tokens, queries),
-        *(qkv.stride(1), out.stride(1), grad_out.stride(1), *scales),
+        *(t.stride(1) // layout.align for t in (qkv, out, grad_out)),
+        *scales,
         **meta,
     )
     launch(
@@ -259,7 +265,8 @@ def attention_gradient(
         cdiv(tokens, tile.BLOCK_N) * heads * batch,
         qkv.device,
         *(qkv, grad_out, grad_qkv, log_sums, deltas, layout.table, heads, tokens, queries),
-        *(qkv.stride(1), grad_out.stride(1), *scales),
+        *(t.stride(1) // layout.align for t in (qkv, grad_out)),
+        *scales,
         **meta,
     )
     return grad_qkv

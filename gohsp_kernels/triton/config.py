@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tile sizes a launch uses: a rule of shape and device alone, so that a run can be repeated.
 
-The ladders hold every configuration that the rule can choose; the tests compile each for each architecture. A file of
-measured choices (:mod:`gohsp_kernels.tune`) overrides the rule; nothing is ever measured during a call.
+The tests compile everything that the rule can choose for each architecture. What was measured on a device
+(:mod:`gohsp_kernels.tune`) goes before the rule; nothing is ever measured during a call.
 """
 
 from __future__ import annotations
@@ -12,16 +12,25 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from . import tuned
 from ._launch import interpreted
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the rule knows of a device: "cuda" with a compute capability as 80, 90, 100, or "hip" with a gfx name."""
+    """What the rule knows of a device.
+
+    Attributes:
+        vendor: "cuda" or "hip".
+        arch: compute capability as 80, 90, 100; or gfx name.
+        processors: number of multiprocessors or compute units.
+        name: of the device, under which measured choices are kept.
+    """
 
     vendor: str
     arch: int | str
     processors: int
+    name: str = ""
 
     @staticmethod
     @functools.cache
@@ -31,13 +40,14 @@ class Target:
             return Target("cuda", 80, 108)
         properties = torch.cuda.get_device_properties(device)
         if torch.version.hip:
-            return Target("hip", properties.gcnArchName.split(":")[0], properties.multi_processor_count)
-        return Target("cuda", properties.major * 10 + properties.minor, properties.multi_processor_count)
-
+            gfx = properties.gcnArchName.split(":")[0]
+            return Target("hip", gfx, properties.multi_processor_count, properties.name)
+        capability = properties.major * 10 + properties.minor
+        return Target("cuda", capability, properties.multi_processor_count, properties.name)
 
     @property
     def roomy(self) -> bool:
-        """Whether operands of the tensor cores stay in shared memory, of which there are 228 KiB: Hopper and Blackwell."""
+        """Hopper and Blackwell: tensor cores read operands from shared memory, and there are 228 KiB of it."""
         return self.arch in (90, 100, 103)
 
 
@@ -71,14 +81,16 @@ def tile_ladder(target: Target, itemsize: int) -> tuple[Tile, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def linear_tile(target: Target, itemsize: int, rows: int, outputs: int, indexed: bool = False) -> Tile:
+def linear_tile(target: Target, dtype: torch.dtype, rows: int, outputs: int, inputs: int, indexed: bool) -> Tile:
     """The largest tile that still gives every multiprocessor a program; the smallest where none does.
 
-    A launch that gathers or scatters columns holds an address for each element, which the registers of the largest tile
-    have no room for: it begins with the second.
+    A launch that gathers or scatters columns (``indexed``) holds an address for each element, which the registers of
+    the largest tile have no room for: it begins with the second.
     """
-    ladder = tile_ladder(target, itemsize)
-    if indexed and itemsize < 4:
+    if measured := tuned.lookup(target.name, tuned.linear_key(dtype, rows, outputs, inputs, indexed)):
+        return Tile(**measured)
+    ladder = tile_ladder(target, dtype.itemsize)
+    if indexed and dtype.itemsize < 4:
         ladder = ladder[1:]
     for tile in ladder:
         if cdiv(rows, tile.BLOCK_M) * cdiv(outputs, tile.BLOCK_N) >= target.processors:
@@ -86,9 +98,8 @@ def linear_tile(target: Target, itemsize: int, rows: int, outputs: int, indexed:
     return ladder[-1]
 
 
-def weight_gradient_tile(target: Target, itemsize: int) -> Tile:
-    """Tile of the weight's gradient: outputs, inputs, and rows of a step."""
-    return Tile(64, 64, 32 if itemsize == 4 else 64, 4, 2 if target.vendor == "hip" or itemsize == 4 else 3)
+WEIGHT_GRADIENT_TILE = Tile(64, 64, 32, 4, 3)
+"""Tile of the weight's gradient: outputs, inputs, and rows of a step. Ranges of rows fill the device, not tiles."""
 
 
 def rows_per_range(target: Target, rows: int, tiles: int, step: int) -> int:
@@ -116,21 +127,26 @@ class AttentionTile:
 
 
 @functools.lru_cache(maxsize=4096)
-def attention_tile(itemsize: int, queries: int, tokens: int, aligned: bool) -> AttentionTile:
-    """16 queries a program for class tokens, else 64; the step of 32 or 64 keys that pads the tokens less, or 64.
+def attention_tile(
+    target: Target, dtype: torch.dtype, queries: int, tokens: int, widest: int, aligned: bool
+) -> AttentionTile:
+    """16 queries a program for class tokens, else 64; steps of 64 keys, or of 32 where those pad a tenth less.
 
-    float32 takes half. Channels that are not ``aligned`` are loaded one by one: more threads hold their addresses.
+    float32 takes half. Eight warps where four would spill: on Blackwell, whose accumulators come back from a memory of
+    their own, and with channels that are not ``aligned``, so that each element is loaded by an address of its own.
     """
-    block_m = 16 if queries <= 16 else 32 if itemsize == 4 else 64
-    if itemsize == 4 or not aligned:
-        return AttentionTile(block_m, 32, 4 if aligned else 8, 2)
-    return AttentionTile(block_m, 64 if cdiv(tokens, 64) * 2 <= cdiv(tokens, 32) else 32, 4, 2)
+    if measured := tuned.lookup(target.name, tuned.attention_key(dtype, queries, tokens, widest, aligned)):
+        return AttentionTile(**measured)
+    block_m = 16 if queries <= 16 else 32 if dtype.itemsize == 4 else 64
+    warps = 8 if not aligned or (target.arch in (100, 103) and block_m == 64) else 4
+    narrow = dtype.itemsize == 4 or not aligned or 10 * cdiv(tokens, 64) * 64 > 11 * cdiv(tokens, 32) * 32
+    return AttentionTile(block_m, 32 if narrow else 64, warps, 2)
 
 
 def attention_gradient_tile(itemsize: int, widest: int, aligned: bool) -> AttentionTile:
     """Tile of both kernels of the attention's gradient. They hold four operands of a head, the forward kernel two."""
     small = itemsize == 4 or widest == 128 or not aligned
-    return AttentionTile(32, 32, 4, 1) if small else AttentionTile(64, 64, 4, 1)
+    return AttentionTile(32 if small else 64, 32, 4, 1)
 
 
 @dataclass(frozen=True)

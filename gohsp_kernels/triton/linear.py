@@ -51,7 +51,7 @@ def linear_kernel(
     out_cols,  # int32 [out_features] or None: the n_out features that are computed, then the others
     rows,
     features,
-    n_in,
+    n_in,  # in units of IN_ALIGN, which is how the compiler learns that it is a multiple; like x_stride
     n_out,
     out_features,
     x_stride,
@@ -67,8 +67,8 @@ def linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    if IN_ALIGN > 1:
-        n_in = tl.multiple_of(n_in, IN_ALIGN)
+    n_in *= IN_ALIGN
+    x_stride *= IN_ALIGN
     # Column tiles of a row tile are neighbours in the grid: they run together and share the rows of x in L2.
     tiles_kept = tl.cdiv(n_out, BLOCK_N)
     tiles = tiles_kept + tl.cdiv(out_features - n_out, BLOCK_N)
@@ -185,7 +185,8 @@ class PackedLinear:
             out = x.new_empty(rows, self.out_features)
         if tile is None:
             indexed = self.in_cols is not None or self.out_cols is not None
-            tile = config.linear_tile(config.Target.of(x.device), x.element_size(), rows, n_out, indexed)
+            tile = config.linear_tile(config.Target.of(x.device), x.dtype, rows, n_out, n_in, indexed)
+        align = 8 if n_in % 8 == 0 and x.stride(0) % 8 == 0 else 1
         tiles = cdiv(n_out, tile.BLOCK_N) + cdiv(self.out_features - n_out, tile.BLOCK_N)
         launch(
             linear_kernel,
@@ -204,10 +205,10 @@ class PackedLinear:
             self.out_cols,
             rows,
             features,
-            n_in,
+            n_in // align,
             n_out,
             self.out_features,
-            x.stride(0),
+            x.stride(0) // align,
             self.weight.stride(0),
             self.weight.stride(1),
             out.stride(0),
@@ -215,7 +216,7 @@ class PackedLinear:
             self.eps,
             ACTIVATION=self.activation,
             PRECISION=dot_precision(x.dtype),
-            IN_ALIGN=8 if n_in % 8 == 0 else 1,
+            IN_ALIGN=align,
             **tile.meta,
         )
         return out

@@ -175,10 +175,9 @@ def weight_gradient(
         statistics: float32 [rows, 2] if ``x`` is normalised.
     """
     rows, n_out = grad.shape
-    target = config.Target.of(x.device)
-    tile = config.weight_gradient_tile(target, x.element_size())
+    tile = config.WEIGHT_GRADIENT_TILE
     tiles = cdiv(n_out, tile.BLOCK_M) * max(cdiv(n_in, tile.BLOCK_N), 1)
-    rows_per_range = config.rows_per_range(target, rows, tiles, tile.BLOCK_K)
+    rows_per_range = config.rows_per_range(config.Target.of(x.device), rows, tiles, tile.BLOCK_K)
     ranges = cdiv(rows, rows_per_range)
     weight_grad = x.new_empty(ranges, n_out, n_in, dtype=torch.float32)
     bias_grad = x.new_empty(ranges, n_out, dtype=torch.float32)

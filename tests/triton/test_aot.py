@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel with every tile that the rule can choose, compiled for each architecture, and what the binaries cost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .aot import TARGETS, Cost
+
+pytestmark = pytest.mark.aot
+
+ELEMENTWISE = {"norm_gradient_kernel", "epilogue_gradient_kernel"}
+CONSUMER_SHARED_BYTES = 99 * 1024
+"""What a program may have on the graphics cards of the A100's generation and after, which take the A100's tiles."""
+
+
+def compiled(target: str, dtype: str, group: str = "all") -> list[Cost]:
+    """Compile in a process where Triton does not interpret. Triton keeps binaries: a second run takes seconds."""
+    command = [sys.executable, "-m", "tests.triton.aot", target, dtype, group]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [Cost(**json.loads(line)) for line in run.stdout.splitlines()]
+
+
+def waves(cost: Cost, target: str) -> int:
+    """Warps, or wavefronts, of a kernel that a multiprocessor holds at once."""
+    description, gpu = TARGETS[target]
+    return cost.programs_per_processor(description) * cost.threads // gpu.warp_size
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_is_within_its_budget(target: str, dtype: str) -> None:
+    costs = compiled(target, dtype)
+    assert len(costs) == 51 and len({cost.kernel for cost in costs}) == 8
+    for cost in costs:
+        assert cost.spilled_bytes == 0, cost
+        assert (cost.matrix_instructions > 0) == (cost.kernel not in ELEMENTWISE), cost
+        # Two warps for each of the four schedulers; on AMD one wavefront of 64 for each of the four SIMD units.
+        assert waves(cost, target) >= (4 if target == "gfx942" else 8), cost
+        if target == "sm_80":
+            assert cost.shared_bytes <= CONSUMER_SHARED_BYTES, cost
+        # Whatever was pruned, aligned channels are read 16 bytes at a time.
+        if not any(word in cost.case for word in ("gather", "scatter", "odd", "epilogue", "1 of")):
+            assert cost.narrow_loads == 0, cost
+
+
+def test_sizes_of_one_and_none_compile() -> None:
+    assert len(compiled("sm_80", "fp16", "corners")) == 13
+
+
+def test_float32_compiles() -> None:
+    assert all(cost.matrix_instructions == 0 for cost in compiled("sm_80", "fp32", "corners"))  # no tf32 unless allowed

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model on paper: its sums by hand, the promises that it keeps, and that it never passes for a measurement."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+import gohsp
+from bench import gpu_model
+from bench.gpu_model import GPUS, Block, Modelled
+
+
+@pytest.fixture(scope="module")
+def small() -> list[Modelled]:
+    return list(gpu_model.results(["deit_small_patch16_224"], [1, 64]))
+
+
+def pick(results: list[Modelled], gpu: str, layout: str, batch: int, sequence: str) -> Modelled:
+    (found,) = (r for r in results if (r.gpu, r.layout, r.batch, r.sequence) == (gpu, layout, batch, sequence))
+    return found
+
+
+def block(layout: str, batch: int) -> Block:
+    features, tokens, masks = gpu_model.masks("deit_small_patch16_224")
+    return Block(masks[layout].blocks[0].layout(), features, batch, tokens)
+
+
+@pytest.mark.parametrize("gpu", [gpu.name for gpu in GPUS])
+def test_bytes_of_the_preset(small: list[Modelled], gpu: str) -> None:
+    """At most 1.15 times the least, and 1.5 times fewer than the sliced model unfused."""
+    ours, unfused = (pick(small, gpu, "preset", 64, sequence) for sequence in ("ours", "unfused"))
+    assert ours.megabytes <= 1.15 * ours.least_megabytes
+    assert unfused.megabytes >= 1.5 * ours.megabytes
+    assert ours.launches == 60 and unfused.launches == 120
+
+
+def test_bytes_by_hand() -> None:
+    """DeiT-Small with 4 heads and 960 neurons: 64 images of 197 rows, 2 bytes a number."""
+    rows = 64 * 197
+    qkv, attention, proj, fc1, fc2 = gpu_model.ours(GPUS[1], block("preset", 64))
+    assert qkv.least_bytes == 2 * (rows * (384 + 768) + 384 * 768)
+    assert attention.least_bytes == 2 * rows * (768 + 256)
+    assert proj.least_bytes == 2 * (rows * (256 + 384 + 384) + 256 * 384)
+    assert fc1.least_bytes == 2 * (rows * (384 + 960) + 384 * 960)
+    assert fc2.least_bytes == 2 * (rows * (960 + 384 + 384) + 960 * 384)
+    for launch in (qkv, attention, proj, fc1, fc2):
+        assert launch.least_bytes <= launch.bytes <= 1.01 * launch.least_bytes
+        assert launch.flops <= launch.executed
+
+
+def test_flops_are_those_of_the_cost_count(small: list[Modelled]) -> None:
+    model = timm.create_model("deit_small_patch16_224").eval()
+    blocks = gohsp.count(model).blocks
+    macs = sum(b.attn_macs + b.mlp_macs for b in blocks)
+    for sequence in ("ours", "unfused"):
+        assert pick(small, "H100 SXM", "dense", 1, sequence).gflops == pytest.approx(2 * macs / 1e9, rel=1e-3)
+
+
+def test_a_ragged_mask_costs_library_kernels_more_launches(small: list[Modelled]) -> None:
+    ours, unfused = (pick(small, "H100 SXM", "ragged", 64, sequence) for sequence in ("ours", "unfused"))
+    assert ours.launches == 60 and unfused.launches > 120
+    assert unfused.gflops == ours.gflops
+    assert unfused.megabytes > 1.5 * ours.megabytes
+
+
+def test_small_batches_are_bound_by_launches(small: list[Modelled]) -> None:
+    assert pick(small, "H100 SXM", "preset", 1, "ours").bound == "launch"
+    assert pick(small, "H100 SXM", "preset", 64, "ours").bound == "DRAM"
+
+
+def test_rows_that_do_not_fit_the_cache_are_read_again() -> None:
+    tiny_cache = gpu_model.Gpu("small", GPUS[1].target, GPUS[1].flops, GPUS[1].bandwidth, 1e6)
+    product = block("preset", 64).products(1, 1)["fc1"]
+    once = gpu_model.our_linear(GPUS[1], "fc1", product, product)
+    again = gpu_model.our_linear(tiny_cache, "fc1", product, product)
+    assert again.bytes > 2 * once.bytes and again.least_bytes == once.least_bytes
+
+
+def test_idle_tiles_count() -> None:
+    assert gpu_model.idle_too(132, 132) == 1.0
+    assert gpu_model.idle_too(133, 132) == pytest.approx(264 / 133)
+
+
+def test_narrow_models_take_one_launch_an_mlp() -> None:
+    (line,) = (
+        r
+        for r in gpu_model.results(["deit_tiny_patch16_224"], [256], GPUS[1:2])
+        if r.layout == "preset" and r.sequence == "ours"
+    )
+    assert line.launches == 48
+    assert line.megabytes <= 1.15 * line.least_megabytes
+
+
+def test_every_line_says_modelled() -> None:
+    lines: list[str] = []
+    gpu_model.run(["deit_tiny_patch16_224"], [1], write=lines.append)
+    assert len(lines) == 3 * 3 * 2
+    assert all(line.startswith("modelled ") for line in lines)
+
+
+def test_models_are_only_looked_at() -> None:
+    """No weight is made: the 86 million of DeiT-Base would take a second and a third of a gigabyte."""
+    features, tokens, masks = gpu_model.masks("deit_base_patch16_224")
+    assert (features, tokens) == (768, 197)
+    assert set(masks) == {"dense", "preset", "ragged"}
+    assert all(mask.blocks[0].heads.device == torch.device("cpu") for mask in masks.values())
