@@ -7,6 +7,7 @@ for each unit of cost that it saves, until the target is met, and then puts back
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -160,7 +161,8 @@ def allocate(plans: list[BlockPlan], kind: str, share: float, dense_total: int) 
     """
     costs = [plan.cost(kind) for plan in plans]
     outside = dense_total - sum(costs)
-    limit = share * dense_total
+    # Costs are whole numbers; a share that was computed from one has to admit it in spite of rounding.
+    limit = math.floor(share * dense_total + 1e-6)
     offers = {index: _offers(plan, kind) for index, plan in enumerate(plans)}
     while outside + sum(costs) > limit:
         options = [(density, index, group) for index, block in offers.items() for group, density in block.items()]

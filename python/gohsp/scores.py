@@ -104,27 +104,28 @@ def obs(evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
         grouping: Which columns may leave together.
         keep: Stop when no more columns than that are left; 0 goes on while a pool can give.
     """
-    weight, metric, device = evidence.weight, evidence.metric, evidence.weight.device
+    weight = evidence.weight.clone()
+    priced = evidence.metric @ weight
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(evidence.covariance, RIDGE)))
-    columns = torch.arange(weight.shape[1])
-    member = _membership(grouping.pools, weight.shape[1]).to(device)
+    member = _membership(grouping.pools, weight.shape[1]).to(weight.device)
     sizes = [len(pool) for pool in grouping.pools]
     steps, losses = [], []
-    while len(columns) > keep and (pools := grouping.open(sizes)):
-        scores = (weight * (metric @ weight)).sum(dim=0) / inverse.diagonal()
+    while sum(sizes) > keep and (pools := grouping.open(sizes)):
+        # Columns that have gone are zero in all three matrices and belong to no pool.
+        scores = (weight * priced).sum(dim=0) / inverse.diagonal()
         candidates = [_cheapest(scores, member, pool, grouping.step(sizes[pool])) for pool in pools]
         costs = [
-            _joint_cost(weight, inverse, metric, chosen) * _factor(evidence.guide, pool)
+            _joint_cost(weight, priced, inverse, chosen) * _factor(evidence.guide, pool)
             for pool, chosen in zip(pools, candidates, strict=True)
         ]
         best = min(range(len(pools)), key=costs.__getitem__)
         chosen = candidates[best]
-        steps.append(columns[chosen.cpu()])
+        steps.append(chosen.cpu())
         losses.append(costs[best])
         sizes[pools[best]] -= len(chosen)
-        weight, inverse, rest = _downdate(weight, inverse, chosen)
-        columns, member = columns[rest.cpu()], member[rest]
-    return Elimination(steps, losses, columns)
+        member[chosen] = -1
+        _downdate(weight, priced, inverse, chosen)
+    return Elimination(steps, losses, (member >= 0).nonzero().flatten().cpu())
 
 
 def random(evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
@@ -230,17 +231,13 @@ def _factor(guide: Tensor | None, pool: int) -> float:
     return 1.0 if guide is None else float(guide[pool])
 
 
-def _joint_cost(weight: Tensor, inverse: Tensor, metric: Tensor, chosen: Tensor) -> float:
-    part = weight[:, chosen]
-    return float((part.T @ metric @ part * torch.linalg.inv(inverse[chosen][:, chosen])).sum())
+def _joint_cost(weight: Tensor, priced: Tensor, inverse: Tensor, chosen: Tensor) -> float:
+    return float((weight[:, chosen].T @ priced[:, chosen] * torch.linalg.inv(inverse[chosen][:, chosen])).sum())
 
 
-def _downdate(weight: Tensor, inverse: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Take columns out of a least-squares solution: new weights and inverse covariance of the others, and which."""
-    stays = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    stays[chosen] = False
-    rest = stays.nonzero().flatten()
-    transfer = inverse[rest][:, chosen] @ torch.linalg.inv(inverse[chosen][:, chosen])
-    weight = weight[:, rest] - weight[:, chosen] @ transfer.T
-    inverse = inverse[rest][:, rest] - transfer @ inverse[chosen][:, rest]
-    return weight, (inverse + inverse.T) / 2, rest
+def _downdate(weight: Tensor, priced: Tensor, inverse: Tensor, chosen: Tensor) -> None:
+    """Take columns out of a least-squares solution in place: the others take over what they can, these become zero."""
+    transfer = inverse[:, chosen] @ torch.linalg.inv(inverse[chosen][:, chosen])
+    weight.addmm_(weight[:, chosen], transfer.T, alpha=-1)
+    priced.addmm_(priced[:, chosen], transfer.T, alpha=-1)
+    inverse.addmm_(transfer, inverse[chosen], alpha=-1)

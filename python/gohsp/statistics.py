@@ -158,22 +158,21 @@ class Moments:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.weight = zeros()
-        self.x, self.y, self.yy = zeros(inputs), zeros(outputs), zeros()
+        self.x, self.y = zeros(inputs), zeros(outputs)
         self.xx, self.xy = zeros(inputs, inputs), zeros(inputs, outputs)
 
     def update(self, x: Tensor, y: Tensor | None = None, weight: Tensor | None = None) -> None:
         """Add rows: x [..., m], y [..., n], one non-negative weight a row [...] (1 if None)."""
         x = x.detach().double().flatten(0, -2)
-        weighted = x if weight is None else x * weight.detach().double().flatten()[:, None]
-        self.weight += x.shape[0] if weight is None else weight.detach().double().sum()
+        rows = x.new_ones(len(x)) if weight is None else weight.detach().double().flatten()
+        weighted = x * rows[:, None]
+        self.weight += rows.sum()
         self.x += weighted.sum(dim=0)
         self.xx.addmm_(weighted.T, x)
         if y is not None:
             y = y.detach().double().flatten(0, -2)
+            self.y += rows @ y
             self.xy.addmm_(weighted.T, y)
-            squares = y if weight is None else y * weight.detach().double().flatten()[:, None]
-            self.y += squares.sum(dim=0)
-            self.yy += (squares * y).sum()
 
     def mean(self) -> Tensor:
         """Return the mean of x, [m]."""
@@ -208,13 +207,6 @@ class Moments:
         change = torch.cholesky_solve(cross - square @ start.T, torch.linalg.cholesky(damped(square, ridge)))
         fitted = start + change.T
         return fitted, mean_y - fitted @ mean_x
-
-    def error(self, weight: Tensor, bias: Tensor, kept: Tensor) -> float:
-        """Return E||y - W x[kept] - b||^2 for W [n, k] and b [n]."""
-        square, cross, mean_x = self.xx[kept][:, kept], self.xy[kept], self.x[kept]
-        quadratic = (weight @ square * weight).sum() - 2 * (weight.T * cross).sum() + self.yy
-        linear = 2 * bias @ (weight @ mean_x - self.y) + self.weight * bias @ bias
-        return max(float((quadratic + linear) / self.weight), 0.0)
 
 
 def damped(square: Tensor, ridge: float) -> Tensor:

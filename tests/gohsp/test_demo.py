@@ -241,7 +241,7 @@ class TestReport:
         page = report.render(results)
         for row in results["rows"]:
             assert f"<td>{row['name']}<small>{escape(row['about'])}" in page
-        for figure in ("22 M", "4.6 G", "97.0 %", "3.0e-07", "1.25 \N{MULTIPLICATION SIGN}"):
+        for figure in ("22.0 M", "4.60 G", "97.0 %", "3.0e-07", "1.25 \N{MULTIPLICATION SIGN}"):
             assert figure in page
         assert page.count('aria-label="head 1: 0 QK, 0 V"') == 2
 
@@ -264,19 +264,29 @@ class TestReport:
         assert sorted(file.name for file in path.parent.iterdir()) == ["report.html", "results.json"]
 
     def test_terminal(self):
-        console = Console(file=io.StringIO(), width=160)
+        console = Console(file=io.StringIO(), width=80)
         report.show(fake_results(), console)
         shown = console.file.getvalue()
-        assert "50.0" in shown and "masked dense" in shown and "no <compiler> here" in shown
+        for text in ("50.0", "masked dense", "torch.compile", "4.60 G", "3.0e-07", "no <compiler> here"):
+            assert text in shown
+        assert "\N{HORIZONTAL ELLIPSIS}" not in shown  # nothing is cut off in a terminal of 80 columns
 
-    def test_scale_runs_from_the_least_to_the_most(self):
-        scale = report.Scale.over([[0.1, 0.2], [0.5, 0.3]])
-        assert scale.color(0.1) == "#ecf1fa" and scale.color(0.5) == "#163e8a"
-        assert scale.ink(0.1) != scale.ink(0.5)
-        assert report.Scale.over([[0.2, 0.2]]).color(0.2) == "#ecf1fa"
+    def test_scale_has_an_even_share_in_its_middle_and_ends(self):
+        scale = report.Scale(heads=4)
+        assert [scale.share(score) for score in (0.0, 0.125, 0.25, 0.375, 1.0)] == [0.0, 0.0, 0.5, 1.0, 1.0]
+        assert scale.color(0.0) == "#ecf1fa" and scale.color(0.5) == "#163e8a"
+        assert scale.ink(0.0) != scale.ink(0.5)
 
     @pytest.mark.parametrize(
-        ("value", "text"), [(2.97e9, "2.97 G"), (14_370_000, "14.4 M"), (7_690, "7.69 k"), (12, "12")]
+        ("value", "text"),
+        [
+            (2.97e9, "2.97 G"),
+            (14_370_000, "14.4 M"),
+            (7_690, "7.69 k"),
+            (717e6, "717 M"),
+            (1.1e9, "1.10 G"),
+            (12, "12"),
+        ],
     )
     def test_counts(self, value, text):
         assert report.si(value) == text

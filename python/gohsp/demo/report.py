@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,41 +15,35 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+KEPT = ("QK", "V", "MLP")
 PALE, DEEP = (236, 241, 250), (22, 62, 138)  # ends of the colour scale for importance
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A scale of colours between two values."""
+    """A scale of colours for the importance of heads: from half of an even share, pale, to one and a half, deep."""
 
-    low: float
-    high: float
+    heads: int
 
-    @classmethod
-    def over(cls, rows: list[list[float]]) -> Scale:
-        """The scale that the numbers of all rows span."""
-        values = [value for row in rows for value in row]
-        return cls(min(values), max(values))
+    def share(self, score: float) -> float:
+        """Where `score` lies on the scale, 0 to 1; an even share of the block lies in the middle."""
+        return min(max(score * self.heads - 0.5, 0.0), 1.0)
 
-    def share(self, value: float) -> float:
-        """Where `value` lies between the ends, 0 to 1."""
-        return (value - self.low) / (self.high - self.low) if self.high > self.low else 0.0
+    def color(self, score: float) -> str:
+        """The colour of `score` as #rrggbb."""
+        return "#" + "".join(f"{round(a + self.share(score) * (b - a)):02x}" for a, b in zip(PALE, DEEP, strict=True))
 
-    def color(self, value: float) -> str:
-        """The colour of `value` as #rrggbb."""
-        return "#" + "".join(f"{round(a + self.share(value) * (b - a)):02x}" for a, b in zip(PALE, DEEP, strict=True))
-
-    def ink(self, value: float) -> str:
-        """A colour of writing that can be read on `value`'s."""
-        return "#ffffff" if self.share(value) > 0.5 else "#1c2430"
+    def ink(self, score: float) -> str:
+        """A colour of writing that can be read on the colour of `score`."""
+        return "#ffffff" if self.share(score) > 0.55 else "#1c2430"
 
 
 def si(value: float) -> str:
     """A large count in three significant digits: 14.3 M, 2.97 G."""
     for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= scale:
-            return f"{value / scale:.3g} {unit}"
-    return f"{value:.3g}"
+            return f"{value / scale:#.3g}".rstrip(".") + f" {unit}"
+    return f"{value:g}"
 
 
 def percent(share: float | None) -> str:
@@ -60,14 +55,6 @@ def scientific(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.1e}" if 0 < value < 1e-3 else f"{value:.3g}"
-
-
-def milliseconds(row: dict[str, Any], batch: str) -> str:
-    return f"{row['ms'][batch]['median']:.2f}" if row["ms"] else ""
-
-
-def ratio(row: dict[str, Any], batch: str) -> str:
-    return f"{row['times_gohsp'][batch]:.2f} x" if row["times_gohsp"] else ""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -93,7 +80,7 @@ def render(results: dict[str, Any]) -> str:
         return max(row["ms"][batch]["p80"] for row in results["rows"] if row["ms"])
 
     page = environment.get_template("report.html.j2")
-    return page.render(**results, by_name=by_name, scale=Scale.over(results["importance"]), slowest=slowest)
+    return page.render(**results, by_name=by_name, scale=Scale(results["geometry"]["num_heads"]), slowest=slowest)
 
 
 def write(results: dict[str, Any], out: Path) -> Path:
@@ -104,15 +91,20 @@ def write(results: dict[str, Any], out: Path) -> Path:
     return out / "report.html"
 
 
+def table_of(title: str, first: str, others: Iterable[str]) -> Table:
+    """An empty table that fits 80 columns: names on the left, numbers on the right."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
 def heads_table(results: dict[str, Any]) -> Table:
     """Importance of each head (block x head) on its colour, pruned heads struck through, and what the block kept."""
-    scale = Scale.over(results["importance"])
-    table = Table(title="Importance of the heads (share of their block), and what was kept", title_justify="left")
-    table.add_column("block", justify="right")
-    for head in range(results["geometry"]["num_heads"]):
-        table.add_column(f"head {head}", justify="center")
-    for name in ("QK channels", "V channels", "neurons"):
-        table.add_column(name, justify="right")
+    scale = Scale(results["geometry"]["num_heads"])
+    heads = [f"head {head}" for head in range(results["geometry"]["num_heads"])]
+    table = table_of("Importance of each head, % (struck out: pruned), and what was kept", "block", [*heads, *KEPT])
     for index, (block, left) in enumerate(zip(results["importance"], results["kept"], strict=True)):
         cells = []
         for score, alive in zip(block, left["heads"], strict=True):
@@ -124,15 +116,16 @@ def heads_table(results: dict[str, Any]) -> Table:
 
 def models_table(results: dict[str, Any]) -> Table:
     """The comparison of the models, a row each."""
-    table = Table(title="The models (ms an image: median of interleaved runs)", title_justify="left")
-    table.add_column("model")
-    for name in ("params", "MACs", "top-1", "logits vs masked", "ms, batch 1", "vs gohsp", "ms, batch 8", "vs gohsp"):
-        table.add_column(name, justify="right")
+    title = "The models, and their ms an image at batch 1 and 8 (ratio: to gohsp's)"
+    names = ("params", "MACs", "top-1", "distance", "ms, 1", "ratio", "ms, 8", "ratio")
+    table = table_of(title, "model", names)
     for row in results["rows"]:
         cells = [row["name"], si(row["params"]), si(row["macs"]), percent(row["top1"]), scientific(row["distance"])]
-        for batch in ("1", "8"):
-            cells += [milliseconds(row, batch), ratio(row, batch)]
+        for batch, time in row["ms"].items():
+            cells += [f"{time['median']:.2f}", f"{row['times_gohsp'][batch]:.2f}"]
         table.add_row(*cells, style="bold green" if row["name"] == "gohsp" else "")
+    table.caption = "distance: of the logits from the masked dense model's, relative norm"
+    table.caption_justify = "left"
     return table
 
 

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pruning from end to end on small random models: exact costs, exact masks, determinism, what the re-fit is worth."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from gohsp import ModelMask, compress, count
+from gohsp.prune import PruneResult, prune
+from gohsp.ranking import rank_heads
+from gohsp.scores import CRITERIA
+
+SMALL: dict[str, Any] = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}  # heads of 16, 192 neurons
+ALL_GROUPS = ("heads", "hidden", "qk", "v")
+
+
+def batches_of(images, count: int = 24) -> list[Tensor]:
+    return list(images(count, 32).split(8))
+
+
+def same(first: PruneResult, second: PruneResult) -> bool:
+    states = first.model.state_dict(), second.model.state_dict()
+    return first.mask.blocks == second.mask.blocks and all(torch.equal(v, states[1][n]) for n, v in states[0].items())
+
+
+def distance(model: Any, reference: Any, batch: Tensor) -> float:
+    with torch.no_grad():
+        return ((model(batch) - reference(batch)).norm() / reference(batch).norm()).item()
+
+
+@pytest.mark.parametrize("method", CRITERIA)
+@pytest.mark.parametrize("groups", [("heads", "hidden"), ALL_GROUPS])
+@pytest.mark.parametrize("kind", ["params", "macs"])
+def test_the_target_is_met_exactly_as_counted(make_model, images, method, groups, kind) -> None:
+    model = make_model(**SMALL)
+    result = prune(model, batches_of(images), {kind: 0.6}, method, groups=groups)
+    dense, kept = count(model), count(model, mask=result.mask)
+    assert result.report.dense == dense
+    assert result.report.pruned == kept == count(compress(result.model, result.mask))
+    assert getattr(kept, kind) <= 0.6 * getattr(dense, kind)
+    tile = 16 * (2 * 48 + 1) if kind == "params" else 5 * 16 * 2 * 48
+    assert getattr(kept, kind) > 0.6 * getattr(dense, kind) - tile
+
+
+@pytest.mark.parametrize(
+    ("groups", "share"), [(("heads", "hidden"), 0.7), (ALL_GROUPS, 0.6), (("v",), 0.96), (("qk", "hidden"), 0.7)]
+)
+@pytest.mark.parametrize("compensate", [True, False])
+def test_the_model_is_masked_and_compresses_exactly(
+    make_model, images, relative_error, groups, share, compensate
+) -> None:
+    model = make_model(**SMALL, init_values=0.3)
+    result = prune(model, batches_of(images), {"params": share}, groups=groups, compensate=compensate)
+    masked = result.mask.apply_(copy.deepcopy(result.model))
+    assert all(torch.equal(v, masked.state_dict()[n]) for n, v in result.model.state_dict().items())
+    fresh = images(4, 32, seed=9)
+    assert relative_error(compress(result.model, result.mask)(fresh), result.model(fresh)) < 1e-12
+    full = ModelMask.full(model)
+    for block, dense, budget in zip(result.mask.blocks, full.blocks, result.report.budgets, strict=True):
+        layout = block.layout()
+        widths = (len(layout.heads), sum(layout.qk_widths), sum(layout.v_widths), layout.hidden.numel())
+        assert widths == (budget.heads, budget.qk, budget.v, budget.hidden)
+        assert budget.hidden % 16 == 0
+        assert all(width % 8 == 0 and width for width in (*layout.qk_widths, *layout.v_widths))
+        for name in ("attn_in", "attn_out", "mlp_in", "mlp_out"):
+            assert torch.equal(getattr(block, name), getattr(dense, name))
+        assert "heads" in groups or bool(block.heads.all())
+        assert "hidden" in groups or bool(block.hidden.all())
+
+
+def test_input_model_and_its_mode_stay_as_they_were(make_model, images) -> None:
+    model = make_model(**SMALL, drop_path_rate=0.3).train()
+    model.blocks[1].mlp.fc1.weight.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    result = prune(model, batches_of(images), {"params": 0.7})
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in (*model.modules(), *result.model.modules()))
+    assert [p.requires_grad for p in result.model.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in (*model.modules(), *result.model.modules()))
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", CRITERIA)
+def test_the_same_seed_gives_the_same_result(make_model, images, method: str) -> None:
+    def once(seed: int) -> PruneResult:
+        torch.manual_seed(seed + 100)  # the global generator must not matter
+        return prune(make_model(**SMALL), batches_of(images), {"params": 0.6}, method, groups=ALL_GROUPS, seed=3)
+
+    assert same(once(0), once(1))
+
+
+def test_another_seed_is_another_chance(make_model, images) -> None:
+    results = [prune(make_model(**SMALL), batches_of(images), {"params": 0.6}, "random", seed=s) for s in (0, 1)]
+    assert results[0].mask.blocks != results[1].mask.blocks
+
+
+def test_batching_and_labels_do_not_matter(make_model, images) -> None:
+    model, batch = make_model(**SMALL), images(24, 32)
+    loader = DataLoader(TensorDataset(batch, torch.arange(24)), batch_size=5)
+    first, second = prune(model, [batch], {"params": 0.6}), prune(model, loader, {"params": 0.6})
+    assert first.mask.blocks == second.mask.blocks
+    assert distance(first.model, second.model, batch) < 1e-8
+
+
+@pytest.mark.parametrize("method", CRITERIA)
+def test_refitting_brings_the_outputs_nearer_to_the_dense_models(make_model, images, method: str) -> None:
+    """On images that the fit has seen and on others."""
+    model, calibration = make_model(**SMALL), list(images(128, 32).split(32))
+    dropped, fitted = (
+        prune(model, calibration, {"params": 0.7}, method, compensate=compensate) for compensate in (False, True)
+    )
+    assert fitted.report.errors[-1] < 0.7 * dropped.report.errors[-1]
+    for batch in (calibration[0], images(32, 32, seed=5)):
+        assert distance(fitted.model, model, batch) < 0.9 * distance(dropped.model, model, batch)
+
+
+def make_redundant(model: Any) -> None:
+    """Give each block a head twice, and make every other neuron a constant: pruning these can cost nothing."""
+    with torch.no_grad():
+        for block in model.blocks:
+            for parameter in (block.attn.qkv.weight, block.attn.qkv.bias):
+                rows = parameter.unflatten(0, (3, 3, 16))
+                rows[:, 2] = rows[:, 0]
+            block.mlp.fc1.weight[::2] = 0
+            # What a constant neuron seems to cost is the damping times its outgoing weight, so those are made equal.
+            block.mlp.fc1.weight[1::2] *= 4
+            block.mlp.fc2.weight /= block.mlp.fc2.weight.norm(dim=0)
+
+
+@pytest.mark.parametrize("group", ["heads", "hidden"])
+def test_what_follows_from_the_rest_is_pruned_without_a_trace(make_model, images, group: str) -> None:
+    model = make_model(**{**SMALL, "depth": 1})  # one block, whose budget is then known
+    make_redundant(model)
+    lean = ModelMask.keep_first(model, **{group: 2 if group == "heads" else 112})
+    target = {"params": count(model, mask=lean).params / count(model).params}
+    fitted, dropped = (
+        prune(model, batches_of(images), target, groups=(group,), guidance=0.0, ridge=0.0, compensate=compensate)
+        for compensate in (True, False)
+    )
+    for block in fitted.mask.blocks:
+        if group == "heads":
+            assert int(block.heads[[0, 2]].sum()) == 1
+        else:
+            assert block.hidden[1::2].all() and int(block.hidden.sum()) == 112
+    fresh = images(8, 32, seed=7)
+    assert distance(fitted.model, model, fresh) < 1e-5
+    assert distance(dropped.model, model, fresh) > 0.01  # a thousand times more
+
+
+def test_nothing_is_lost_when_nothing_has_to_go(make_model, images) -> None:
+    model = make_model(**SMALL)
+    result = prune(model, batches_of(images), {"params": 1.0})
+    assert result.mask.blocks == ModelMask.full(model).blocks
+    assert result.report.pruned == result.report.dense
+    assert distance(result.model, model, images(4, 32, seed=3)) < 1e-9
+    assert max(result.report.errors) < 1e-18
+
+
+def test_the_graph_guides_the_choice_of_heads(make_model, images) -> None:
+    """Strong guidance keeps the heads with the highest scores, whichever way the scores are read."""
+    model = make_model(**SMALL)
+    for high_is in ("important", "redundant"):
+        arguments = {"groups": ("heads",), "guidance": 500.0, "high_is": high_is}
+        result = prune(model, batches_of(images), {"params": 0.9}, **arguments)
+        ranking = rank_heads(model, batches_of(images), high_is=high_is)
+        pruned = [block for block in result.mask.blocks if not bool(block.heads.all())]
+        assert pruned
+        for block, scores, wanted in zip(result.mask.blocks, result.report.importance, ranking, strict=True):
+            torch.testing.assert_close(scores, wanted, rtol=1e-6, atol=1e-9)
+            kept = scores.argsort(descending=True)[: int(block.heads.sum())]
+            assert sorted(kept.tolist()) == block.heads.nonzero().flatten().tolist()
+
+
+def test_without_guidance_the_graph_does_not_matter(make_model, images) -> None:
+    def once(similarity: str, guidance: float) -> PruneResult:
+        arguments = {"similarity": similarity, "guidance": guidance}
+        return prune(make_model(**SMALL), batches_of(images), {"params": 0.6}, **arguments)
+
+    assert same(once("cka", 0.0), once("cosine", 0.0))
+    assert not same(once("cka", 30.0), once("cosine", 30.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("vit_tiny_patch16_224", {"qkv_bias": False, "proj_bias": False}),
+        ("vit_tiny_patch16_224", {"qk_norm": True}),
+        ("vit_tiny_patch16_224", {"num_heads": 1}),
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+        ("vit_tiny_patch16_224", {"global_pool": "map"}),
+        ("vit_tiny_patch16_224", {"global_pool": "", "num_classes": 0, "reg_tokens": 2}),
+        ("vit_tiny_patch16_224", {"init_values": 1e-5}),
+        ("vit_tiny_patch16_224", {"num_heads": 4, "mlp_ratio": 2.1}),  # heads of 12, 100 neurons
+        ("deit_tiny_distilled_patch16_224", {}),
+    ],
+)
+def test_kinds_of_models(make_model, images, relative_error, name: str, arguments: dict[str, Any]) -> None:
+    model = make_model(name, **(SMALL | arguments))
+    groups = ("heads", "hidden", "v") if arguments.get("qk_norm") else ALL_GROUPS
+    result = prune(model, batches_of(images, 16), {"params": 0.7}, groups=groups)
+    assert count(model, mask=result.mask).params <= 0.7 * count(model).params
+    batch = images(2, 32, seed=4)
+    assert relative_error(compress(result.model, result.mask)(batch), result.model(batch)) < 1e-10
+    assert bool(torch.isfinite(result.model(batch)).all())
+
+
+def test_a_feature_whose_layer_scale_is_zero_stays_finite(make_model, images) -> None:
+    model = make_model(**SMALL, init_values=0.3)
+    with torch.no_grad():
+        model.blocks[0].ls1.gamma[:5] = 0
+    result = prune(model, batches_of(images), {"params": 0.7})
+    assert all(bool(torch.isfinite(value).all()) for value in result.model.state_dict().values())
+
+
+def test_float32_models_and_gradient_free_modes(make_model, images) -> None:
+    model = make_model(**SMALL).float()
+    wanted = prune(model, batches_of(images), {"params": 0.6})
+    with torch.inference_mode():
+        got = prune(model, batches_of(images), {"params": 0.6})
+    assert same(got, wanted)
+    assert all(value.dtype == torch.float32 for value in got.model.state_dict().values())
+
+
+def test_progress_is_told_to_the_end(make_model, images) -> None:
+    seen: list[tuple[int, int]] = []
+    prune(make_model(**SMALL), batches_of(images), {"params": 0.7}, on_progress=lambda *step: seen.append(step))
+    assert seen == [(step, 9) for step in range(1, 10)]
+
+
+def test_max_images_is_heeded(make_model, images) -> None:
+    model, batch = make_model(**SMALL), images(24, 32)
+    assert same(prune(model, [batch], max_images=9), prune(model, [batch[:9]]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "taylor"}, "method: wanted one of gohsp, random, magnitude, activation, got 'taylor'"),
+        ({"groups": ("heads", "mlp")}, "groups: wanted some of heads, hidden, qk, v, each once"),
+        ({"groups": ()}, "groups: wanted some of"),
+        ({"groups": ("v", "v")}, "groups: wanted some of"),
+        ({"similarity": "rbf"}, "similarity: wanted one of"),
+        ({"teleport": -1.0}, "teleport: wanted a probability"),
+        ({"high_is": "auto"}, "high_is: wanted one of"),
+        ({"guidance": float("nan")}, "guidance: wanted a finite number, got nan"),
+        ({"ridge": -0.1}, "ridge: wanted a non-negative number, got -0.1"),
+        ({"max_images": 0}, "max_images: wanted a positive number"),
+        ({"target": {"ms": 0.5}}, "target: wanted one of params or macs"),
+        (
+            {"target": {"params": 0.01}},
+            "target: 0.01 of the params is out of reach .* the least that can be kept is 0.",
+        ),
+        ({"batches": []}, "batches: wanted at least one image"),
+    ],
+)
+def test_wrong_parameters_are_refused(make_model, images, arguments: dict[str, Any], message: str) -> None:
+    arguments = {"batches": batches_of(images, 8)} | arguments
+    with pytest.raises(ValueError, match=message):
+        prune(make_model(**SMALL), **arguments)
+
+
+def test_qk_channels_of_a_qk_norm_model_are_refused(make_model, images) -> None:
+    with pytest.raises(ValueError, match="groups: wanted no 'qk' for a model with qk-norm"):
+        prune(make_model(**SMALL, qk_norm=True), batches_of(images, 8), groups=("qk",))
+
+
+def test_a_compressed_model_is_refused(make_model, images) -> None:
+    model = make_model(**SMALL)
+    compact = compress(model, ModelMask.full(model))
+    with pytest.raises(ValueError, match="already compressed"):
+        prune(compact, batches_of(images, 8))

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Criteria against brute force: compensated errors by direct minimisation, orders by hand, symmetries."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+
+from gohsp.scores import (
+    CRITERIA,
+    RIDGE,
+    Elimination,
+    Evidence,
+    Grouping,
+    activation,
+    by_score,
+    head_guide,
+    magnitude,
+    obs,
+    qk_energy,
+    qk_scores,
+)
+from gohsp.statistics import damped
+
+COLUMNS, FEATURES = 12, 5
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def evidence(seed: int = 0, columns: int = COLUMNS) -> Evidence:
+    samples, root = (
+        normal(60, columns, seed=seed) @ normal(columns, columns, seed=seed + 1),
+        normal(5, 5, seed=seed + 2),
+    )
+    return Evidence(
+        weight=normal(FEATURES, columns, seed=seed + 3),
+        covariance=torch.cov(samples.T),
+        metric=root @ root.T,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def singles(columns: int = COLUMNS, tile: int = 1, floor: int = 1) -> Grouping:
+    return Grouping([torch.arange(columns)], tile, floor)
+
+
+def heads(width: int = 3, columns: int = COLUMNS) -> Grouping:
+    return Grouping(list(torch.arange(columns).split(width)), width, 0)
+
+
+def compensated_error(given: Evidence, gone: list[int]) -> float:
+    """The least that removing some columns can cost: the objective minimised directly over the other weights."""
+    square = damped(given.covariance, RIDGE)
+    rest = [column for column in range(len(square)) if column not in gone]
+    transfer = torch.linalg.solve(square[rest][:, rest], square[rest][:, gone])
+    change = torch.zeros_like(given.weight)
+    change[:, gone] = -given.weight[:, gone]
+    change[:, rest] = given.weight[:, gone] @ transfer.T
+    return torch.trace(given.metric @ change @ square @ change.T).item()
+
+
+def removed(elimination: Elimination) -> list[int]:
+    return [int(column) for step in elimination.steps for column in step]
+
+
+def test_first_loss_is_the_least_compensated_error() -> None:
+    given = evidence()
+    got = obs(given, singles())
+    errors = [compensated_error(given, [column]) for column in range(COLUMNS)]
+    assert removed(got)[0] == min(range(COLUMNS), key=errors.__getitem__)
+    assert got.losses[0] == pytest.approx(min(errors), rel=1e-9)
+
+
+def test_first_loss_with_a_plain_metric_is_the_published_formula() -> None:
+    given = replace(evidence(), metric=torch.eye(FEATURES, dtype=torch.float64))
+    inverse = torch.linalg.inv(damped(given.covariance, RIDGE))
+    scores = given.weight.square().sum(dim=0) / inverse.diagonal()
+    assert obs(given, singles()).losses[0] == pytest.approx(scores.min().item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("grouping", [singles(), singles(tile=5, floor=1), heads()])
+def test_losses_add_up_to_the_joint_error_of_all_that_has_gone(grouping: Grouping) -> None:
+    """Each step is priced after those before it, so nothing is counted twice: exact, by the downdates."""
+    given = evidence(seed=4)
+    got = obs(given, grouping)
+    for step in range(1, len(got.steps) + 1):
+        gone = [int(column) for columns in got.steps[:step] for column in columns]
+        assert sum(got.losses[:step]) == pytest.approx(compensated_error(given, gone), rel=1e-7)
+
+
+def test_heads_are_chosen_by_their_joint_error() -> None:
+    given, grouping = evidence(seed=9), heads()
+    errors = [compensated_error(given, pool.tolist()) for pool in grouping.pools]
+    first = obs(given, grouping).steps[0]
+    assert first.tolist() == grouping.pools[min(range(4), key=errors.__getitem__)].tolist()
+
+
+def test_elimination_is_close_to_the_best_subset() -> None:
+    given = evidence(seed=2, columns=8)
+    best = min(compensated_error(given, list(gone)) for gone in combinations(range(8), 4))
+    got = compensated_error(given, removed(obs(given, singles(8), keep=4)))
+    typical = sum(compensated_error(given, list(gone)) for gone in combinations(range(8), 4)) / 70
+    assert best <= got <= best + 0.1 * (typical - best)
+
+
+def test_one_of_two_twins_is_nearly_free_and_then_the_other_is_the_dearest() -> None:
+    """Independent inputs of variance 1 and weight 1, but for columns 2 and 4, which are always equal."""
+    covariance = torch.eye(6, dtype=torch.float64)
+    covariance[2, 4] = covariance[4, 2] = 1.0
+    given = replace(
+        evidence(columns=6),
+        weight=torch.ones(1, 6, dtype=torch.float64),
+        covariance=covariance,
+        metric=torch.eye(1, dtype=torch.float64),
+    )
+    got = obs(given, singles(6))
+    assert removed(got)[0] in (2, 4)
+    assert got.losses[0] < 2.1 * RIDGE
+    assert got.left.tolist() == [6 - removed(got)[0]]  # it carries the weight of both: its cost would be near 4
+    assert got.losses[1:] == pytest.approx([1 + RIDGE] * 4)
+
+
+def test_permuting_heads_permutes_the_order() -> None:
+    given, grouping = evidence(seed=5), heads()
+    order = [2, 0, 3, 1]
+    columns = torch.cat([grouping.pools[head] for head in order])
+    turned = replace(given, weight=given.weight[:, columns], covariance=given.covariance[columns][:, columns])
+    before, after = obs(given, grouping), obs(turned, grouping)
+    assert [order[int(step[0]) // 3] for step in after.steps] == [int(step[0]) // 3 for step in before.steps]
+    assert after.losses == pytest.approx(before.losses, rel=1e-9)
+
+
+def test_a_guide_multiplies_the_cost_of_its_head() -> None:
+    given, grouping = evidence(seed=6), heads()
+    plain = obs(given, grouping)
+    first = int(plain.steps[0][0]) // 3
+    guide = torch.ones(4, dtype=torch.float64)
+    guide[first] = 1e6
+    guided = obs(replace(given, guide=guide), grouping)
+    assert first not in [int(step[0]) // 3 for step in guided.steps]
+    same = obs(replace(given, guide=torch.full((4,), 2.0)), grouping)
+    assert same.losses == pytest.approx([2 * loss for loss in plain.losses])
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize(("tile", "sizes"), [(5, [2, 5]), (4, [4, 4]), (12, [])])
+def test_the_odd_rest_goes_first_and_a_tile_stays(name: str, tile: int, sizes: list[int]) -> None:
+    got = CRITERIA[name](evidence(), singles(tile=tile, floor=tile))
+    assert [len(step) for step in got.steps] == sizes
+    assert len(got.left) == tile
+    assert sorted(removed(got) + got.left.tolist()) == list(range(COLUMNS))
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_one_head_always_stays(name: str) -> None:
+    got = CRITERIA[name](evidence(), heads())
+    assert len(got.steps) == 3
+    assert [columns.tolist() for columns in got.steps if len(columns) != 3 or int(columns[0]) % 3] == []
+    assert len(got.left) == 3
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_channels_leave_a_tile_in_every_head(name: str) -> None:
+    got = CRITERIA[name](evidence(), Grouping(list(torch.arange(COLUMNS).split(6)), 2, 2))
+    assert [len({int(column) // 6 for column in step}) for step in got.steps] == [1] * 4
+    assert (got.left < 6).sum() == 2
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_keep_stops_the_same_elimination_early(name: str) -> None:
+    whole = CRITERIA[name](replace(evidence(), generator=torch.Generator().manual_seed(3)), singles(tile=2, floor=2))
+    part = CRITERIA[name](replace(evidence(), generator=torch.Generator().manual_seed(3)), singles(tile=2, floor=2), 6)
+    assert len(part.left) == 6
+    assert removed(part) == removed(whole)[:6]
+
+
+def test_magnitude_and_activation_are_shares_by_hand() -> None:
+    given = replace(
+        evidence(columns=3),
+        weight=torch.tensor([[3.0, 1.0, 2.0]], dtype=torch.float64),
+        covariance=torch.diag(torch.tensor([1.0, 20.0, 1.0], dtype=torch.float64)),
+        metric=torch.eye(1, dtype=torch.float64),
+    )
+    by_weight, by_activation = magnitude(given, singles(3)), activation(given, singles(3))
+    assert removed(by_weight) == [1, 2]
+    assert by_weight.losses == pytest.approx([1 / 14, 4 / 14])
+    assert removed(by_activation) == [2, 0]
+    assert by_activation.losses == pytest.approx([4 / 33, 9 / 33])
+
+
+def test_random_follows_its_generator() -> None:
+    def draw(seed: int) -> list[int]:
+        return removed(
+            CRITERIA["random"](replace(evidence(), generator=torch.Generator().manual_seed(seed)), singles())
+        )
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_by_score_takes_the_cheapest_tile_of_all_pools() -> None:
+    scores = torch.tensor([5.0, 1.0, 4.0, 0.5, 2.0, 9.0])
+    got = by_score(scores, Grouping([torch.arange(3), torch.arange(3, 6)], 1, 1))
+    assert removed(got) == [3, 1, 4, 2]
+    assert got.losses == [0.5, 1.0, 2.0, 4.0]
+    assert got.left.tolist() == [0, 5]
+
+
+def test_head_guide_is_one_for_an_average_head() -> None:
+    pi = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64)
+    assert head_guide(pi, 1.0).tolist() == pytest.approx([0.75, 1.5, 0.75])
+    assert head_guide(pi, 2.0).tolist() == pytest.approx([0.5625, 2.25, 0.5625])
+    assert head_guide(pi, 0.0).tolist() == [1.0, 1.0, 1.0]
+    assert bool(torch.isfinite(head_guide(torch.tensor([0.0, 1.0]), -1.0)).all())
+
+
+def test_qk_energy_is_the_sum_of_squared_terms_of_the_scores() -> None:
+    q, k = normal(2, 3, 5, 4), normal(2, 3, 5, 4, seed=1)
+    got = qk_energy(q, k)
+    centred = k - k.mean(dim=2, keepdim=True)
+    terms = q[:, :, :, None, :] * centred[:, :, None, :, :]
+    torch.testing.assert_close(got, terms.square().sum(dim=(0, 2, 3)))
+    torch.testing.assert_close(qk_energy(q, k + 7.0), got, rtol=1e-9, atol=1e-9)
+
+
+def test_qk_scores_share_what_the_heads_attention_is_worth() -> None:
+    energy, worth = normal(2, 4).abs(), torch.tensor([3.0, 0.5], dtype=torch.float64)
+    weight, generator = normal(3 * 8, 6, seed=1), torch.Generator().manual_seed(0)
+    got = qk_scores("gohsp", weight, energy, worth, generator)
+    torch.testing.assert_close(got.sum(dim=1), worth)
+    torch.testing.assert_close(got[0] / got[0].sum(), energy[0] / energy[0].sum())
+    torch.testing.assert_close(qk_scores("activation", weight, energy, worth, generator), energy / energy.sum())
+    products = weight[:8].square().sum(dim=1) * weight[8:16].square().sum(dim=1)
+    magnitudes = qk_scores("magnitude", weight, energy, worth, generator).flatten()
+    torch.testing.assert_close(magnitudes, products / products.sum())
+    chance = qk_scores("random", weight, energy, worth, torch.Generator().manual_seed(5))
+    again = qk_scores("random", weight, energy, worth, torch.Generator().manual_seed(5))
+    assert torch.equal(chance, again)
+    assert chance.sum().item() == pytest.approx(1)
+
+
+def test_a_silent_head_costs_nothing() -> None:
+    energy = torch.zeros(2, 4, dtype=torch.float64)
+    got = qk_scores("gohsp", normal(24, 6), energy, torch.ones(2, dtype=torch.float64), torch.Generator())
+    assert not got.any()

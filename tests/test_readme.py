@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The example of the README runs as printed, in a folder of its own."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def run(code: str, folder: Path) -> str:
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_examples_run_as_printed(tmp_path: Path) -> None:
+    first, second = python_blocks()
+    assert "params" in run(first, tmp_path)
+    assert {p.name for p in (tmp_path / "deit-pruned").iterdir()} == {"plan.json", "model.safetensors"}
+    setup = "import timm, gohsp\nmodel = timm.create_model('deit_tiny_patch16_224').eval()\n"
+    run(setup + second, tmp_path)
