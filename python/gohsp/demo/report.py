@@ -133,6 +133,7 @@ def show(results: dict[str, Any], console: Console) -> None:
     """Print the tables and the notes."""
     console.print()
     console.print(heads_table(results))
+    console.print()
     console.print(models_table(results))
     for row in results["rows"]:
         if row["note"]:
