@@ -339,7 +339,7 @@ class TestRun:
             ).eval()
 
         def refuse(model, images):
-            raise RuntimeError("no compiler\nwas found")
+            raise RuntimeError("no compiler was found\n\nSet VERBOSE=1 for more")
 
         monkeypatch.setattr(weights, "load_backbone", small)
         monkeypatch.setattr(measure, "compile_for", refuse)

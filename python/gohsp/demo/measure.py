@@ -117,7 +117,7 @@ def compare(
         try:
             models[COMPILED] = compile_for(classifiers[SLICED], example)
         except Exception as error:  # whatever stops the compiler: the other rows stand, and this one says why
-            reason = " ".join(str(error).split())[:200]
+            reason = str(error).strip().partition("\n")[0]
             rows[COMPILED].note = f"could not compile here: {type(error).__name__}: {reason}"
 
     logits = {}
