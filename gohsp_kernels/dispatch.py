@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import torch
 
 from . import _native
+from .triton import support as triton_support
 
 log = logging.getLogger("gohsp_kernels")
 
-PREFERENCE = ("cpu", "reference")
+PREFERENCE = ("cpu", "triton", "reference")
 """Backends, the one that "auto" would rather take first."""
 
 ENVIRONMENT_VARIABLE = "GOHSP_BACKEND"
@@ -53,14 +54,18 @@ def can_run(
     dtype: torch.dtype = torch.float32,
     *,
     needs_grad: bool = False,
+    compute_capability: tuple[int, int] | None = None,
+    widest_head: int = 0,
 ) -> Support:
     """Tell whether ``backend`` can run a call on tensors of this device and dtype.
 
     Args:
-        backend: "reference" or "cpu".
+        backend: "reference", "cpu" or "triton".
         device: where the tensors are.
         dtype: of the activations and weights.
         needs_grad: whether the result must be differentiable.
+        compute_capability: of a GPU that need not be there; by default that of ``device``.
+        widest_head: most channels that a head has.
 
     Raises:
         ValueError: for a backend that does not exist.
@@ -68,6 +73,9 @@ def can_run(
     _check_name(backend)
     if backend == "reference":
         return Support(True)
+    if backend == "triton":
+        reason = triton_support.missing(torch.device(device), dtype, compute_capability, widest_head)
+        return Support(not reason, reason)
     native = _native.load()
     if not native:
         return Support(False, native.reason)
@@ -100,7 +108,9 @@ def use_backend(name: str) -> Iterator[None]:
         _selected = previous
 
 
-def choose(backend: str | None, device: torch.device, dtype: torch.dtype, needs_grad: bool) -> str:
+def choose(
+    backend: str | None, device: torch.device, dtype: torch.dtype, needs_grad: bool, widest_head: int = 0
+) -> str:
     """The backend that runs a call.
 
     Raises:
@@ -109,12 +119,14 @@ def choose(backend: str | None, device: torch.device, dtype: torch.dtype, needs_
     """
     wanted = _selected if backend is None else _check_name(backend)
     if wanted != "auto":
-        support = can_run(wanted, device, dtype, needs_grad=needs_grad)
+        support = can_run(wanted, device, dtype, needs_grad=needs_grad, widest_head=widest_head)
         if not support:
             raise RuntimeError(f"backend {wanted!r}: {support.reason}")
         return wanted
     for name in PREFERENCE:
-        support = can_run(name, device, dtype, needs_grad=needs_grad)
+        if name == "triton" and device.type == "cpu":
+            continue  # its interpreter is for tests: it is there to be named
+        support = can_run(name, device, dtype, needs_grad=needs_grad, widest_head=widest_head)
         if support:
             return name
         _log_once(f"backend {name!r} passed over: {support.reason}")

@@ -15,13 +15,30 @@ from torch import Tensor
 
 from . import _schemas, cpu, dispatch, reference
 
+
+def _on_triton(name: str) -> Callable[..., Tensor]:
+    def run(*arguments: Any) -> Tensor:
+        from .triton import operators  # imports Triton, which a machine without a GPU need not have
+
+        result: Tensor = getattr(operators, name)(*arguments)
+        return result
+
+    return run
+
+
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Tensor]]] = {
-    name: {"reference": getattr(reference, name), "cpu": getattr(cpu, name)} for name in _schemas.PUBLIC
+    name: {"reference": getattr(reference, name), "cpu": getattr(cpu, name), "triton": _on_triton(name)}
+    for name in _schemas.PUBLIC
 }
 
 
 def _needs_grad(arguments: Iterable[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+
+
+def _widest_head(arguments: Iterable[Any]) -> int:
+    """Most channels that a head has: the tuples among the arguments are widths of heads."""
+    return max((width for a in arguments if isinstance(a, tuple) for width in a), default=0)
 
 
 def _run(name: str, arguments: tuple[Any, ...], backend: str | None) -> Tensor:
@@ -33,7 +50,7 @@ def _run(name: str, arguments: tuple[Any, ...], backend: str | None) -> Tensor:
             return _IMPLEMENTATIONS[name]["reference"](*arguments)
         # One node in the graph; the backend is chosen, and weights are packed, when it runs.
         return getattr(torch.ops.gohsp_kernels, name)(*arguments)
-    chosen = dispatch.choose(backend, x.device, x.dtype, needs_grad)
+    chosen = dispatch.choose(backend, x.device, x.dtype, needs_grad, _widest_head(arguments))
     return _IMPLEMENTATIONS[name][chosen](*arguments)
 
 
@@ -41,7 +58,7 @@ def _graph_node(name: str) -> Callable[..., Tensor]:
     def run(*arguments: Any) -> Tensor:
         # Torch hands lists of ints over; the functions compare layouts as tuples.
         plain: Any = tuple(tuple(a) if isinstance(a, list) else a for a in arguments)
-        chosen = dispatch.choose(None, plain[0].device, plain[0].dtype, False)
+        chosen = dispatch.choose(None, plain[0].device, plain[0].dtype, False, _widest_head(plain))
         result = _IMPLEMENTATIONS[name][chosen](*plain)
         # A torch operator may not return one of its inputs, as an empty sublayer of the reference would.
         return result.clone() if result.data_ptr() == plain[0].data_ptr() else result.contiguous()

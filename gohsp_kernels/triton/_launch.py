@@ -6,12 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-
-
-def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
-    return bool(triton.knobs.runtime.interpret)
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, **meta: Any) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from . import tuned
-from ._launch import interpreted
+from .support import WIDEST_HEAD, interpreting
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Target:
     @functools.cache
     def of(device: torch.device) -> Target:
         """Target of a GPU. The interpreter takes CPU tensors and behaves like an A100."""
-        if device.type == "cpu" and interpreted():
+        if device.type == "cpu" and interpreting():
             return Target("cuda", 80, 108)
         properties = torch.cuda.get_device_properties(device)
         if torch.version.hip:
@@ -108,7 +108,7 @@ def rows_per_range(target: Target, rows: int, tiles: int, step: int) -> int:
     return cdiv(cdiv(max(rows, 1), ranges), step) * step
 
 
-WIDTHS = (16, 32, 64, 128)
+WIDTHS = (16, 32, 64, WIDEST_HEAD)
 """Widths that heads are padded to in registers. A tensor core takes no less than 16."""
 
 
