@@ -26,7 +26,7 @@ def demo(
     data: Annotated[Path | None, typer.Option(help=DATA_HELP, show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="Where the report, the figures and the model go.")] = Path("gohsp-demo"),
     keep: Annotated[float, typer.Option(min=0.05, max=1.0, help="Share of the backbone's parameters to keep.")] = 0.65,
-    images: Annotated[int, typer.Option(min=40, help="Images to use: a quarter tests, a tenth guides pruning.")] = 3200,
+    images: Annotated[int, typer.Option(min=40, help="Images to use: a quarter tests, a tenth guides pruning.")] = 2400,
     seed: Annotated[int, typer.Option(help="Chooses the images.")] = 0,
 ) -> None:
     """Rank, prune, compress and time a trained ViT on real images, in a few minutes on a laptop's CPU.
