@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of the GPU backends on whatever GPU is here: ``python -m gohsp_kernels.gpu_check``, or ``make gpu-check``.
 
-Runs both sublayers of a pruned DeiT-Small in every dtype against the float64 reference, captures a call in a CUDA graph,
-times them against the reference, and writes ``gpu-check/<device>.json``. Where there is no GPU it says so, claims nothing
-and exits with 0.
+Runs both sublayers of a pruned DeiT-Small in every dtype against the float64 reference, captures a call in a CUDA
+graph, times them against the reference, and writes ``gpu-check/<device>.json``. Where there is no GPU it says so,
+claims nothing and exits with 0.
 """
 
 from __future__ import annotations

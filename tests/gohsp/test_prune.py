@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+import gohsp
 from gohsp import ModelMask, compress, count
 from gohsp.prune import PruneResult, prune
 from gohsp.ranking import rank_heads
@@ -231,6 +232,11 @@ def test_progress_is_told_to_the_end(make_model, images) -> None:
     seen: list[tuple[int, int]] = []
     prune(make_model(**SMALL), batches_of(images), {"params": 0.7}, on_progress=lambda *step: seen.append(step))
     assert seen == [(step, 9) for step in range(1, 10)]
+
+
+def test_the_package_gives_the_functions_and_not_their_modules() -> None:
+    assert gohsp.prune is prune
+    assert gohsp.rank_heads is rank_heads
 
 
 def test_max_images_is_heeded(make_model, images) -> None:
