@@ -153,7 +153,8 @@ def allocate(plans: list[BlockPlan], kind: str, share: float, dense_total: int) 
     Args:
         plans: The blocks, whole. They are changed.
         kind: "params" or "macs".
-        share: Of the dense model's cost to keep, above 0 and at most 1.
+        share: Of the dense model's cost to keep, above 0 and at most 1. Costs are whole numbers: one that is above
+            ``share * dense_total`` by less than a millionth is on the target, not over it.
         dense_total: The dense model's cost, with all that is outside the blocks.
 
     Raises:
