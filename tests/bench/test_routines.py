@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import time
 from collections.abc import Iterator
@@ -153,11 +154,15 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_roofline_stores_what_it_prints(ragged_work: Workload, settings: Settings, small_machine: None) -> None:
-    assert roofline.run([ragged_work.case], [2], settings, backend="reference") == []
+    # Of an odd number of rounds one is the median of both the times and the rates, so the two agree whatever the times.
+    odd = dataclasses.replace(settings, rounds=3)
+    assert roofline.run([ragged_work.case], [2], odd, backend="reference") == []
     rows = {(row.part, row.metric): row for row in store.read(settings.out)}
     encoder, machine = rows["encoder", "rate"], rows["machine", "gemm rate"]
     assert rows["encoder", "flops"].value == pytest.approx(2 * 2 * sum(b.macs for b in ragged_work.count.blocks) / 1e9)
-    assert encoder.value == pytest.approx(rows["encoder", "flops"].value / rows["encoder", "time"].value * 1e3, rel=0.5)
+    assert encoder.value == pytest.approx(
+        rows["encoder", "flops"].value / rows["encoder", "time"].value * 1e3, rel=1e-3
+    )
     assert machine.unit == encoder.unit == "GFLOP/s"
     assert any(metric.startswith("stage: ") for _, metric in rows)
     assert "FLOP/B" in printed(settings) and "where the time goes" in printed(settings)
