@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
-from bench import contenders, contention, end_to_end, environment, kernels, roofline, sublayers
+from bench import accuracy, contenders, contention, end_to_end, environment, kernels, roofline, sublayers
 from bench.cases import Case
 from bench.environment import Settings, available_cores
 from bench.store import DEFAULT_PATH
@@ -108,6 +108,22 @@ def kernels_command(
 ) -> None:
     """The operators packed_linear and ragged_attention over shapes, against the same in PyTorch."""
     _finish(kernels.run(_settings(threads, rounds, out)))
+
+
+@app.command("accuracy")
+def accuracy_command(
+    study: Annotated[str, typer.Argument(help=f"One of {', '.join(accuracy.STUDIES)}.")],
+    data: Annotated[Path, typer.Option(help="CIFAR-10 as a folder with train/ and test/, a subfolder a class.")],
+    out: Annotated[Path, typer.Option(help="Folder of the CSV files.")] = accuracy.DEFAULT_FOLDER,
+    train: Annotated[int, typer.Option(min=10, help="Images that heads are fitted on.")] = 3000,
+    test: Annotated[int, typer.Option(min=10, help="Images that top-1 is counted on.")] = 2000,
+    calibration: Annotated[int, typer.Option(min=1, help="Images that pruning looks at, without labels.")] = 256,
+    minutes: Annotated[float | None, typer.Option(help="Begin no new row after so long.")] = None,
+) -> None:
+    """What pruning keeps of the accuracy of a real ViT-Small on CIFAR-10; a stopped study goes on where it was."""
+    if study not in accuracy.STUDIES:
+        raise typer.BadParameter(f"study: wanted one of {', '.join(accuracy.STUDIES)}, got {study}")
+    accuracy.run(study, data, out, train=train, test=test, calibration=calibration, minutes=minutes)
 
 
 @app.command("roofline", cls=SpreadCommand)

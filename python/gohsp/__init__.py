@@ -5,12 +5,14 @@ from gohsp.compress import compress, densify
 from gohsp.count import count
 from gohsp.freeze import freeze
 from gohsp.io import load, save
+from gohsp.latency import LatencyTable
 from gohsp.mask import BlockMask, ModelMask
 from gohsp.prune import PruneResult, prune
 from gohsp.ranking import rank_heads
 
 __all__ = [
     "BlockMask",
+    "LatencyTable",
     "ModelMask",
     "PruneResult",
     "compress",

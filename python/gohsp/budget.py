@@ -1,21 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Budgets: how many heads, channels and neurons each block keeps so that the whole model costs what was asked for.
+"""Budgets: how many heads, channels, neurons and columns each block keeps so that the model costs what was asked for.
 
-One solver over all blocks and kinds of groups together. It takes steps from queues, always the step that loses least
-for each unit of cost that it saves, until the target is met, and then puts back what still fits.
+Every sublayer offers a list of options, from whole to bare, each with its exact cost and what it is expected to lose.
+Picking one option a sublayer, so that the costs stay within the target and the losses sum to the least, is the
+multiple-choice knapsack problem, which :func:`solve` solves by dynamic programming over all sublayers together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from gohsp.count import BlockSize, count_block
 
-COSTS = ("params", "macs")
-GROUPS = ("heads", "hidden", "qk", "v")
+COSTS = ("params", "macs", "ms")
+ATTENTION_GROUPS = ("heads", "qk", "v", "attn_in", "attn_out")
+MLP_GROUPS = ("hidden", "mlp_in", "mlp_out")
+GROUPS = ATTENTION_GROUPS + MLP_GROUPS
+
+CELLS = 1 << 16  # into which the room between the least and the target is divided; costs are rounded up to one
 
 
 @dataclass(frozen=True)
@@ -23,9 +30,9 @@ class Step:
     """One step of an elimination, as the budget sees it.
 
     Attributes:
-        size: Channels or neurons that go; for heads 1.
+        size: Channels, neurons or columns that go; for heads 1.
         loss: What it costs, on a scale that the blocks share.
-        head: The head that goes or gives channels; None for neurons.
+        head: The head that goes or gives channels; None for neurons and columns.
     """
 
     size: int
@@ -35,12 +42,34 @@ class Step:
 
 @dataclass(frozen=True)
 class BlockBudget:
-    """What a block keeps: heads, QK and V channels summed over the kept heads, neurons."""
+    """What a block keeps: heads, QK and V channels summed over these, neurons, residual features read and written."""
 
     heads: int
     qk: int
     v: int
     hidden: int
+    attn_in: int
+    attn_out: int
+    mlp_in: int
+    mlp_out: int
+
+    def size(self) -> BlockSize:
+        """Return the widths that the block's cost depends on."""
+        widths = asdict(self)
+        del widths["heads"]
+        return BlockSize(**widths)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to cut a sublayer: its cost, its loss, and the widths (fields of :class:`BlockBudget`) that it sets."""
+
+    cost: float
+    loss: float
+    widths: Mapping[str, int]
+
+
+BlockCost = Callable[[BlockBudget], tuple[float, float]]  # of the attention half and of the MLP half
 
 
 def parse_target(target: Mapping[str, float]) -> tuple[str, float]:
@@ -62,162 +91,194 @@ def parse_target(target: Mapping[str, float]) -> tuple[str, float]:
     return kind, float(share)
 
 
-class BlockPlan:
-    """The state of one block while its budget is being found.
+def counted(block: Any, tokens: int, kind: str) -> BlockCost:
+    """Return the exact cost of a dense block's halves, in "params" or "macs", as a function of what it keeps."""
 
-    Args:
-        block: The dense block, for its cost.
-        dense: Its widths.
-        heads: H.
-        tokens: N.
+    def cost(budget: BlockBudget) -> tuple[float, float]:
+        found = count_block(block, budget.size(), tokens)
+        return getattr(found, f"attn_{kind}"), getattr(found, f"mlp_{kind}")
+
+    return cost
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What the budget knows of one block.
+
+    Attributes:
+        full: The block whole.
         queues: Steps by kind of group, in the order in which they have to be taken.
+        cost: Of the block's halves.
     """
 
-    def __init__(self, block: Any, dense: BlockSize, heads: int, tokens: int, queues: Mapping[str, list[Step]]) -> None:
-        self.block, self.dense, self.tokens = block, dense, tokens
-        self.widths = {"qk": [dense.qk // heads] * heads, "v": [dense.v // heads] * heads}
-        self.alive = [True] * heads
-        self.hidden = dense.hidden
-        self.queues = {kind: _never_cheaper(steps) for kind, steps in queues.items()}
-        self.taken: dict[str, list[Step]] = {kind: [] for kind in queues}
+    full: BlockBudget
+    queues: Mapping[str, Sequence[Step]]
+    cost: BlockCost
 
-    def budget(self) -> BlockBudget:
-        """Return what the block keeps now."""
-        return BlockBudget(sum(self.alive), self._width("qk"), self._width("v"), self.hidden)
+    def options(self, half: int, floors: Mapping[str, float]) -> list[Option]:
+        """Return the options of the attention half (0) or the MLP half (1), from whole to bare.
 
-    def cost(self, kind: str) -> int:
-        """Return the block's parameters or MACs now."""
-        kept = self.budget()
-        d = self.dense
-        size = BlockSize(kept.qk, kept.v, kept.hidden, d.attn_in, d.attn_out, d.mlp_in, d.mlp_out)
-        return int(getattr(count_block(self.block, size, self.tokens), kind))
+        Each follows from the one before by one step: of the groups' next steps the one that loses least for each unit
+        of cost saved. With a single kind of group this order is the elimination's own.
 
-    def next(self, group: str) -> Step | None:
-        """Return the step that would be taken next: the first of the queue whose head is still there."""
-        index = self._next_index(group)
-        return None if index is None else self.queues[group][index]
-
-    def take(self, group: str) -> None:
-        """Take the next step of a queue.
-
-        Raises:
-            ValueError: There is none.
+        Args:
+            half: 0 or 1.
+            floors: The least share of a kind of group that stays.
         """
-        index = self._next_index(group)
-        if index is None:
-            raise ValueError(f"group: {group} has no step left")
-        step = self.queues[group].pop(index)
-        self.taken[group].append(step)
-        self._apply(group, step, -1)
-
-    def last(self, group: str) -> Step | None:
-        """Return the step that was taken last, if there is one and it can be put back."""
-        step = self.taken[group][-1] if self.taken[group] else None
-        return step if step is not None and self._applies(group, step) else None
-
-    def put_back(self, group: str) -> None:
-        """Undo the step that was taken last."""
-        step = self.taken[group].pop()
-        self.queues[group].insert(0, step)
-        self._apply(group, step, 1)
-
-    def _apply(self, group: str, step: Step, sign: int) -> None:
-        if group == "hidden":
-            self.hidden += sign * step.size
-        elif group == "heads":
-            assert step.head is not None
-            self.alive[step.head] = sign > 0
-        else:
-            assert step.head is not None
-            self.widths[group][step.head] += sign * step.size
-
-    def _next_index(self, group: str) -> int | None:
-        return next((i for i, step in enumerate(self.queues[group]) if self._applies(group, step)), None)
-
-    def _applies(self, group: str, step: Step) -> bool:
-        """Return whether a step means anything now: channels of a head that has gone cannot go or come back."""
-        return group not in self.widths or (step.head is not None and self.alive[step.head])
-
-    def _width(self, kind: str) -> int:
-        return sum(width for width, alive in zip(self.widths[kind], self.alive, strict=True) if alive)
+        state = _HalfState(self, ATTENTION_GROUPS if half == 0 else MLP_GROUPS, floors)
+        options = [Option(self.cost(self.full)[half], 0.0, state.widths())]
+        while True:
+            offers = []
+            for group, step in state.offers():
+                widths = state.widths_after(group, step)
+                cost = self.cost(replace(self.full, **widths))[half]
+                saved = max(options[-1].cost - cost, 1e-12 * options[0].cost)
+                offers.append((step.loss / saved, group, step, Option(cost, options[-1].loss + step.loss, widths)))
+            if not offers:
+                return options
+            _, group, step, option = min(offers, key=lambda offer: offer[0])
+            state.take(group, step)
+            options.append(option)
 
 
-def allocate(plans: list[BlockPlan], kind: str, share: float, dense_total: int) -> list[BlockBudget]:
+class _HalfState:
+    """The widths of half a block while its options are being listed."""
+
+    def __init__(self, plan: BlockPlan, groups: Iterable[str], floors: Mapping[str, float]) -> None:
+        self.queues = {group: _never_cheaper(plan.queues.get(group, ())) for group in groups if group in plan.queues}
+        self.full = {group: getattr(plan.full, group) for group in groups}
+        self.least = {group: floors.get(group, 0.0) * width for group, width in self.full.items()}
+        self.kept = dict(self.full)
+        heads = plan.full.heads
+        self.head_widths = {group: [getattr(plan.full, group) // heads] * heads for group in ("qk", "v")}
+        self.alive = [True] * heads
+
+    def widths(self) -> dict[str, int]:
+        return dict(self.kept)
+
+    def offers(self) -> list[tuple[str, Step]]:
+        """Return the next step of each group that can give one: channels of a head that has gone do not count."""
+        found = []
+        for group, queue in self.queues.items():
+            while queue and group in ("qk", "v") and not self.alive[self._head(queue[0])]:
+                queue.pop(0)
+            if queue and self.widths_after(group, queue[0])[group] >= self.least[group]:
+                found.append((group, queue[0]))
+        return found
+
+    def widths_after(self, group: str, step: Step) -> dict[str, int]:
+        """Return the widths that a step would leave."""
+        after = self.widths()
+        after[group] -= step.size
+        if group == "heads":
+            for name, widths in self.head_widths.items():
+                after[name] -= widths[self._head(step)]
+        return after
+
+    def take(self, group: str, step: Step) -> None:
+        self.kept = self.widths_after(group, step)
+        self.queues[group].pop(0)
+        if group == "heads":
+            self.alive[self._head(step)] = False
+        elif group in ("qk", "v"):
+            self.head_widths[group][self._head(step)] -= step.size
+
+    @staticmethod
+    def _head(step: Step) -> int:
+        assert step.head is not None
+        return step.head
+
+
+def allocate(
+    plans: Sequence[BlockPlan], share: float, outside: float, floors: Mapping[str, float] | None = None
+) -> list[BlockBudget]:
     """Find what each block keeps so that the model costs at most a share of what the dense model costs.
 
-    Steps are taken in the order of their loss for each unit of cost saved, over all blocks and groups together. Were
-    the losses of each queue convex and the steps small, no other choice of the same cost would lose less. The last step
-    may overshoot, so afterwards whatever fits is put back, the dearest first: the result is below the target by less
-    than any single step that could still be put back.
-
     Args:
-        plans: The blocks, whole. They are changed.
-        kind: "params" or "macs".
-        share: Of the dense model's cost to keep, above 0 and at most 1. Costs are whole numbers: one that is above
-            ``share * dense_total`` by less than a millionth is on the target, not over it.
-        dense_total: The dense model's cost, with all that is outside the blocks.
+        plans: The blocks.
+        share: Of the dense model's cost to keep, above 0 and at most 1. Where costs are whole numbers, one that is
+            above ``share * dense`` by less than a millionth is on the target, not over it.
+        outside: Cost of all that is not in the blocks.
+        floors: The least share of a kind of group that stays in each block.
 
     Raises:
         ValueError: The target cannot be reached; the message names the nearest share that can.
     """
-    costs = [plan.cost(kind) for plan in plans]
-    outside = dense_total - sum(costs)
-    # Costs are whole numbers; a share that was computed from one has to admit it in spite of rounding.
-    limit = math.floor(share * dense_total + 1e-6)
-    offers = {index: _offers(plan, kind) for index, plan in enumerate(plans)}
-    while outside + sum(costs) > limit:
-        options = [(density, index, group) for index, block in offers.items() for group, density in block.items()]
-        if not options:
-            least = (outside + sum(costs)) / dense_total
-            raise ValueError(
-                f"target: {share:.4g} of the {kind} is out of reach with groups "
-                f"{', '.join(plans[0].queues)}; the least that can be kept is {least:.4f}"
-            )
-        _, index, group = min(options)
-        plans[index].take(group)
-        costs[index] = plans[index].cost(kind)
-        offers[index] = _offers(plans[index], kind)
-    _put_back_what_fits(plans, kind, limit - outside)
-    return [plan.budget() for plan in plans]
+    choices = [plan.options(half, floors or {}) for plan in plans for half in (0, 1)]
+    dense = outside + sum(options[0].cost for options in choices)
+    least = outside + sum(min(option.cost for option in options) for options in choices)
+    # A share that was computed from a whole number has to admit it in spite of rounding.
+    limit = share * dense + 1e-6
+    if least > limit:
+        groups = ", ".join(plans[0].queues)
+        raise ValueError(
+            f"target: {share:.4g} of the cost is out of reach with groups {groups}; "
+            f"the least that can be kept is {math.ceil(1e4 * least / dense) / 1e4:.4f}"
+        )
+    picked = [options[index] for options, index in zip(choices, solve(choices, limit - outside), strict=True)]
+    return [
+        replace(plan.full, **attention.widths, **mlp.widths)
+        for plan, attention, mlp in zip(plans, picked[::2], picked[1::2], strict=True)
+    ]
 
 
-def _never_cheaper(steps: list[Step]) -> list[Step]:
+def solve(choices: Sequence[Sequence[Option]], limit: float) -> list[int]:
+    """Pick one option of each choice so that the costs sum to at most ``limit`` and the losses to the least.
+
+    Dynamic programming over the room above the least possible cost, in cells of a 65536th of it. Costs are rounded up
+    to a cell, so the sum never exceeds the limit; what the rounding leaves is spent afterwards on whatever single
+    change gains most for its cost.
+
+    Raises:
+        ValueError: Nothing fits.
+    """
+    floor = [min(option.cost for option in options) for options in choices]
+    room = limit - sum(floor)
+    if room < 0:
+        raise ValueError(f"limit: wanted at least {sum(floor)}, got {limit}")
+    cell = max(room, 1e-300) / CELLS  # with no room at all, only what costs nothing more fits
+    best = np.zeros(CELLS + 1)  # least loss of the choices so far for each room
+    takes = np.zeros((len(choices), CELLS + 1), dtype=np.int32)
+    cells = [
+        [math.ceil((option.cost - least) / cell) for option in options]
+        for options, least in zip(choices, floor, strict=True)
+    ]
+    for row, (options, sizes) in enumerate(zip(choices, cells, strict=True)):
+        following = np.full(CELLS + 1, np.inf)
+        for index, (option, size) in enumerate(zip(options, sizes, strict=True)):
+            if size > CELLS:
+                continue
+            losses = best[: CELLS + 1 - size] + option.loss
+            better = losses < following[size:]
+            following[size:][better] = losses[better]
+            takes[row, size:][better] = index
+        best = following
+    picks, left = [0] * len(choices), CELLS
+    for row in reversed(range(len(choices))):
+        picks[row] = int(takes[row, left])
+        left -= cells[row][picks[row]]
+    return _spend_the_rest(choices, picks, limit)
+
+
+def _spend_the_rest(choices: Sequence[Sequence[Option]], picks: list[int], limit: float) -> list[int]:
+    while True:
+        spent = sum(options[pick].cost for options, pick in zip(choices, picks, strict=True))
+        gains = []
+        for row, (options, pick) in enumerate(zip(choices, picks, strict=True)):
+            for index, option in enumerate(options):
+                added, gain = option.cost - options[pick].cost, options[pick].loss - option.loss
+                if gain > 0 and spent + added <= limit:
+                    gains.append((gain / max(added, 1e-12 * limit), row, index))
+        if not gains:
+            return picks
+        _, row, index = max(gains)
+        picks[row] = index
+
+
+def _never_cheaper(steps: Sequence[Step]) -> list[Step]:
     """Raise the loss of each step to that of the dearest before it: nobody gets the one without the other."""
     raised, highest = [], 0.0
     for step in steps:
         highest = max(highest, step.loss)
         raised.append(Step(step.size, highest, step.head))
     return raised
-
-
-def _offers(plan: BlockPlan, kind: str) -> dict[str, float]:
-    """Return, for each group that can give a step, the step's loss for each unit of cost that it saves."""
-    before, found = plan.cost(kind), {}
-    for group in plan.queues:
-        step = plan.next(group)
-        if step is not None:
-            plan.take(group)
-            found[group] = step.loss / (before - plan.cost(kind))
-            plan.put_back(group)
-    return found
-
-
-def _put_back_what_fits(plans: list[BlockPlan], kind: str, limit: float) -> None:
-    while True:
-        room = limit - sum(plan.cost(kind) for plan in plans)
-        fitting = []
-        for index, plan in enumerate(plans):
-            before = plan.cost(kind)
-            for group in plan.queues:
-                step = plan.last(group)
-                if step is None:
-                    continue
-                plan.put_back(group)
-                added = plan.cost(kind) - before
-                plan.take(group)
-                if added <= room:
-                    fitting.append((step.loss / added, index, group))
-        if not fitting:
-            return
-        _, index, group = max(fitting)
-        plans[index].put_back(group)

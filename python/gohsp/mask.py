@@ -103,6 +103,12 @@ class BlockMask:
         """Return a copy that shares no memory with this mask."""
         return BlockMask(**{name: getattr(self, name).clone() for name in FIELDS})
 
+    def apply_(self, block: nn.Module) -> None:
+        """Set the pruned entries of a dense block's weights and biases to zero, in place."""
+        with torch.no_grad():
+            _zero_attention(block.attn, self)
+            _zero_mlp(block.mlp, self)
+
     def layout(self) -> BlockLayout:
         """Return the ragged layout of what this mask keeps."""
         num_heads, head_dim = self.v.shape
@@ -264,8 +270,7 @@ class ModelMask:
         self.validate(model)
         with torch.no_grad():
             for block, mask in zip(blocks, self.blocks, strict=True):
-                _zero_attention(block.attn, mask)
-                _zero_mlp(block.mlp, mask)
+                mask.apply_(block)
         return model
 
     def summary(self, model: nn.Module) -> str:

@@ -18,42 +18,24 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gohsp import vit
-from gohsp.budget import GROUPS, BlockBudget, BlockPlan, Step, allocate, parse_target
-from gohsp.count import BlockSize, Count, count
-from gohsp.mask import BlockMask, ModelMask
-from gohsp.ranking import SIMILARITIES, check_reading, importance
-from gohsp.scores import (
-    CRITERIA,
-    RIDGE,
-    Elimination,
-    Evidence,
-    Grouping,
-    by_score,
-    head_guide,
-    qk_energy,
-    qk_scores,
-)
-from gohsp.statistics import (
-    CHUNK,
-    Moments,
-    Sensitivity,
-    Sublayer,
-    embed,
-    evaluating,
-    measure_sensitivities,
-    sublayers,
-)
+from gohsp.budget import GROUPS, BlockBudget, BlockPlan, allocate, counted, parse_target
+from gohsp.count import Count, count
+from gohsp.cut import OPTIMISERS, Cutter
+from gohsp.latency import LatencyTable
+from gohsp.mask import ModelMask
+from gohsp.ranking import HeadScores, check_reading
+from gohsp.scores import CRITERIA
+from gohsp.statistics import embed, evaluating, measure_sensitivities, sublayers
+from gohsp.survey import Settings, Survey, survey
 
-HIDDEN_TILE = 16  # neurons: a panel of the GEMM kernels
-CHANNEL_TILE = 8  # QK and V channels of a head
 DEFAULT_TARGET: Mapping[str, float] = MappingProxyType({"params": 0.65})
 
 
@@ -64,7 +46,7 @@ class PruneReport:
     Attributes:
         method: The criterion.
         dense, pruned: Costs of the model before and after.
-        importance: The graph's score of each head, one float64 tensor [H] a block; see :func:`gohsp.rank_heads`.
+        importance: The graph's scores of the heads and how they were read; see :func:`gohsp.rank_heads`.
         budgets: What each block was given.
         errors: After each block, the squared error of the pruned residual stream on the calibration images, as a share
             of the dense stream's variance. The fit has seen these images; expect more on others.
@@ -73,7 +55,7 @@ class PruneReport:
     method: str
     dense: Count
     pruned: Count
-    importance: list[Tensor]
+    importance: HeadScores
     budgets: list[BlockBudget]
     errors: list[float]
 
@@ -94,27 +76,6 @@ class PruneResult:
     report: PruneReport
 
 
-@dataclass(frozen=True)
-class _Settings:
-    method: str
-    groups: tuple[str, ...]
-    compensate: bool
-    similarity: str
-    teleport: float
-    high_is: str
-    guidance: float
-    ridge: float
-
-
-@dataclass(frozen=True)
-class _Survey:
-    """What the dense model told: sensitivities by sublayer, importance and steps by block."""
-
-    sensitivities: list[Sensitivity]
-    importance: list[Tensor]
-    steps: list[dict[str, list[Step]]]
-
-
 def prune(
     model: nn.Module,
     batches: Iterable[Any],
@@ -122,7 +83,11 @@ def prune(
     method: str = "gohsp",
     *,
     groups: Sequence[str] = ("heads", "hidden"),
-    compensate: bool = True,
+    optimiser: str = "ridge",
+    refine: int = 0,
+    budgets: Sequence[BlockBudget] | None = None,
+    floors: Mapping[str, float] = MappingProxyType({}),
+    latency: LatencyTable | None = None,
     similarity: str = "cka",
     teleport: float = 0.0,
     high_is: str = "important",
@@ -138,11 +103,19 @@ def prune(
         model: Dense timm vision transformer. It is not changed.
         batches: Batches of normalised images of one size, [B, C, height, width] each or (images, ...). A few hundred
             images are enough; their tokens are kept in memory (two or three times N * D numbers an image).
-        target: Share of the dense model's cost to keep, everything counted: {"params": share} or {"macs": share}.
-        method: Criterion of the choice: "gohsp", or "random", "magnitude" or "activation" to compare with.
+        target: Share of the dense model's cost to keep, everything counted: {"params": share}, {"macs": share} or, with
+            a latency table, {"ms": share}.
+        method: Criterion of the choice: "gohsp", or one of the others in :data:`gohsp.scores.CRITERIA` to compare with.
         groups: What may go: "heads", "hidden" (neurons, in tiles of 16), "qk" and "v" (channels of a head, in tiles of
-            8). One head, one tile of each kept head and one tile of neurons stay in every block.
-        compensate: Re-fit proj and fc2 on what is kept. Without it the weights that stay are left as they are.
+            8), "attn_in", "attn_out", "mlp_in", "mlp_out" (residual features that a sublayer reads or writes, in tiles
+            of 16). One head, one tile of each kept head and one tile of everything else stay in every block.
+        optimiser: How the choice and the weights are found, layer by layer: "ridge" chooses by the criterion and
+            re-fits proj and fc2 on what is kept; "admm" lets an optimisation over the constraint set choose, with the
+            criterion as its guide, and re-fits as well; "drop" chooses by the criterion and leaves the weights alone.
+        refine: Steps of training that each block gets after its fit, towards the dense block's output.
+        budgets: What each block keeps, instead of a target, such as the budgets in another report.
+        floors: The least share of a kind of group that stays in each block, such as {"heads": 0.5}.
+        latency: What the sublayers cost on this machine, for a target in milliseconds.
         similarity, teleport, high_is: The graph's; see :func:`gohsp.rank_heads`.
         guidance: How much the graph's score sways the choice of heads by "gohsp": costs are multiplied by
             ``(H * score) ** guidance``; 0 leaves the graph out.
@@ -160,10 +133,13 @@ def prune(
             not), there are no images, or the model cannot be pruned.
     """
     kind, share = parse_target(target)
-    settings = _Settings(
-        method, tuple(groups), compensate, similarity, teleport, high_is, float(guidance), float(ridge)
+    settings = Settings(
+        method, tuple(groups), optimiser, refine, similarity, teleport, high_is, float(guidance), float(ridge)
     )
-    _check(settings, vit.geometry(model))
+    size = vit.geometry(model)
+    _check(settings, floors, size)
+    if kind == "ms":
+        _check_latency(latency, settings, size)
     layers = sublayers(model)
     pruned = copy.deepcopy(model)
     mask = ModelMask.full(model)
@@ -173,28 +149,45 @@ def prune(
         stream, image_size = embed(model, batches, max_images)
         sensitivities = measure_sensitivities(model, stream, seed)
         tick()
-        survey = _survey(model, stream, sensitivities, settings, generator, tick)
-        dense_count = count(model, image_size)
-        budgets = allocate(_plans(model, survey, dense_count.tokens), kind, share, getattr(dense_count, kind))
-        errors = _Cutter(model, pruned, mask, stream, survey, settings, generator).run(budgets, tick)
+        found = survey(model, stream, sensitivities, settings, generator, tick)
+        dense = count(model, image_size)
+        if budgets is None:
+            plans, outside = _plans(model, found, dense, kind, latency)
+            budgets = allocate(plans, share, outside, floors)
+        errors = Cutter(model, pruned, mask, stream, found, settings, generator).run(list(budgets), tick)
         mask.apply_(pruned)
-    report = PruneReport(method, dense_count, count(model, image_size, mask=mask), survey.importance, budgets, errors)
+    report = PruneReport(method, dense, count(model, image_size, mask=mask), found.heads, list(budgets), errors)
     return PruneResult(mask, pruned, report)
 
 
-def _check(settings: _Settings, size: vit.Geometry) -> None:
+def _check(settings: Settings, floors: Mapping[str, float], size: vit.Geometry) -> None:
     if settings.method not in CRITERIA:
         raise ValueError(f"method: wanted one of {', '.join(CRITERIA)}, got {settings.method!r}")
+    if settings.optimiser not in OPTIMISERS:
+        raise ValueError(f"optimiser: wanted one of {', '.join(OPTIMISERS)}, got {settings.optimiser!r}")
     groups = settings.groups
     if not groups or len(set(groups)) != len(groups) or not set(groups) <= set(GROUPS):
         raise ValueError(f"groups: wanted some of {', '.join(GROUPS)}, each once, got {groups!r}")
     if size.qk_norm and "qk" in groups:
         raise ValueError("groups: wanted no 'qk' for a model with qk-norm, which mixes the channels of a head")
+    for group, floor in floors.items():
+        if group not in groups or not 0 <= floor <= 1:
+            raise ValueError(f"floors: wanted shares from 0 to 1 of {', '.join(groups)}, got {group!r}: {floor!r}")
     check_reading(settings.similarity, settings.teleport, settings.high_is)
+    if settings.refine < 0:
+        raise ValueError(f"refine: wanted a number of steps, 0 or more, got {settings.refine}")
     if not math.isfinite(settings.guidance):
         raise ValueError(f"guidance: wanted a finite number, got {settings.guidance}")
     if not (math.isfinite(settings.ridge) and settings.ridge >= 0):
         raise ValueError(f"ridge: wanted a non-negative number, got {settings.ridge}")
+
+
+def _check_latency(latency: LatencyTable | None, settings: Settings, size: vit.Geometry) -> None:
+    if latency is None:
+        raise ValueError("latency: wanted a table for a target in ms, such as LatencyTable.measure(model), got None")
+    if columns := {"attn_in", "attn_out", "mlp_in", "mlp_out"} & set(settings.groups):
+        raise ValueError(f"groups: a target in ms knows nothing of {', '.join(sorted(columns))}")
+    latency.check(size)
 
 
 def _ticker(on_progress: Callable[[int, int], object] | None, total: int) -> Callable[[], None]:
@@ -209,256 +202,16 @@ def _ticker(on_progress: Callable[[int, int], object] | None, total: int) -> Cal
     return tick
 
 
-def _survey(
-    model: nn.Module,
-    stream: Tensor,
-    sensitivities: list[Sensitivity],
-    settings: _Settings,
-    generator: torch.Generator,
-    tick: Callable[[], None],
-) -> _Survey:
-    """Walk once through the dense model and find what each step of an elimination would cost."""
-    size, x = vit.geometry(model), stream.clone()
-    survey = _Survey(sensitivities, [], [])
-    for index, layer in enumerate(sublayers(model)):
-        sensitivity, is_attention = sensitivities[index], index % 2 == 0
-        moments = Moments(layer.write.in_features, device=x.device)
-        graph = SIMILARITIES[settings.similarity](size.num_heads, size.head_dim, x.device)
-        energy = _energy(layer, x, sensitivity, size) if is_attention and "qk" in settings.groups else None
-        for part in x.split(CHUNK):
-            hidden, after = layer.trace(part)
-            moments.update(hidden, weight=sensitivity.weights().expand(hidden.shape[:2]))
-            if is_attention:
-                graph.update(hidden.unflatten(-1, (size.num_heads, size.head_dim)))
-            part.copy_(after)
-        evidence = Evidence(_seen(layer, layer.write.weight), moments.covariance(), sensitivity.metric, generator)
-        if is_attention:
-            survey.importance.append(importance(graph.result(), settings.teleport, settings.high_is).cpu())
-            guide = head_guide(survey.importance[-1], settings.guidance)
-            survey.steps.append(_attention_steps(layer, evidence, guide, energy, size, settings))
-        elif "hidden" in settings.groups:
-            steps = CRITERIA[settings.method](evidence, _neurons(size)).steps_with_losses()
-            survey.steps[-1]["hidden"] = [Step(len(columns), loss) for columns, loss in steps]
-        tick()
-    return survey
-
-
-def _attention_steps(
-    layer: Sublayer,
-    evidence: Evidence,
-    guide: Tensor,
-    energy: _Energy | None,
-    size: vit.Geometry,
-    settings: _Settings,
-) -> dict[str, list[Step]]:
-    criterion = CRITERIA[settings.method]
-    found: dict[str, Elimination] = {}
-    if "heads" in settings.groups:
-        found["heads"] = criterion(replace(evidence, guide=guide), _heads(size))
-    if energy is not None:
-        scores = qk_scores(settings.method, layer.body.qkv.weight, energy.channels, energy.worth, evidence.generator)
-        found["qk"] = by_score(scores.flatten(), _channels(size.num_heads, size))
-    if "v" in settings.groups:
-        found["v"] = criterion(evidence, _channels(size.num_heads, size))
-    return {
-        group: [
-            Step(1 if group == "heads" else len(columns), loss, int(columns[0]) // size.head_dim)
-            for columns, loss in elimination.steps_with_losses()
-        ]
-        for group, elimination in found.items()
-    }
-
-
-@dataclass(frozen=True)
-class _Energy:
-    """What the QK channels of a block do: [H, d] and [H], see :func:`gohsp.scores.qk_scores`."""
-
-    channels: Tensor
-    worth: Tensor
-
-
-def _energy(layer: Sublayer, x: Tensor, sensitivity: Sensitivity, size: vit.Geometry) -> _Energy:
-    heads, width = size.num_heads, size.head_dim
-    channels = torch.zeros(heads, width, dtype=torch.float64, device=x.device)
-    moments = Moments(heads * width, device=x.device)
-    for part in x.split(CHUNK):
-        qkv = layer.body.qkv(layer.norm(part)).unflatten(-1, (3, heads, width))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        channels += qk_energy(q, k)
-        gap = nn.functional.scaled_dot_product_attention(q, k, v, scale=layer.body.scale) - v.mean(dim=2, keepdim=True)
-        moments.update(gap.transpose(1, 2).flatten(2), weight=sensitivity.weights().expand(part.shape[:2]))
-    weight = _seen(layer, layer.write.weight)
-    cost = weight.T @ sensitivity.metric @ weight * (moments.xx / moments.weight)
-    worth = torch.stack([cost[head][:, head].sum() for head in _heads(size).pools])
-    return _Energy(channels, worth)
-
-
-def _plans(model: nn.Module, survey: _Survey, tokens: int) -> list[BlockPlan]:
+def _plans(
+    model: nn.Module, found: Survey, dense: Count, kind: str, latency: LatencyTable | None
+) -> tuple[list[BlockPlan], float]:
+    """Return the blocks as the budget sees them, and the cost of all that is outside them."""
     size = vit.geometry(model)
     span = size.num_heads * size.head_dim
-    dense = BlockSize(span, span, size.hidden, size.dim, size.dim, size.dim, size.dim)
-    return [
-        BlockPlan(block, dense, size.num_heads, tokens, steps)
-        for block, steps in zip(vit.find_dense_blocks(model), survey.steps, strict=True)
-    ]
-
-
-class _Cutter:
-    """The third pass: cuts and fits one sublayer after the other, each fed by the pruned network.
-
-    Args:
-        model: The dense model.
-        pruned: Its copy, which is cut.
-        mask: The full mask of the model, which is cut as well.
-        stream: Tokens before the first block, [images, N, D].
-        survey: What the first pass found.
-        settings: The user's.
-        generator: Source of the draws of the random criterion.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        pruned: nn.Module,
-        mask: ModelMask,
-        stream: Tensor,
-        survey: _Survey,
-        settings: _Settings,
-        generator: torch.Generator,
-    ) -> None:
-        self.dense_layers, self.layers, self.mask = sublayers(model), sublayers(pruned), mask
-        self.dense, self.stream = stream, stream.clone()
-        self.survey, self.settings, self.generator = survey, settings, generator
-        self.size = vit.geometry(model)
-
-    def run(self, budgets: list[BlockBudget], tick: Callable[[], None]) -> list[float]:
-        """Cut all blocks to their budgets and return the error of the stream after each."""
-        errors = []
-        for index, budget in enumerate(budgets):
-            self._advance_dense(2 * index)
-            self._cut_attention(2 * index, budget)
-            tick()
-            self._advance_dense(2 * index + 1)
-            self._cut_mlp(2 * index + 1, budget)
-            tick()
-            spread = self.dense - self.dense.mean(dim=(0, 1))
-            errors.append(float((self.stream - self.dense).square().sum() / spread.square().sum()))
-        return errors
-
-    def _advance_dense(self, index: int) -> None:
-        self.dense = torch.cat([self.dense_layers[index](part) for part in self.dense.split(CHUNK)])
-
-    def _cut_attention(self, index: int, budget: BlockBudget) -> None:
-        size, block = self.size, self.mask.blocks[index // 2]
-        moments = self._gather(index)
-        kept = torch.arange(size.num_heads * size.head_dim)
-        if budget.heads < size.num_heads:
-            guide = head_guide(self.survey.importance[index // 2], self.settings.guidance)
-            kept = self._choose(index, moments, kept, _heads(size), budget.heads * size.head_dim, guide)
-        block.heads = _marked(kept, size).any(dim=1)
-        if budget.v < len(kept):
-            kept = self._choose(index, moments, kept, _channels(budget.heads, size), budget.v)
-        block.v = _marked(kept, size)
-        if budget.qk < budget.heads * size.head_dim:
-            self._cut_qk(index, block, budget.qk)
-            moments = self._gather(index)
-        self._fit(index, moments, kept)
-
-    def _cut_qk(self, index: int, block: BlockMask, keep: int) -> None:
-        layer, size = self.layers[index], self.size
-        energy = _energy(layer, self.stream, self.survey.sensitivities[index], size)
-        weight = layer.body.qkv.weight
-        scores = qk_scores(self.settings.method, weight, energy.channels, energy.worth, self.generator)
-        heads = block.heads.nonzero().flatten()
-        left = by_score(scores[heads].flatten(), _channels(len(heads), size), keep).left
-        columns = torch.arange(size.num_heads * size.head_dim).view(size.num_heads, -1)[heads].flatten()
-        block.qk = _marked(columns[left], size)
-        gone = (~block.qk).flatten().to(weight.device)
-        for rows in layer.body.qkv.weight, layer.body.qkv.bias:
-            if rows is not None:
-                rows[: 2 * len(gone)][gone.repeat(2)] = 0
-
-    def _cut_mlp(self, index: int, budget: BlockBudget) -> None:
-        moments = self._gather(index)
-        kept = torch.arange(self.size.hidden)
-        if budget.hidden < len(kept):
-            kept = self._choose(index, moments, kept, _neurons(self.size), budget.hidden)
-        block = self.mask.blocks[index // 2]
-        block.hidden = torch.zeros_like(block.hidden).index_fill(0, kept, True)
-        self._fit(index, moments, kept)
-
-    def _gather(self, index: int) -> Moments:
-        """Gather what write reads in the pruned network, and what it should give to bring the stream to the dense one.
-
-        The target is the gap between the two streams with layer scale divided out, so that each layer also mends what
-        the layers before it broke.
-        """
-        layer = self.layers[index]
-        weights = self.survey.sensitivities[index].weights()
-        moments = Moments(layer.write.in_features, layer.write.out_features, self.stream.device)
-        gain = layer.gain()
-        inverse = torch.where(gain == 0, 0.0, 1 / gain)  # a feature that is never written asks for nothing
-        for part, wanted in zip(self.stream.split(CHUNK), self.dense.split(CHUNK), strict=True):
-            hidden, _ = layer.trace(part)
-            moments.update(hidden, (wanted - part) * inverse, weights.expand(hidden.shape[:2]))
-        return moments
-
-    def _choose(
-        self, index: int, moments: Moments, kept: Tensor, grouping: Grouping, keep: int, guide: Tensor | None = None
-    ) -> Tensor:
-        """Return which of some columns of write stay."""
-        layer = self.layers[index]
-        columns = kept.to(self.stream.device)
-        weight = layer.write.weight[:, columns].double()
-        if self.settings.compensate:
-            weight, _ = moments.fit(layer.write.weight.double(), columns, RIDGE, intercept=layer.write.bias is not None)
-        evidence = Evidence(
-            _seen(layer, weight),
-            moments.covariance()[columns][:, columns],
-            self.survey.sensitivities[index].metric,
-            self.generator,
-            guide,
-        )
-        return kept[CRITERIA[self.settings.method](evidence, grouping, keep).left]
-
-    def _fit(self, index: int, moments: Moments, kept: Tensor) -> None:
-        """Re-fit write on the kept columns, zero the others, and let the pruned stream through."""
-        write = self.layers[index].write
-        columns = kept.to(write.weight.device)
-        weight = write.weight[:, columns].clone()
-        if self.settings.compensate:
-            has_bias = write.bias is not None
-            fitted, bias = moments.fit(write.weight.double(), columns, self.settings.ridge, intercept=has_bias)
-            weight = fitted.to(weight.dtype)
-            if has_bias:
-                write.bias.copy_(bias)
-        write.weight.zero_()
-        write.weight[:, columns] = weight
-        for part in self.stream.split(CHUNK):
-            part.copy_(self.layers[index](part))
-
-
-def _seen(layer: Sublayer, weight: Tensor) -> Tensor:
-    """Return the weights of write as the residual stream sees them: with layer scale, float64."""
-    return weight.detach().double() * layer.gain()[:, None]
-
-
-def _heads(size: vit.Geometry) -> Grouping:
-    return Grouping(list(torch.arange(size.num_heads * size.head_dim).split(size.head_dim)), size.head_dim, 0)
-
-
-def _channels(heads: int, size: vit.Geometry) -> Grouping:
-    # A divisor of the width, so that every head can give the same number of whole tiles.
-    tile = math.gcd(CHANNEL_TILE, size.head_dim)
-    return Grouping(list(torch.arange(heads * size.head_dim).split(size.head_dim)), tile, tile)
-
-
-def _neurons(size: vit.Geometry) -> Grouping:
-    return Grouping([torch.arange(size.hidden)], HIDDEN_TILE, min(HIDDEN_TILE, size.hidden))
-
-
-def _marked(columns: Tensor, size: vit.Geometry) -> Tensor:
-    """Return a boolean [H, d] that is True at some columns of head outputs."""
-    marked = torch.zeros(size.num_heads * size.head_dim, dtype=torch.bool)
-    marked[columns] = True
-    return marked.view(size.num_heads, size.head_dim)
+    full = BlockBudget(size.num_heads, span, span, size.hidden, size.dim, size.dim, size.dim, size.dim)
+    blocks = zip(vit.find_dense_blocks(model), found.steps, strict=True)
+    if kind == "ms":
+        assert latency is not None
+        return [BlockPlan(full, steps, latency.block_cost) for _, steps in blocks], latency.outside
+    outside = getattr(dense, kind) - sum(getattr(block, kind) for block in dense.blocks)
+    return [BlockPlan(full, steps, counted(block, dense.tokens, kind)) for block, steps in blocks], outside

@@ -7,13 +7,17 @@ A criterion looks at one linear layer (proj or fc2) whose input columns are head
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gohsp.statistics import damped
+from gohsp.ranking import cka
+from gohsp.statistics import correlation, damped
 
 RIDGE = 1e-2  # damping of covariances in scores, relative to the mean variance
 
@@ -28,6 +32,8 @@ class Evidence:
         metric: [D, D], positive semidefinite: what an error in the residual stream costs.
         generator: Source of the draws of the random criterion.
         guide: Factors [pools] that multiply the cost of each pool (the graph's soft guidance), or None for none.
+        taylor: [m], see :class:`gohsp.statistics.Sensitivity`, or None where it was not measured.
+        sample: [s, m], some rows of the layer's inputs, or None where none were kept.
     """
 
     weight: Tensor
@@ -35,6 +41,18 @@ class Evidence:
     metric: Tensor
     generator: torch.Generator
     guide: Tensor | None = None
+    taylor: Tensor | None = None
+    sample: Tensor | None = None
+
+    def of(self, columns: Tensor) -> Evidence:
+        """Return the same for some of the columns, int64 [k]."""
+        return replace(
+            self,
+            weight=self.weight[:, columns],
+            covariance=self.covariance[columns][:, columns],
+            taylor=None if self.taylor is None else self.taylor[columns],
+            sample=None if self.sample is None else self.sample[:, columns],
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +131,10 @@ def obs(evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
     while sum(sizes) > keep and (pools := grouping.open(sizes)):
         # Columns that have gone are zero in all three matrices and belong to no pool.
         scores = (weight * priced).sum(dim=0) / inverse.diagonal()
-        candidates = [_cheapest(scores, member, pool, grouping.step(sizes[pool])) for pool in pools]
+        candidates = [
+            _cheapest_together(weight, priced, inverse, scores, (member == pool).nonzero().flatten(), step)
+            for pool, step in ((pool, grouping.step(sizes[pool])) for pool in pools)
+        ]
         costs = [
             _joint_cost(weight, priced, inverse, chosen) * _factor(evidence.guide, pool)
             for pool, chosen in zip(pools, candidates, strict=True)
@@ -128,24 +149,98 @@ def obs(evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
     return Elimination(steps, losses, (member >= 0).nonzero().flatten().cpu())
 
 
-def random(evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
+def random(evidence: Evidence, grouping: Grouping) -> Tensor:
     """Chance. Its costs are alike in every block, so that budgets come out near uniform."""
-    draws = torch.rand(evidence.weight.shape[1], generator=evidence.generator, dtype=torch.float64)
-    return by_score(_as_share(draws), grouping, keep)
+    return torch.rand(evidence.weight.shape[1], generator=evidence.generator, dtype=torch.float64)
 
 
-def magnitude(evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
-    """Squared norm of a column's weights, as a share of the whole layer's."""
-    return by_score(_as_share(evidence.weight.square().sum(dim=0)), grouping, keep)
+def l1(evidence: Evidence, grouping: Grouping) -> Tensor:
+    """Sum of the absolute weights of a column (Li et al., 2017)."""
+    return evidence.weight.abs().sum(dim=0)
 
 
-def activation(evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
-    """Squared norm of a column's weights times the variance of its input, as a share of the whole layer's."""
-    energy = evidence.weight.square().sum(dim=0) * evidence.covariance.diagonal()
-    return by_score(_as_share(energy), grouping, keep)
+def l2(evidence: Evidence, grouping: Grouping) -> Tensor:
+    """Squared Euclidean norm of a column's weights."""
+    return evidence.weight.square().sum(dim=0)
 
 
-CRITERIA: dict[str, Criterion] = {"gohsp": obs, "random": random, "magnitude": magnitude, "activation": activation}
+def activation(evidence: Evidence, grouping: Grouping) -> Tensor:
+    """Squared norm of a column's weights times the variance of its input: how much it moves the stream by itself."""
+    return l2(evidence, grouping) * evidence.covariance.diagonal()
+
+
+def taylor(evidence: Evidence, grouping: Grouping) -> Tensor:
+    """Squared first-order change of the model's features when a column is taken out (Molchanov et al., 2017).
+
+    Their criterion is about the loss on labelled images. There are no labels here, so it is about the features that the
+    head reads.
+
+    Raises:
+        ValueError: It was not measured.
+    """
+    if evidence.taylor is None:
+        raise ValueError("evidence: wanted first-order terms (taylor), got None")
+    return evidence.taylor
+
+
+def information(evidence: Evidence, grouping: Grouping) -> Tensor:
+    """Node information score of hierarchical graph pooling: ``||(I - D^-1 A) H||_1`` of each node (Zhang et al., 2019).
+
+    What a node's neighbours do not tell about it. Nodes are heads where whole pools leave together, with A their linear
+    CKA, and else columns, with A their absolute correlation; H holds their outputs on some rows. No self-loops.
+    The score of a head is shared by its columns.
+
+    Raises:
+        ValueError: There is no sample.
+    """
+    if evidence.sample is None:
+        raise ValueError("evidence: wanted rows of the inputs (sample), got None")
+    pools, sample = grouping.pools, evidence.sample.double()
+    by_pool = len(pools) > 1 and all(grouping.tile == len(pool) for pool in pools)
+    if by_pool:
+        order = torch.cat(pools).to(sample.device)
+        graph = cka(evidence.covariance[order][:, order], len(pools))
+        nodes = sample[:, order].unflatten(1, (len(pools), -1)).transpose(1, 2).flatten(0, 1)
+    else:
+        graph, nodes = correlation(evidence.covariance).abs(), sample
+    graph.fill_diagonal_(0)
+    graph /= graph.sum(dim=1, keepdim=True).clamp_min(1e-30)
+    scores = (nodes - nodes @ graph.T).abs().sum(dim=0)
+    if not by_pool:
+        return scores
+    spread = torch.empty(sample.shape[1], dtype=torch.float64, device=sample.device)
+    spread[order] = (scores / grouping.tile).repeat_interleave(grouping.tile)
+    return spread
+
+
+def without_guide(evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
+    """:func:`obs` without the graph."""
+    return obs(replace(evidence, guide=None), grouping, keep)
+
+
+def ranked(score: Score, evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
+    """Eliminate by scores that no removal changes, as shares of the whole layer's."""
+    return by_score(_as_share(score(evidence, grouping)), grouping, keep)
+
+
+Score = Callable[[Evidence, Grouping], Tensor]
+
+# Scores of single columns, under the names that the literature gives them.
+SCORES: dict[str, Score] = {
+    "random": random,
+    "l1": l1,
+    "l2": l2,
+    "taylor": taylor,
+    "activation": activation,
+    "information": information,
+}
+
+# All that prune() takes: "gohsp" is "obs" guided by the graph.
+CRITERIA: dict[str, Criterion] = {
+    "gohsp": obs,
+    "obs": without_guide,
+    **{name: partial(ranked, score) for name, score in SCORES.items()},
+}
 
 
 def head_guide(importance: Tensor, strength: float) -> Tensor:
@@ -173,8 +268,10 @@ def qk_energy(queries: Tensor, keys: Tensor) -> Tensor:
 def qk_scores(method: str, qkv_weight: Tensor, energy: Tensor, worth: Tensor, generator: torch.Generator) -> Tensor:
     """Return the cost of each QK channel by the criterion of a method, [H, d] float64 on the CPU.
 
-    For "gohsp" the channels of a head share, by their energy, what the head's attention is worth: the cost of
-    replacing its output by the mean of its V, which is exactly what is left when all its QK channels are gone. Ours.
+    "random", "l1" and "l2" are what their names say, with the norms of a q row and a k row multiplied; every other
+    method goes by the energy. For "gohsp" and "obs" the channels of a head share, by their energy, what the head's
+    attention is worth: the cost of replacing its output by the mean of its V, which is exactly what is left when all
+    its QK channels are gone. Ours.
 
     Args:
         method: A name in :data:`CRITERIA`.
@@ -185,14 +282,38 @@ def qk_scores(method: str, qkv_weight: Tensor, energy: Tensor, worth: Tensor, ge
     """
     if method == "random":
         scores = torch.rand(energy.shape, generator=generator, dtype=torch.float64)
-    elif method == "magnitude":
-        rows = qkv_weight.detach().double().square().sum(dim=1).view(3, *energy.shape)
-        scores = rows[0] * rows[1]
+    elif method in ("l1", "l2"):
+        norms = qkv_weight.detach().double().norm(p=int(method[1]), dim=1).view(3, *energy.shape)
+        scores = (norms[0] * norms[1]) ** int(method[1])
     else:
         scores = energy
-    if method == "gohsp":
+    if method in ("gohsp", "obs"):
         return (scores / scores.sum(dim=1, keepdim=True).clamp_min(1e-30) * worth[:, None]).cpu()
     return _as_share(scores)
+
+
+def output_scores(method: str, write_weight: Tensor, energy: Tensor, evidence: Evidence) -> Tensor:
+    """Return the cost of each residual feature that a sublayer writes by the criterion of a method, [D] float64.
+
+    A sum has nothing that could take over, so the cost of dropping an output is the energy that it adds times what an
+    error in it costs. "random", "l1" and "l2" are what their names say, of the rows of the weights; "activation" and
+    "information" look at the energy alone.
+
+    Args:
+        method: A name in :data:`CRITERIA`.
+        write_weight: [D, m] of proj or fc2.
+        energy: [D], the mean square of what is added.
+        evidence: Of the same layer, for its metric and its generator.
+    """
+    if method == "random":
+        return _as_share(torch.rand(energy.shape, generator=evidence.generator, dtype=torch.float64))
+    if method in ("l1", "l2"):
+        power = int(method[1])
+        return _as_share(write_weight.detach().double().norm(p=power, dim=1) ** power)
+    if method in ("activation", "information"):
+        return _as_share(energy)
+    cost = energy * evidence.metric.diagonal()
+    return _as_share(cost) if method == "taylor" else cost.cpu()
 
 
 def by_score(scores: Tensor, grouping: Grouping, keep: int = 0) -> Elimination:
@@ -215,9 +336,30 @@ def _as_share(scores: Tensor) -> Tensor:
     return (scores / scores.sum().clamp_min(1e-30)).cpu()
 
 
-def _cheapest(scores: Tensor, member: Tensor, pool: int, size: int) -> Tensor:
-    inside = (member == pool).nonzero().flatten()
-    return inside[scores[inside].argsort(stable=True)[:size]].sort().values
+def _cheapest_together(
+    weight: Tensor, priced: Tensor, inverse: Tensor, scores: Tensor, inside: Tensor, size: int
+) -> Tensor:
+    """Return so many columns of a pool, taken one after the other, each priced after those before it.
+
+    The cheapest by their own scores might be twins, each free only while the other stays. Four times as many candidates
+    as are wanted are looked at; between these the order is exact, since a downdate of the candidates' square of the
+    inverse, and of their Gram matrix, needs nothing from outside.
+    """
+    if len(inside) == size:
+        return inside
+    candidates = inside[scores[inside].argsort(stable=True)[: 4 * size]]
+    gram = (weight[:, candidates].T @ priced[:, candidates]).cpu().numpy()
+    square = inverse[candidates][:, candidates].cpu().numpy()
+    taken = np.zeros(len(candidates), dtype=bool)
+    for _ in range(size):
+        costs = np.where(taken, np.inf, gram.diagonal() / np.where(taken, 1.0, square.diagonal()))
+        gone = int(costs.argmin())
+        transfer = square[:, gone] / square[gone, gone]
+        gram = gram - np.outer(transfer, gram[gone])
+        gram = gram - np.outer(gram[:, gone], transfer)
+        square = square - np.outer(transfer, square[gone])
+        taken[gone] = True
+    return candidates[torch.from_numpy(taken).to(candidates.device)].sort().values
 
 
 def _membership(pools: list[Tensor], columns: int) -> Tensor:

@@ -81,6 +81,17 @@ def inputs_of(*modules: nn.Module) -> Iterator[list[Tensor]]:
         yield caught
 
 
+@contextmanager
+def outputs_of(*modules: nn.Module) -> Iterator[list[Tensor]]:
+    """Give a list that receives the output of each of the modules at every call, in the order of the calls."""
+    caught: list[Tensor] = []
+    with ExitStack() as stack:
+        for module in modules:
+            handle = module.register_forward_hook(lambda _, __, output: caught.append(output))
+            stack.callback(handle.remove)
+        yield caught
+
+
 @dataclass(frozen=True)
 class Sublayer:
     """One residual half of a timm block: ``x + scale(write(hidden))`` with ``hidden`` made from ``norm(x)``.
@@ -88,12 +99,14 @@ class Sublayer:
     Attributes:
         norm: LayerNorm over the residual stream.
         body: The attention or MLP module.
+        read: Its first linear layer (qkv or fc1).
         write: Its last linear layer (proj or fc2), whose inputs are head outputs or hidden neurons.
         scale: Layer scale, or identity.
     """
 
     norm: Any
     body: Any
+    read: Any
     write: Any
     scale: Any
 
@@ -122,9 +135,21 @@ def sublayers(model: nn.Module) -> list[Sublayer]:
     """
     found = []
     for block in vit.find_dense_blocks(model):
-        found.append(Sublayer(block.norm1, block.attn, block.attn.proj, block.ls1))
-        found.append(Sublayer(block.norm2, block.mlp, block.mlp.fc2, block.ls2))
+        found.append(Sublayer(block.norm1, block.attn, block.attn.qkv, block.attn.proj, block.ls1))
+        found.append(Sublayer(block.norm2, block.mlp, block.mlp.fc1, block.mlp.fc2, block.ls2))
     return found
+
+
+def attention_probabilities(attention: Any, qkv: Tensor) -> Tensor:
+    """Return softmax(Q K^T) of each head, [B, H, N, N].
+
+    Args:
+        attention: A dense attention module of timm.
+        qkv: What its qkv gave, [B, N, 3 H d].
+    """
+    q, k, _ = qkv.unflatten(-1, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)
+    scores = attention.q_norm(q) * attention.scale @ attention.k_norm(k).mT
+    return scores.softmax(dim=-1)
 
 
 def embed(model: Any, batches: Iterable[Any], max_images: int | None = None) -> tuple[Tensor, tuple[int, int]]:
@@ -160,9 +185,12 @@ class Moments:
         self.weight = zeros()
         self.x, self.y = zeros(inputs), zeros(outputs)
         self.xx, self.xy = zeros(inputs, inputs), zeros(inputs, outputs)
+        self.sample: Tensor | None = None  # the rows of the first update, for what second moments cannot tell
 
     def update(self, x: Tensor, y: Tensor | None = None, weight: Tensor | None = None) -> None:
         """Add rows: x [..., m], y [..., n], one non-negative weight a row [...] (1 if None)."""
+        if self.sample is None:
+            self.sample = x.detach().flatten(0, -2).clone()
         x = x.detach().double().flatten(0, -2)
         rows = x.new_ones(len(x)) if weight is None else weight.detach().double().flatten()
         weighted = x * rows[:, None]
@@ -216,17 +244,33 @@ def damped(square: Tensor, ridge: float) -> Tensor:
     return square + (level + 1e-30) * torch.eye(len(square), dtype=square.dtype, device=square.device)
 
 
+def correlation(covariance: Tensor) -> Tensor:
+    """Return the correlations that belong to a covariance [m, m]; those of a constant are 0, its own is 1."""
+    inverse = covariance.diagonal().clamp_min(0).sqrt()
+    inverse = torch.where(inverse > 0, 1 / inverse, 0.0)
+    return (covariance * torch.outer(inverse, inverse)).fill_diagonal_(1)
+
+
 @dataclass(frozen=True)
 class Sensitivity:
-    """How much the features that a model gives react to errors in the residual stream after one sublayer.
+    """How much the features that a model gives react to errors in and after one sublayer.
+
+    In all of them the expectation is over images and over random projections f of the features.
 
     Attributes:
-        metric: E[sum over tokens of g g^T], float64 [D, D], for g the gradient of a random projection of the features.
+        metric: E[sum over tokens of g g^T], float64 [D, D], for g the gradient of f by the residual stream after it.
         tokens: E[||g||^2] of each token, float64 [N].
+        taylor: E[(sum over tokens of x * df/dx)^2] of each input x of its write, float64 [m]: the squared change of the
+            features, to first order, when that column is taken out.
+        taylor_in: The same of each input of its read, [D].
+        rows: E[sum over tokens of (df/dy)^2] of each output y of its read, float64 [r].
     """
 
     metric: Tensor
     tokens: Tensor
+    taylor: Tensor
+    taylor_in: Tensor
+    rows: Tensor
 
     def weights(self) -> Tensor:
         """Return weights of the tokens for regressions, [N], with the mean of their squares near 1.
@@ -252,27 +296,63 @@ def measure_sensitivities(model: nn.Module, stream: Tensor, seed: int = 0) -> li
     layers = sublayers(model)
     generator = torch.Generator().manual_seed(seed)
     _, tokens, dim = stream.shape
-    metrics = [torch.zeros(dim, dim, dtype=torch.float64, device=stream.device) for _ in layers]
-    energy = [torch.zeros(tokens, dtype=torch.float64, device=stream.device) for _ in layers]
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=stream.device)
+
+    found = [
+        Sensitivity(
+            zeros(dim, dim), zeros(tokens), zeros(layer.write.in_features), zeros(dim), zeros(layer.read.out_features)
+        )
+        for layer in layers
+    ]
     for chunk in stream.split(CHUNK):
-        for index, gradient in enumerate(_gradients(model, layers, chunk, generator)):
-            flat = gradient.flatten(0, 1)
-            metrics[index].addmm_(flat.T, flat)
-            energy[index] += gradient.square().sum(dim=(0, 2))
-    return [Sensitivity(m / len(stream), e / len(stream)) for m, e in zip(metrics, energy, strict=True)]
+        for total, traced in zip(found, _traced_gradients(model, layers, chunk, generator), strict=True):
+            after = traced.after.double()
+            flat = after.flatten(0, 1)
+            total.metric.addmm_(flat.T, flat)
+            total.tokens.add_(after.square().sum(dim=(0, 2)))
+            total.taylor.add_(_squared_terms(traced.hidden, traced.hidden_gradient))
+            total.taylor_in.add_(_squared_terms(traced.seen, traced.read @ traced.read_weight))
+            total.rows.add_(traced.read.double().square().sum(dim=(0, 1)))
+    for total in found:
+        for sums in (total.metric, total.tokens, total.taylor, total.taylor_in, total.rows):
+            sums /= len(stream)
+    return found
 
 
-def _gradients(model: nn.Module, layers: list[Sublayer], x: Tensor, generator: torch.Generator) -> list[Tensor]:
+def _squared_terms(x: Tensor, gradient: Tensor) -> Tensor:
+    """Return the squared first-order change that each column x [B, N, m] stands for, summed over images, [m]."""
+    return (x * gradient).sum(dim=1).double().square().sum(dim=0)
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """What read sees and write reads in one sublayer, and gradients by the latter, by read's output, by the stream."""
+
+    seen: Tensor
+    hidden: Tensor
+    read_weight: Tensor
+    read: Tensor
+    hidden_gradient: Tensor
+    after: Tensor
+
+
+def _traced_gradients(model: nn.Module, layers: list[Sublayer], x: Tensor, generator: torch.Generator) -> list[_Traced]:
     with torch.inference_mode(False), torch.enable_grad():
         x = x.clone().requires_grad_()
-        after = []
+        values: list[tuple[Tensor, Tensor, Tensor]] = []
+        inside: list[Tensor] = []
         for layer in layers:
-            x = layer(x)
-            after.append(x)
+            with inputs_of(layer.read, layer.write) as inputs, outputs_of(layer.read) as outputs:
+                x = layer(x)
+            values.append((inputs[0].detach(), inputs[1].detach(), layer.read.weight.detach()))
+            inside += [outputs[0], inputs[1], x]
         features = _features(model, x)
         signs = torch.randint(0, 2, features.shape, generator=generator).mul(2).sub(1)
-        gradients = torch.autograd.grad((features * signs.to(features)).sum(), after)
-    return [gradient.double() for gradient in gradients]
+        gradients = torch.autograd.grad((features * signs.to(features)).sum(), inside)
+    by_layer = zip(gradients[::3], gradients[1::3], gradients[2::3], strict=True)
+    return [_Traced(*before, *after) for before, after in zip(values, by_layer, strict=True)]
 
 
 def _features(model: Any, x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gohsp
 from gohsp import ModelMask, compress, count
+from gohsp.cut import OPTIMISERS
+from gohsp.latency import LatencyTable
 from gohsp.prune import PruneResult, prune
-from gohsp.ranking import rank_heads
+from gohsp.ranking import SIMILARITIES, rank_heads
 from gohsp.scores import CRITERIA
 
 SMALL: dict[str, Any] = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}  # heads of 16, 192 neurons
@@ -52,12 +55,12 @@ def test_the_target_is_met_exactly_as_counted(make_model, images, method, groups
 @pytest.mark.parametrize(
     ("groups", "share"), [(("heads", "hidden"), 0.7), (ALL_GROUPS, 0.6), (("v",), 0.96), (("qk", "hidden"), 0.7)]
 )
-@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
 def test_the_model_is_masked_and_compresses_exactly(
-    make_model, images, relative_error, groups, share, compensate
+    make_model, images, relative_error, groups, share, optimiser
 ) -> None:
     model = make_model(**SMALL, init_values=0.3)
-    result = prune(model, batches_of(images), {"params": share}, groups=groups, compensate=compensate)
+    result = prune(model, batches_of(images), {"params": share}, groups=groups, optimiser=optimiser)
     masked = result.mask.apply_(copy.deepcopy(result.model))
     assert all(torch.equal(v, masked.state_dict()[n]) for n, v in result.model.state_dict().items())
     fresh = images(4, 32, seed=9)
@@ -114,7 +117,7 @@ def test_refitting_brings_the_outputs_nearer_to_the_dense_models(make_model, ima
     """On images that the fit has seen and on others."""
     model, calibration = make_model(**SMALL), list(images(128, 32).split(32))
     dropped, fitted = (
-        prune(model, calibration, {"params": 0.7}, method, compensate=compensate) for compensate in (False, True)
+        prune(model, calibration, {"params": 0.7}, method, optimiser=optimiser) for optimiser in ("drop", "ridge")
     )
     assert fitted.report.errors[-1] < 0.7 * dropped.report.errors[-1]
     for batch in (calibration[0], images(32, 32, seed=5)):
@@ -141,8 +144,8 @@ def test_what_follows_from_the_rest_is_pruned_without_a_trace(make_model, images
     lean = ModelMask.keep_first(model, **{group: 2 if group == "heads" else 112})
     target = {"params": count(model, mask=lean).params / count(model).params}
     fitted, dropped = (
-        prune(model, batches_of(images), target, groups=(group,), guidance=0.0, ridge=0.0, compensate=compensate)
-        for compensate in (True, False)
+        prune(model, batches_of(images), target, groups=(group,), guidance=0.0, ridge=0.0, optimiser=optimiser)
+        for optimiser in ("ridge", "drop")
     )
     for block in fitted.mask.blocks:
         if group == "heads":
@@ -152,6 +155,120 @@ def test_what_follows_from_the_rest_is_pruned_without_a_trace(make_model, images
     fresh = images(8, 32, seed=7)
     assert distance(fitted.model, model, fresh) < 1e-5
     assert distance(dropped.model, model, fresh) > 0.01  # a thousand times more
+
+
+COLUMN_GROUPS = ("attn_in", "attn_out", "mlp_in", "mlp_out")
+
+
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+@pytest.mark.parametrize("method", ["gohsp", "taylor", "information"])
+def test_residual_features_are_pruned_matrix_by_matrix(make_model, images, relative_error, method, optimiser) -> None:
+    model = make_model(**SMALL, init_values=0.3)
+    result = prune(model, batches_of(images), {"params": 0.9}, method, groups=COLUMN_GROUPS, optimiser=optimiser)
+    assert count(model, mask=result.mask).params <= 0.9 * count(model).params
+    for block, budget in zip(result.mask.blocks, result.report.budgets, strict=True):
+        for name in COLUMN_GROUPS:
+            assert int(getattr(block, name).sum()) == getattr(budget, name) >= 16
+        assert bool(block.heads.all() and block.hidden.all())
+    assert any(int(getattr(block, name).sum()) < 48 for block in result.mask.blocks for name in COLUMN_GROUPS)
+    fresh = images(4, 32, seed=9)
+    assert relative_error(compress(result.model, result.mask)(fresh), result.model(fresh)) < 1e-12
+
+
+def test_features_that_are_read_but_follow_from_others_cost_nothing(make_model, images) -> None:
+    """The norm gives each of the last 16 features of the stream as a copy of another: fc1 need not read them."""
+    model = make_model(**{**SMALL, "depth": 1})
+    with torch.no_grad():
+        for weight in (model.patch_embed.proj.weight, model.patch_embed.proj.bias, model.pos_embed, model.cls_token):
+            features = weight.movedim(-1, 0) if weight.dim() == 3 else weight
+            features[32:] = features[16:32]
+        for block in model.blocks:
+            for parameter in (block.attn.proj.weight, block.attn.proj.bias):
+                parameter[32:] = parameter[16:32]
+            block.norm2.weight[32:] = block.norm2.weight[16:32]
+            block.norm2.bias[32:] = block.norm2.bias[16:32]
+    full = prune(model, batches_of(images), {"params": 1.0}).report.budgets
+    result = prune(
+        model, batches_of(images), groups=("mlp_in",), budgets=[replace(full[0], mlp_in=32)], ridge=0.0, method="obs"
+    )
+    kept = result.mask.blocks[0].mlp_in
+    assert int((kept[16:32].long() + kept[32:].long()).min()) == 1  # one of each pair
+    assert distance(result.model, model, images(8, 32, seed=7)) < 1e-5
+
+
+def test_refining_brings_each_block_nearer_and_keeps_the_zeros(make_model, images) -> None:
+    model, calibration = make_model(**SMALL), list(images(64, 32).split(32))
+    plain, refined = (prune(model, calibration, {"params": 0.6}, refine=steps) for steps in (0, 300))
+    assert plain.mask.blocks[0] == refined.mask.blocks[0]
+    assert refined.report.errors[0] < 0.9 * plain.report.errors[0]
+    assert refined.report.errors[-1] < 0.9 * plain.report.errors[-1]
+    masked = refined.mask.apply_(copy.deepcopy(refined.model))
+    assert all(torch.equal(v, masked.state_dict()[n]) for n, v in refined.model.state_dict().items())
+    assert all(p.grad is None for p in refined.model.parameters())
+    assert [p.requires_grad for p in refined.model.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+def test_budgets_of_another_run_are_followed(make_model, images) -> None:
+    model = make_model(**SMALL)
+    first = prune(model, batches_of(images), {"params": 0.6}, "random")
+    second = prune(model, batches_of(images), budgets=first.report.budgets)
+    assert second.report.budgets == first.report.budgets
+    assert second.report.pruned == first.report.pruned
+    assert second.mask.blocks != first.mask.blocks
+
+
+def test_floors_are_kept(make_model, images) -> None:
+    result = prune(make_model(**SMALL), batches_of(images), {"params": 0.7}, "random", floors={"heads": 1.0})
+    assert all(budget.heads == 3 for budget in result.report.budgets)
+
+
+def test_high_is_auto_says_what_it_took(make_model, images) -> None:
+    model = make_model(**SMALL)
+    got = prune(model, batches_of(images), {"params": 0.6}, high_is="auto")
+    heads = got.report.importance
+    assert heads.high_is == min(heads.losses, key=heads.losses.__getitem__)
+    assert same(got, prune(model, batches_of(images), {"params": 0.6}, high_is=heads.high_is))
+
+
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_every_similarity_guides(make_model, images, similarity: str) -> None:
+    model = make_model(**SMALL)
+    result = prune(model, batches_of(images), {"params": 0.7}, similarity=similarity)
+    for got, wanted in zip(result.report.importance, rank_heads(model, batches_of(images), similarity), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-9)
+
+
+def table(scale: float = 1.0) -> LatencyTable:
+    return LatencyTable(
+        dim=48,
+        num_heads=3,
+        head_dim=16,
+        hidden=192,
+        batch=1,
+        threads=1,
+        outside=0.5,
+        attention=(0.2, 0.3, 0.4),
+        neurons=(48, 96, 192),
+        mlp=(0.1 * scale, 0.2 * scale, 0.5 * scale),
+    )
+
+
+def test_a_target_in_milliseconds_is_met_by_the_table(make_model, images) -> None:
+    model, latency = make_model(**SMALL), table()
+    result = prune(model, batches_of(images), {"ms": 0.8}, latency=latency)
+    dense = 0.5 + 2 * (0.4 + 0.5)
+    got = latency.outside + sum(sum(latency.block_cost(budget)) for budget in result.report.budgets)
+    assert 0.8 * dense - 0.1 < got <= 0.8 * dense + 1e-6
+    cheap = prune(model, batches_of(images), {"ms": 0.8}, latency=table(0.01)).report.budgets
+    assert sum(b.heads for b in cheap) < sum(b.heads for b in result.report.budgets)  # neurons cost next to nothing
+
+
+def test_a_table_for_other_blocks_or_groups_is_refused(make_model, images) -> None:
+    arguments = {"batches": batches_of(images, 8), "target": {"ms": 0.8}}
+    with pytest.raises(ValueError, match=r"latency: wanted a table for .* got one for dim=48"):
+        prune(make_model(), [images(2)], {"ms": 0.8}, latency=table())
+    with pytest.raises(ValueError, match="groups: a target in ms knows nothing of mlp_in"):
+        prune(make_model(**SMALL), **arguments, latency=table(), groups=("heads", "mlp_in"))
 
 
 def test_nothing_is_lost_when_nothing_has_to_go(make_model, images) -> None:
@@ -247,20 +364,25 @@ def test_max_images_is_heeded(make_model, images) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "taylor"}, "method: wanted one of gohsp, random, magnitude, activation, got 'taylor'"),
-        ({"groups": ("heads", "mlp")}, "groups: wanted some of heads, hidden, qk, v, each once"),
+        ({"method": "best"}, "method: wanted one of gohsp, obs, random, l1, l2, taylor, activation, information, got"),
+        ({"optimiser": "sgd"}, "optimiser: wanted one of ridge, admm, drop, got 'sgd'"),
+        ({"groups": ("heads", "mlp")}, "groups: wanted some of heads, qk, v, attn_in, attn_out, hidden, mlp_in"),
+        ({"refine": -1}, "refine: wanted a number of steps, 0 or more, got -1"),
+        ({"floors": {"v": 0.5}}, "floors: wanted shares from 0 to 1 of heads, hidden, got 'v': 0.5"),
+        ({"floors": {"heads": 1.5}}, "floors: wanted shares from 0 to 1 of heads, hidden, got 'heads': 1.5"),
         ({"groups": ()}, "groups: wanted some of"),
         ({"groups": ("v", "v")}, "groups: wanted some of"),
         ({"similarity": "rbf"}, "similarity: wanted one of"),
         ({"teleport": -1.0}, "teleport: wanted a probability"),
-        ({"high_is": "auto"}, "high_is: wanted one of"),
+        ({"high_is": "best"}, "high_is: wanted one of"),
         ({"guidance": float("nan")}, "guidance: wanted a finite number, got nan"),
         ({"ridge": -0.1}, "ridge: wanted a non-negative number, got -0.1"),
         ({"max_images": 0}, "max_images: wanted a positive number"),
-        ({"target": {"ms": 0.5}}, "target: wanted one of params or macs"),
+        ({"target": {"ms": 0.5}}, "latency: wanted a table for a target in ms"),
+        ({"target": {"bytes": 0.5}}, "target: wanted one of params or macs or ms"),
         (
             {"target": {"params": 0.01}},
-            "target: 0.01 of the params is out of reach .* the least that can be kept is 0.",
+            "target: 0.01 of the cost is out of reach .* the least that can be kept is 0.",
         ),
         ({"batches": []}, "batches: wanted at least one image"),
     ],

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from gohsp.ranking import SIMILARITIES, Cosine, LinearCKA, importance, rank_heads, stationary_distribution
+from gohsp.ranking import (
+    SIMILARITIES,
+    Cosine,
+    LinearCKA,
+    cut_loss,
+    rank_heads,
+    read,
+    read_by_loss,
+    stationary_distribution,
+)
 
 HEADS, WIDTH = 4, 6
 
@@ -24,10 +33,17 @@ def outputs(images: int = 10, tokens: int = 7, seed: int = 0) -> Tensor:
     return own + torch.linspace(0, 2, HEADS, dtype=torch.float64)[:, None] * shared + 1.5
 
 
-def similarity_of(name: str, x: Tensor, batch: int | None = None) -> Tensor:
+def attention_of(x: Tensor) -> Tensor:
+    """Some attention probabilities [images, H, tokens, tokens] that go with outputs x."""
+    heads = x.transpose(1, 2)
+    return (heads @ heads.mT).softmax(dim=-1)
+
+
+def similarity_of(name: str, x: Tensor, batch: int | None = None, attention: Tensor | None = None) -> Tensor:
     graph = SIMILARITIES[name](x.shape[2], x.shape[3])
-    for part in x.split(batch or len(x)):
-        graph.update(part)
+    attention = attention_of(x) if attention is None else attention
+    for part, probabilities in zip(x.split(batch or len(x)), attention.split(batch or len(x)), strict=True):
+        graph.update(part, probabilities)
     return graph.result()
 
 
@@ -68,6 +84,43 @@ def test_cosine_is_its_definition() -> None:
             assert got[i, j].item() == pytest.approx(((1 + cosines) / 2).mean().item(), rel=1e-12)
 
 
+def test_attention_likeness_is_its_definition() -> None:
+    x = outputs(images=3, tokens=4)
+    p, got = attention_of(x), similarity_of("attention", x)
+    for i in range(HEADS):
+        for j in range(HEADS):
+            mean = (p[:, i] + p[:, j]) / 2
+            divergences = [(q * (q / mean).log2()).sum(dim=-1) for q in (p[:, i], p[:, j])]
+            assert got[i, j].item() == pytest.approx(1 - ((divergences[0] + divergences[1]) / 2).mean().item())
+
+
+def test_attention_that_never_overlaps_is_no_likeness_and_zeros_stay_finite() -> None:
+    p = torch.zeros(1, 2, 3, 3, dtype=torch.float64)
+    p[0, 0, :, 0] = p[0, 1, :, 2] = 1.0
+    got = similarity_of("attention", outputs(1, 3)[:, :, :2], attention=p)
+    torch.testing.assert_close(got, torch.eye(2, dtype=torch.float64))
+
+
+def test_explained_variance_is_that_of_a_regression() -> None:
+    """R^2 from the residuals of a least-squares fit on all samples; the damping accounts for the tolerance."""
+    x = outputs(images=40)
+    got, flat = similarity_of("explained", x), x.flatten(0, 1) - x.flatten(0, 1).mean(dim=0)
+    for i in range(HEADS):
+        for j in range(HEADS):
+            residual = flat[:, i] - flat[:, j] @ torch.linalg.lstsq(flat[:, j], flat[:, i]).solution
+            wanted = 1 - residual.square().sum() / flat[:, i].square().sum()
+            assert got[i, j].item() == pytest.approx(wanted.item(), abs=2e-3)
+
+
+def test_explained_variance_is_directed() -> None:
+    """Head 0 knows what head 1 knows and more: it explains all of head 1, which explains a part of it."""
+    x = outputs(images=40)
+    x[:, :, 1] = 0.0
+    x[:, :, 1, :2] = x[:, :, 0, :2]
+    got = similarity_of("explained", x)
+    assert got[1, 0] > 0.99 > 0.6 > got[0, 1]
+
+
 @pytest.mark.parametrize("name", SIMILARITIES)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_streaming_is_one_batch(name: str, batch: int) -> None:
@@ -76,10 +129,11 @@ def test_streaming_is_one_batch(name: str, batch: int) -> None:
 
 
 @pytest.mark.parametrize("name", SIMILARITIES)
-def test_similarities_are_symmetric_and_bounded(name: str) -> None:
+def test_similarities_are_symmetric_where_they_should_be_and_bounded(name: str) -> None:
     got = similarity_of(name, outputs())
-    torch.testing.assert_close(got, got.T, rtol=1e-12, atol=0)
-    torch.testing.assert_close(got.diagonal(), torch.ones(HEADS, dtype=got.dtype))
+    if name != "explained":
+        torch.testing.assert_close(got, got.T, rtol=1e-12, atol=0)
+    torch.testing.assert_close(got.diagonal(), torch.ones(HEADS, dtype=got.dtype), rtol=2e-3, atol=0)
     assert bool((got >= 0).all())
     assert bool((got <= 1 + 1e-12).all())
 
@@ -91,7 +145,7 @@ def test_a_constant_head_is_like_no_other() -> None:
     got.update(x)
     others = [0, 2, 3]
     assert got.result()[1, others].abs().max() < 1e-12
-    assert bool(torch.isfinite(importance(got.result())).all())
+    assert bool(torch.isfinite(stationary_distribution(got.result())).all())
 
 
 def test_cosine_of_a_silent_head_is_neutral() -> None:
@@ -151,7 +205,9 @@ def test_permuting_the_nodes_permutes_the_distribution() -> None:
 
 
 def test_redundant_turns_the_order_round_and_sums_to_one() -> None:
-    pi, turned = importance(symmetric(6)), importance(symmetric(6), high_is="redundant")
+    pi = stationary_distribution(symmetric(6))
+    turned = read(pi, "redundant")
+    assert torch.equal(read(pi, "important"), pi)
     assert turned.sum().item() == pytest.approx(1)
     assert pi.argsort().tolist() == turned.argsort(descending=True).tolist()
 
@@ -179,7 +235,8 @@ def test_rank_heads_agrees_with_heads_computed_by_hand(make_model, images, name:
         attn = block.attn
         q, k, v = attn.qkv(block.norm1(tokens)).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
         heads = ((q @ k.mT * attn.scale).softmax(dim=-1) @ v).transpose(1, 2)
-        wanted = stationary_distribution(similarity_of(name, heads.detach()))
+        attention = (q @ k.mT * attn.scale).softmax(dim=-1)
+        wanted = stationary_distribution(similarity_of(name, heads.detach(), attention=attention.detach()))
         torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-9)
         tokens = block(tokens)
 
@@ -253,12 +310,50 @@ def test_rank_heads_leaves_the_model_as_it_was(make_model, images) -> None:
     assert all(score.dtype == torch.float64 and score.sum().item() == pytest.approx(1) for score in first)
 
 
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_cut_loss_is_what_a_regression_on_the_heads_that_stay_leaves() -> None:
+    x, weight = noise(500, 12) @ noise(12, 12, seed=1), noise(5, 12, seed=2)
+    scores = torch.tensor([0.4, 0.1, 0.3, 0.2], dtype=torch.float64)  # heads 1 and 3 go
+    x -= x.mean(dim=0)
+    stay, go = [0, 1, 2, 6, 7, 8], [3, 4, 5, 9, 10, 11]
+    gone = x[:, go] @ weight[:, go].T
+    residual = gone - x[:, stay] @ torch.linalg.lstsq(x[:, stay], gone).solution
+    wanted = residual.square().sum() / (x @ weight.T).square().sum()
+    assert cut_loss(weight, torch.cov(x.T), scores) == pytest.approx(wanted.item(), rel=0.05)
+    assert cut_loss(weight[:, :3], torch.cov(x[:, :3].T), scores[:1]) == 0.0
+
+
+def test_auto_takes_the_reading_whose_cut_loses_less() -> None:
+    """Two blocks whose heads with high scores matter, and then two whose heads with low scores do."""
+    covariance = torch.eye(8, dtype=torch.float64)
+    pi = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    for strong, wanted in (([2, 3], "important"), ([0, 1], "redundant")):
+        weight = torch.full((3, 4, 2), 0.1, dtype=torch.float64)
+        weight[:, strong] = 1.0
+        got = read_by_loss([pi, pi], [weight.flatten(1)] * 2, [covariance] * 2)
+        assert got.high_is == wanted
+        assert got.losses[wanted] < 0.02 < 0.9 < max(got.losses.values())
+        assert all(torch.equal(scores, read(pi, wanted)) for scores in got)
+
+
+def test_auto_reports_both_losses(make_model, images) -> None:
+    got = rank_heads(make_model(), [images(6)], high_is="auto")
+    assert set(got.losses) == {"important", "redundant"}
+    assert got.high_is == min(got.losses, key=got.losses.__getitem__)
+    wanted = rank_heads(make_model(), [images(6)], high_is=got.high_is)
+    assert wanted.losses == {}
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"similarity": "euclid"}, r"similarity: wanted one of cka, cosine, got 'euclid'"),
+        ({"similarity": "euclid"}, r"similarity: wanted one of cka, cosine, attention, explained, got 'euclid'"),
         ({"teleport": 1.5}, r"teleport: wanted a probability from 0 to 1, got 1.5"),
-        ({"high_is": "auto"}, r"high_is: wanted one of important, redundant, got 'auto'"),
+        ({"high_is": "best"}, r"high_is: wanted one of important, redundant, auto, got 'best'"),
         ({"max_images": 0}, r"max_images: wanted a positive number or None, got 0"),
     ],
 )

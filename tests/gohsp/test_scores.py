@@ -10,17 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from gohsp.ranking import cka
 from gohsp.scores import (
     CRITERIA,
     RIDGE,
     Elimination,
     Evidence,
     Grouping,
-    activation,
     by_score,
     head_guide,
-    magnitude,
+    information,
     obs,
+    output_scores,
     qk_energy,
     qk_scores,
 )
@@ -43,6 +44,8 @@ def evidence(seed: int = 0, columns: int = COLUMNS) -> Evidence:
         covariance=torch.cov(samples.T),
         metric=root @ root.T,
         generator=torch.Generator().manual_seed(0),
+        taylor=normal(columns, seed=seed + 4).square(),
+        sample=samples,
     )
 
 
@@ -180,18 +183,84 @@ def test_keep_stops_the_same_elimination_early(name: str) -> None:
     assert removed(part) == removed(whole)[:6]
 
 
-def test_magnitude_and_activation_are_shares_by_hand() -> None:
+@pytest.mark.parametrize(
+    ("name", "order", "losses"),
+    [
+        ("l1", [1, 2], [1 / 6, 2 / 6]),
+        ("l2", [1, 2], [1 / 14, 4 / 14]),
+        ("activation", [2, 0], [4 / 33, 9 / 33]),
+        ("taylor", [0, 1], [1 / 9, 3 / 9]),
+    ],
+)
+def test_scores_are_shares_by_hand(name: str, order: list[int], losses: list[float]) -> None:
     given = replace(
         evidence(columns=3),
-        weight=torch.tensor([[3.0, 1.0, 2.0]], dtype=torch.float64),
+        weight=torch.tensor([[3.0, -1.0, 2.0]], dtype=torch.float64),
         covariance=torch.diag(torch.tensor([1.0, 20.0, 1.0], dtype=torch.float64)),
         metric=torch.eye(1, dtype=torch.float64),
+        taylor=torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64),
     )
-    by_weight, by_activation = magnitude(given, singles(3)), activation(given, singles(3))
-    assert removed(by_weight) == [1, 2]
-    assert by_weight.losses == pytest.approx([1 / 14, 4 / 14])
-    assert removed(by_activation) == [2, 0]
-    assert by_activation.losses == pytest.approx([4 / 33, 9 / 33])
+    got = CRITERIA[name](given, singles(3))
+    assert removed(got) == order
+    assert got.losses == pytest.approx(losses)
+
+
+def test_information_is_what_the_neighbours_do_not_tell() -> None:
+    """By the formula with explicit matrices, for columns and for heads."""
+    given = evidence(seed=3)
+    deviations = given.covariance.diagonal().sqrt()
+    graph = (given.covariance / torch.outer(deviations, deviations)).abs()
+    graph -= torch.diag(graph.diagonal())
+    walk = torch.eye(COLUMNS, dtype=graph.dtype) - torch.diag(1 / graph.sum(dim=1)) @ graph
+    torch.testing.assert_close(information(given, singles()), (walk @ given.sample.T).abs().sum(dim=1))
+
+    graph = cka(given.covariance, 4).fill_diagonal_(0)
+    walk = torch.eye(4, dtype=graph.dtype) - torch.diag(1 / graph.sum(dim=1)) @ graph
+    nodes = given.sample.unflatten(1, (4, 3)).transpose(0, 1).flatten(1)
+    wanted = (walk @ nodes).abs().sum(dim=1)
+    torch.testing.assert_close(information(given, heads()).view(4, 3).sum(dim=1), wanted)
+
+
+def test_information_of_a_copy_is_less_than_that_of_its_own_kind() -> None:
+    sample = normal(200, 3)
+    sample = torch.cat((sample, sample[:, :1]), dim=1)
+    given = replace(evidence(columns=4), sample=sample, covariance=torch.cov(sample.T))
+    scores = information(given, singles(4))
+    assert scores[0] < 0.6 * scores[1:3].min() and scores[3] < 0.6 * scores[1:3].min()
+
+
+def test_what_was_not_measured_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="evidence: wanted first-order terms"):
+        CRITERIA["taylor"](replace(evidence(), taylor=None), singles())
+    with pytest.raises(ValueError, match="evidence: wanted rows of the inputs"):
+        CRITERIA["information"](replace(evidence(), sample=None), singles())
+
+
+def test_obs_is_gohsp_without_the_graph() -> None:
+    guided = replace(evidence(seed=6), guide=torch.tensor([100.0, 1.0, 1e-2, 1.0], dtype=torch.float64))
+    assert removed(CRITERIA["obs"](guided, heads())) == removed(obs(replace(guided, guide=None), heads()))
+    assert removed(CRITERIA["gohsp"](guided, heads())) != removed(CRITERIA["obs"](guided, heads()))
+
+
+def test_evidence_of_some_columns() -> None:
+    given, columns = evidence(), torch.tensor([4, 1])
+    got = given.of(columns)
+    assert torch.equal(got.weight, given.weight[:, columns])
+    assert got.covariance[0, 1] == given.covariance[4, 1]
+    assert torch.equal(got.taylor, given.taylor[columns]) and torch.equal(got.sample, given.sample[:, columns])
+    assert torch.equal(got.metric, given.metric)
+
+
+def test_output_scores_by_hand() -> None:
+    given = replace(evidence(), metric=torch.diag(torch.arange(1.0, 6.0, dtype=torch.float64)))
+    energy = torch.tensor([5.0, 1.0, 1.0, 2.0, 1.0], dtype=torch.float64)
+    weight = normal(5, 7)
+    cost = torch.tensor([5.0, 2.0, 3.0, 8.0, 5.0], dtype=torch.float64)
+    torch.testing.assert_close(output_scores("gohsp", weight, energy, given), cost)
+    torch.testing.assert_close(output_scores("taylor", weight, energy, given), cost / cost.sum())
+    torch.testing.assert_close(output_scores("activation", weight, energy, given), energy / 10)
+    norms = weight.abs().sum(dim=1)
+    torch.testing.assert_close(output_scores("l1", weight, energy, given), norms / norms.sum())
 
 
 def test_random_follows_its_generator() -> None:
@@ -237,7 +306,7 @@ def test_qk_scores_share_what_the_heads_attention_is_worth() -> None:
     torch.testing.assert_close(got[0] / got[0].sum(), energy[0] / energy[0].sum())
     torch.testing.assert_close(qk_scores("activation", weight, energy, worth, generator), energy / energy.sum())
     products = weight[:8].square().sum(dim=1) * weight[8:16].square().sum(dim=1)
-    magnitudes = qk_scores("magnitude", weight, energy, worth, generator).flatten()
+    magnitudes = qk_scores("l2", weight, energy, worth, generator).flatten()
     torch.testing.assert_close(magnitudes, products / products.sum())
     chance = qk_scores("random", weight, energy, worth, torch.Generator().manual_seed(5))
     again = qk_scores("random", weight, energy, worth, torch.Generator().manual_seed(5))
@@ -249,3 +318,20 @@ def test_a_silent_head_costs_nothing() -> None:
     energy = torch.zeros(2, 4, dtype=torch.float64)
     got = qk_scores("gohsp", normal(24, 6), energy, torch.ones(2, dtype=torch.float64), torch.Generator())
     assert not got.any()
+
+
+def test_columns_that_leave_together_are_priced_one_after_the_other() -> None:
+    """Six pairs of twins of which six columns go in one step: one of each, where scores alone take three pairs."""
+    half = normal(200, 6)
+    samples = torch.cat((half, half), dim=1) + 1e-3 * normal(200, 12, seed=1)
+    given = replace(evidence(), covariance=torch.cov(samples.T))
+    kept = obs(given, singles(tile=6, floor=6)).left
+    assert sorted((kept % 6).tolist()) == list(range(6))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_step_of_several_columns_is_the_exact_greedy_one(seed: int) -> None:
+    given = evidence(seed=seed)
+    together, one_by_one = obs(given, singles(tile=6, floor=6)), obs(given, singles(floor=6))
+    assert together.left.tolist() == one_by_one.left.tolist()
+    assert together.losses[0] == pytest.approx(sum(one_by_one.losses), rel=1e-8)

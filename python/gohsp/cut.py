@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The second half of pruning: cut one sublayer after the other, each fed by the pruned network, and fit the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from gohsp import admm, vit
+from gohsp.budget import BlockBudget
+from gohsp.mask import BlockMask, ModelMask
+from gohsp.scores import CRITERIA, RIDGE, SCORES, Evidence, Grouping, by_score, head_guide, output_scores, qk_scores
+from gohsp.statistics import CHUNK, Moments, Sublayer, damped, sublayers
+from gohsp.survey import (
+    Settings,
+    Survey,
+    channels_of,
+    columns_of,
+    heads_of,
+    neurons_of,
+    output_energy,
+    qk_energies,
+    read_evidence,
+    write_evidence,
+)
+
+OPTIMISERS = ("ridge", "admm", "drop")
+REFINE_BATCH = 32  # images
+REFINE_RATE = 2e-4  # of AdamW at the first step; it falls to nothing along a half cosine
+
+
+class Cutter:
+    """Cuts a model to its budgets.
+
+    Args:
+        model: The dense model.
+        pruned: Its copy, which is cut.
+        mask: The full mask of the model, which is cut as well.
+        stream: Tokens before the first block, [images, N, D].
+        survey: What the dense model told.
+        settings: What was asked for.
+        generator: Source of all draws.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pruned: nn.Module,
+        mask: ModelMask,
+        stream: Tensor,
+        survey: Survey,
+        settings: Settings,
+        generator: torch.Generator,
+    ) -> None:
+        self.dense_layers, self.layers, self.mask = sublayers(model), sublayers(pruned), mask
+        self.blocks = vit.find_dense_blocks(pruned)
+        self.dense, self.stream = stream, stream.clone()
+        self.survey, self.settings, self.generator = survey, settings, generator
+        self.size = vit.geometry(model)
+
+    def run(self, budgets: list[BlockBudget], tick: Callable[[], None]) -> list[float]:
+        """Cut all blocks to their budgets and return the error of the stream after each."""
+        errors = []
+        for block, budget in enumerate(budgets):
+            before = self.stream.clone() if self.settings.refine else self.stream
+            for index, cut in ((2 * block, self._cut_attention), (2 * block + 1, self._cut_mlp)):
+                self.dense = _through(self.dense_layers[index], self.dense)
+                cut(index, budget)
+                self.stream = _through(self.layers[index], self.stream)
+                tick()
+            if self.settings.refine:
+                self._refine(block, before)
+            spread = self.dense - self.dense.mean(dim=(0, 1))
+            errors.append(float((self.stream - self.dense).square().sum() / spread.square().sum()))
+        return errors
+
+    def _cut_attention(self, index: int, budget: BlockBudget) -> None:
+        size, block = self.size, self.mask.blocks[index // 2]
+        block.attn_in = self._cut_inputs(index, budget.attn_in)
+        moments = self._gather(index)
+        kept = torch.arange(size.num_heads * size.head_dim)
+        if budget.heads < size.num_heads:
+            guide = head_guide(self.survey.heads[index // 2], self.settings.guidance)
+            kept = self._choose_written(index, moments, kept, heads_of(size), budget.heads * size.head_dim, guide)
+        block.heads = _marked(kept, size).any(dim=1)
+        if budget.v < len(kept):
+            kept = self._choose_written(index, moments, kept, channels_of(budget.heads, size), budget.v)
+        block.v = _marked(kept, size)
+        if budget.qk < budget.heads * size.head_dim:
+            self._cut_qk(index, block, budget.qk)
+            moments = self._gather(index)
+        self._fit(index, moments, kept)
+        block.attn_out = self._cut_outputs(index, moments, budget.attn_out)
+
+    def _cut_qk(self, index: int, block: BlockMask, keep: int) -> None:
+        layer, size = self.layers[index], self.size
+        energy = qk_energies(layer, self.stream, self.survey.sensitivities[index], size)
+        weight = layer.read.weight
+        scores = qk_scores(self.settings.method, weight, energy.channels, energy.worth, self.generator)
+        heads = block.heads.nonzero().flatten()
+        left = by_score(scores[heads].flatten(), channels_of(len(heads), size), keep).left
+        columns = torch.arange(size.num_heads * size.head_dim).view(size.num_heads, -1)[heads].flatten()
+        block.qk = _marked(columns[left], size)
+        gone = (~block.qk).flatten().to(weight.device)
+        for rows in layer.read.weight, layer.read.bias:
+            if rows is not None:
+                rows[: 2 * len(gone)][gone.repeat(2)] = 0
+
+    def _cut_mlp(self, index: int, budget: BlockBudget) -> None:
+        block = self.mask.blocks[index // 2]
+        block.mlp_in = self._cut_inputs(index, budget.mlp_in)
+        moments = self._gather(index)
+        kept = torch.arange(self.size.hidden)
+        if budget.hidden < len(kept):
+            kept = self._choose_written(index, moments, kept, neurons_of(self.size), budget.hidden)
+        block.hidden = torch.zeros_like(block.hidden).index_fill(0, kept, True)
+        self._fit(index, moments, kept)
+        block.mlp_out = self._cut_outputs(index, moments, budget.mlp_out)
+
+    def _cut_inputs(self, index: int, keep: int) -> Tensor:
+        """Choose which residual features a sublayer reads, and let these stand in for the others. Returns the mask."""
+        layer = self.layers[index]
+        mask = torch.ones(self.size.dim, dtype=torch.bool)
+        if keep == self.size.dim:
+            return mask
+        sensitivity = self.survey.sensitivities[index]
+        moments = Moments(layer.read.in_features, layer.read.out_features, self.stream.device)
+        for part in self.stream.split(CHUNK):
+            seen = layer.norm(part)
+            moments.update(seen, layer.read(seen), sensitivity.weights().expand(part.shape[:2]))
+        evidence = read_evidence(layer, moments, sensitivity, self.generator)
+        kept = self._choose(evidence, columns_of(self.size.dim), keep)
+        self._refit(layer.read, moments, kept)
+        return torch.zeros_like(mask).index_fill(0, kept, True)
+
+    def _cut_outputs(self, index: int, moments: Moments, keep: int) -> Tensor:
+        """Choose which residual features a sublayer writes, and silence the others. Returns the mask."""
+        layer, dim = self.layers[index], self.size.dim
+        mask = torch.ones(dim, dtype=torch.bool)
+        if keep == dim:
+            return mask
+        evidence = self._written(index, moments, layer.write.weight)
+        scores = output_scores(self.settings.method, layer.write.weight, output_energy(layer, moments), evidence)
+        kept = by_score(scores, columns_of(dim), keep).left
+        mask = torch.zeros_like(mask).index_fill(0, kept, True)
+        for rows in layer.write.weight, layer.write.bias:
+            if rows is not None:
+                rows[~mask.to(rows.device)] = 0
+        return mask
+
+    def _gather(self, index: int) -> Moments:
+        """Gather what write reads in the pruned network, and what it should give to bring the stream to the dense one.
+
+        The target is the gap between the two streams with layer scale divided out, so that each layer also mends what
+        the layers before it broke.
+        """
+        layer = self.layers[index]
+        weights = self.survey.sensitivities[index].weights()
+        moments = Moments(layer.write.in_features, layer.write.out_features, self.stream.device)
+        gain = layer.gain()
+        inverse = torch.where(gain == 0, 0.0, 1 / gain)  # a feature that is never written asks for nothing
+        for part, wanted in zip(self.stream.split(CHUNK), self.dense.split(CHUNK), strict=True):
+            hidden, _ = layer.trace(part)
+            moments.update(hidden, (wanted - part) * inverse, weights.expand(hidden.shape[:2]))
+        return moments
+
+    def _written(self, index: int, moments: Moments, weight: Tensor) -> Evidence:
+        return write_evidence(self.layers[index], weight, moments, self.survey.sensitivities[index], self.generator)
+
+    def _choose_written(
+        self, index: int, moments: Moments, kept: Tensor, grouping: Grouping, keep: int, guide: Tensor | None = None
+    ) -> Tensor:
+        """Return which of some columns of write stay."""
+        write = self.layers[index].write
+        columns = kept.to(self.stream.device)
+        weight = write.weight.detach().double()
+        if self.settings.optimiser != "drop":
+            fitted, _ = moments.fit(weight, columns, RIDGE, intercept=write.bias is not None)
+            weight = weight.index_copy(1, columns, fitted)
+        evidence = replace(self._written(index, moments, weight).of(columns), guide=guide)
+        return kept[self._choose(evidence, grouping, keep)]
+
+    def _choose(self, evidence: Evidence, grouping: Grouping, keep: int) -> Tensor:
+        method = self.settings.method
+        if self.settings.optimiser != "admm":
+            return CRITERIA[method](evidence, grouping, keep).left
+        favour = SCORES[method](evidence, grouping) if method in SCORES else None
+        guided = replace(evidence, guide=evidence.guide if method == "gohsp" else None)
+        return admm.choose(guided, grouping, keep, favour)
+
+    def _fit(self, index: int, moments: Moments, kept: Tensor) -> None:
+        self._refit(self.layers[index].write, moments, kept)
+
+    def _refit(self, linear: nn.Linear, moments: Moments, kept: Tensor) -> None:
+        """Fit a linear layer on the columns that stay, unless these are to be left as they are; zero the others."""
+        columns = kept.to(linear.weight.device)
+        weight = linear.weight[:, columns].clone()
+        if self.settings.optimiser != "drop":
+            has_bias = linear.bias is not None
+            fitted, bias = moments.fit(linear.weight.double(), columns, self.settings.ridge, intercept=has_bias)
+            weight = fitted.to(weight.dtype)
+            if has_bias:
+                linear.bias.copy_(bias)
+        linear.weight.zero_()
+        linear.weight[:, columns] = weight
+
+    def _refine(self, block: int, before: Tensor) -> None:
+        """Train a block for some steps to give the dense block's output from what the pruned network feeds it.
+
+        What has been cut stays zero, since zeros on both sides of a group have no gradient.
+        """
+        index, module = 2 * block + 1, self.blocks[block]
+        self.mask.blocks[block].apply_(module)
+        sensitivity = self.survey.sensitivities[index]
+        root = torch.linalg.cholesky(damped(sensitivity.metric, 1e-2))
+        root = (root / root.square().sum().sqrt()).to(before.dtype)
+        tokens = sensitivity.weights().to(before.dtype)[:, None]
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=REFINE_RATE, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.settings.refine)
+        order = torch.empty(0, dtype=torch.int64)
+        for _ in range(self.settings.refine):
+            if len(order) == 0:
+                order = torch.randperm(len(before), generator=self.generator)
+            batch, order = order[:REFINE_BATCH].to(before.device), order[REFINE_BATCH:]
+            with torch.inference_mode(False), torch.enable_grad():
+                error = (module(before[batch]) - self.dense[batch]) @ root
+                loss = (error.square() * tokens).sum(dim=-1).mean()
+                gradients = torch.autograd.grad(loss, parameters)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            schedule.step()
+        for parameter in parameters:
+            parameter.grad = None
+        self.stream = _through(module, before)
+
+
+def _through(module: nn.Module | Sublayer, stream: Tensor) -> Tensor:
+    return torch.cat([module(part) for part in stream.split(CHUNK)])
+
+
+def _marked(columns: Tensor, size: vit.Geometry) -> Tensor:
+    """Return a boolean [H, d] that is True at some columns of head outputs."""
+    marked = torch.zeros(size.num_heads * size.head_dim, dtype=torch.bool)
+    marked[columns] = True
+    return marked.view(size.num_heads, size.head_dim)

@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first look at a dense model: what each step of an elimination would cost, in every block and every matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gohsp import vit
+from gohsp.budget import Step
+from gohsp.ranking import SIMILARITIES, HeadScores, read_by_loss, stationary_distribution
+from gohsp.scores import (
+    CRITERIA,
+    Elimination,
+    Evidence,
+    Grouping,
+    by_score,
+    head_guide,
+    output_scores,
+    qk_energy,
+    qk_scores,
+)
+from gohsp.statistics import (
+    CHUNK,
+    Moments,
+    Sensitivity,
+    Sublayer,
+    attention_probabilities,
+    inputs_of,
+    outputs_of,
+    sublayers,
+)
+
+HIDDEN_TILE = 16  # neurons: a panel of the GEMM kernels
+CHANNEL_TILE = 8  # QK and V channels of a head
+COLUMN_TILE = 16  # residual features that a sublayer reads or writes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What :func:`gohsp.prune` was asked for; the meaning of each stands there."""
+
+    method: str
+    groups: tuple[str, ...]
+    optimiser: str
+    refine: int
+    similarity: str
+    teleport: float
+    high_is: str
+    guidance: float
+    ridge: float
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What the dense model told.
+
+    Attributes:
+        sensitivities: Of each sublayer.
+        heads: The graph's scores.
+        steps: For each block the steps of each kind of group that may go.
+    """
+
+    sensitivities: list[Sensitivity]
+    heads: HeadScores
+    steps: list[dict[str, list[Step]]]
+
+
+@dataclass(frozen=True)
+class QKEnergy:
+    """What the QK channels of a block do: [H, d] and [H], see :func:`gohsp.scores.qk_scores`."""
+
+    channels: Tensor
+    worth: Tensor
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What one attention or MLP half showed."""
+
+    write: Evidence
+    read: Evidence | None
+    energy: QKEnergy | None
+    outputs: Tensor
+
+
+def survey(
+    model: nn.Module,
+    stream: Tensor,
+    sensitivities: list[Sensitivity],
+    settings: Settings,
+    generator: torch.Generator,
+    tick: Callable[[], None],
+) -> Survey:
+    """Walk once through a dense model.
+
+    Args:
+        model: Dense timm vision transformer in evaluation mode.
+        stream: Tokens before its first block, [images, N, D].
+        sensitivities: Of its sublayers.
+        settings: What was asked for.
+        generator: Source of the draws of the random criterion.
+        tick: Called after each sublayer.
+    """
+    size, x = vit.geometry(model), stream.clone()
+    chains, attentions, steps = [], [], []
+    for index, layer in enumerate(sublayers(model)):
+        is_attention = index % 2 == 0
+        graph = SIMILARITIES[settings.similarity](size.num_heads, size.head_dim, x.device) if is_attention else None
+        look = _look(layer, x, sensitivities[index], settings, size, generator, graph)
+        if graph is not None:
+            chains.append(stationary_distribution(graph.result(), settings.teleport).cpu())
+            attentions.append((layer, look))
+        else:
+            steps.append(_mlp_steps(layer, look, size, settings))
+        tick()
+    heads = _read(chains, [look.write for _, look in attentions], settings)
+    for found, scores, (layer, look) in zip(steps, heads, attentions, strict=True):
+        found |= _attention_steps(layer, look, head_guide(scores, settings.guidance), size, settings)
+    return Survey(sensitivities, heads, [{g: s[g] for g in settings.groups} for s in steps])
+
+
+def _look(
+    layer: Sublayer,
+    x: Tensor,
+    sensitivity: Sensitivity,
+    settings: Settings,
+    size: vit.Geometry,
+    generator: torch.Generator,
+    graph: Any = None,
+) -> _Look:
+    """Run a sublayer on the stream, in place, and gather what its inputs and outputs are like."""
+    reads = _prefix(layer) + "_in" in settings.groups
+    moments = Moments(layer.write.in_features, device=x.device)
+    seen = Moments(layer.read.in_features, device=x.device)
+    energy = qk_energies(layer, x, sensitivity, size) if "qk" in settings.groups and graph is not None else None
+    for part in x.split(CHUNK):
+        with inputs_of(layer.read, layer.write) as inputs, outputs_of(layer.read) as qkv:
+            after = layer(part)
+        weights = sensitivity.weights().expand(part.shape[:2])
+        moments.update(inputs[1], weight=weights)
+        if reads:
+            seen.update(inputs[0], weight=weights)
+        if graph is not None:
+            attention = attention_probabilities(layer.body, qkv[0]) if graph.needs_attention else None
+            graph.update(inputs[1].unflatten(-1, (size.num_heads, size.head_dim)), attention)
+        part.copy_(after)
+    write = write_evidence(layer, layer.write.weight, moments, sensitivity, generator)
+    read = read_evidence(layer, seen, sensitivity, generator) if reads else None
+    return _Look(write, read, energy, output_energy(layer, moments))
+
+
+def _read(chains: list[Tensor], evidences: list[Evidence], settings: Settings) -> HeadScores:
+    if settings.high_is != "auto":
+        return HeadScores(chains, settings.high_is)
+    return read_by_loss(chains, [e.weight for e in evidences], [e.covariance for e in evidences])
+
+
+def _attention_steps(
+    layer: Sublayer, look: _Look, guide: Tensor, size: vit.Geometry, settings: Settings
+) -> dict[str, list[Step]]:
+    criterion, found = CRITERIA[settings.method], _column_steps(layer, look, settings)
+    eliminations: dict[str, Elimination] = {}
+    if "heads" in settings.groups:
+        eliminations["heads"] = criterion(replace(look.write, guide=guide), heads_of(size))
+    if look.energy is not None:
+        weight, energy = layer.read.weight, look.energy
+        scores = qk_scores(settings.method, weight, energy.channels, energy.worth, look.write.generator)
+        eliminations["qk"] = by_score(scores.flatten(), channels_of(size.num_heads, size))
+    if "v" in settings.groups:
+        eliminations["v"] = criterion(look.write, channels_of(size.num_heads, size))
+    for group, elimination in eliminations.items():
+        found[group] = [
+            Step(1 if group == "heads" else len(columns), loss, int(columns[0]) // size.head_dim)
+            for columns, loss in elimination.steps_with_losses()
+        ]
+    return found
+
+
+def _mlp_steps(layer: Sublayer, look: _Look, size: vit.Geometry, settings: Settings) -> dict[str, list[Step]]:
+    found = _column_steps(layer, look, settings)
+    if "hidden" in settings.groups:
+        found["hidden"] = _plain_steps(CRITERIA[settings.method](look.write, neurons_of(size)))
+    return found
+
+
+def _column_steps(layer: Sublayer, look: _Look, settings: Settings) -> dict[str, list[Step]]:
+    found, prefix = {}, _prefix(layer)
+    if look.read is not None:
+        found[prefix + "_in"] = _plain_steps(CRITERIA[settings.method](look.read, columns_of(layer.read.in_features)))
+    if prefix + "_out" in settings.groups:
+        scores = output_scores(settings.method, layer.write.weight, look.outputs, look.write)
+        found[prefix + "_out"] = _plain_steps(by_score(scores, columns_of(len(scores))))
+    return found
+
+
+def _plain_steps(elimination: Elimination) -> list[Step]:
+    return [Step(len(columns), loss) for columns, loss in elimination.steps_with_losses()]
+
+
+def _prefix(layer: Sublayer) -> str:
+    return "attn" if hasattr(layer.body, "num_heads") else "mlp"
+
+
+def write_evidence(
+    layer: Sublayer, weight: Tensor, moments: Moments, sensitivity: Sensitivity, generator: torch.Generator
+) -> Evidence:
+    """Return what a criterion may know of the layer that writes, with given weights [D, m]."""
+    return Evidence(
+        weight.detach().double() * layer.gain()[:, None],
+        moments.covariance(),
+        sensitivity.metric,
+        generator,
+        taylor=sensitivity.taylor,
+        sample=moments.sample,
+    )
+
+
+def read_evidence(layer: Sublayer, moments: Moments, sensitivity: Sensitivity, generator: torch.Generator) -> Evidence:
+    """Return what a criterion may know of the layer that reads, from the moments of its inputs."""
+    return Evidence(
+        layer.read.weight.detach().double(),
+        moments.covariance(),
+        torch.diag(sensitivity.rows),
+        generator,
+        taylor=sensitivity.taylor_in,
+        sample=moments.sample,
+    )
+
+
+def output_energy(layer: Sublayer, moments: Moments) -> Tensor:
+    """Return the mean square of what a sublayer adds to each residual feature, float64 [D]."""
+    weight = layer.write.weight.detach().double()
+    mean = weight @ moments.mean()
+    if layer.write.bias is not None:
+        mean = mean + layer.write.bias.detach().double()
+    spread = (weight @ moments.covariance() * weight).sum(dim=1)
+    return (spread + mean.square()) * layer.gain().square()
+
+
+def qk_energies(layer: Sublayer, x: Tensor, sensitivity: Sensitivity, size: vit.Geometry) -> QKEnergy:
+    """Return what the QK channels of an attention half do on the stream x [images, N, D]."""
+    heads, width = size.num_heads, size.head_dim
+    channels = torch.zeros(heads, width, dtype=torch.float64, device=x.device)
+    moments = Moments(heads * width, device=x.device)
+    for part in x.split(CHUNK):
+        qkv = layer.read(layer.norm(part)).unflatten(-1, (3, heads, width))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        channels += qk_energy(q, k)
+        gap = nn.functional.scaled_dot_product_attention(q, k, v, scale=layer.body.scale) - v.mean(dim=2, keepdim=True)
+        moments.update(gap.transpose(1, 2).flatten(2), weight=sensitivity.weights().expand(part.shape[:2]))
+    weight = layer.write.weight.detach().double() * layer.gain()[:, None]
+    cost = weight.T @ sensitivity.metric @ weight * (moments.xx / moments.weight)
+    worth = torch.stack([cost[head][:, head].sum() for head in heads_of(size).pools])
+    return QKEnergy(channels, worth)
+
+
+def heads_of(size: vit.Geometry) -> Grouping:
+    """Whole heads; the last one of a block stays."""
+    return Grouping(list(torch.arange(size.num_heads * size.head_dim).split(size.head_dim)), size.head_dim, 0)
+
+
+def channels_of(heads: int, size: vit.Geometry) -> Grouping:
+    """Tiles of channels, of which one stays in each of so many heads."""
+    # A divisor of the width, so that every head can give the same number of whole tiles.
+    tile = math.gcd(CHANNEL_TILE, size.head_dim)
+    return Grouping(list(torch.arange(heads * size.head_dim).split(size.head_dim)), tile, tile)
+
+
+def neurons_of(size: vit.Geometry) -> Grouping:
+    """Tiles of neurons, of which one stays."""
+    return Grouping([torch.arange(size.hidden)], HIDDEN_TILE, min(HIDDEN_TILE, size.hidden))
+
+
+def columns_of(features: int) -> Grouping:
+    """Tiles of residual features, of which one stays."""
+    return Grouping([torch.arange(features)], COLUMN_TILE, min(COLUMN_TILE, features))
