@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
-from bench import accuracy, contenders, contention, end_to_end, environment, kernels, roofline, sublayers
+from bench import accuracy, contenders, contention, end_to_end, environment, kernels, proportion, roofline, sublayers
 from bench.cases import Case
 from bench.environment import Settings, available_cores
 from bench.store import DEFAULT_PATH
@@ -153,6 +153,19 @@ def contention_command(
 ) -> None:
     """Whole models beside another process that spins on one core."""
     _finish(contention.run(_cases(model, preset, image_size), batch, names, _settings(threads, rounds, out)))
+
+
+@app.command("proportion", cls=SpreadCommand)
+def proportion_command(
+    model: Annotated[str, typer.Option(help="timm name.")] = MODEL[0],
+    preset: Presets = ["5x1248", "4x960", "3x768", "2x480", "ragged:0.8", "ragged:0.6"],  # noqa: B006 (typer copies it)
+    batch: Batches = BATCH,
+    threads: Threads = THREADS,
+    rounds: Rounds = ROUNDS,
+    out: Out = DEFAULT_PATH,
+) -> None:
+    """Whether gohsp's time falls in proportion to the multiply-accumulates that are removed."""
+    _finish(proportion.run(model, preset, batch, _settings(threads, rounds, out)))
 
 
 @app.command("plot")

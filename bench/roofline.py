@@ -147,7 +147,7 @@ def _measure(work: Workload, parts: Sequence[Part], x: Tensor, backend: str, set
     alone = {_alone(part.name): part.run for part in parts}
     alone |= {name: _on(backend, stage) for name, stage in _stages(work, x).items()}
     functions |= {name: _on_one_thread(function, settings.threads) for name, function in alone.items()}
-    functions |= {"gemm": _gemm(), "copy": _copy()}
+    functions |= {"gemm": matrix_product(), "copy": _copy()}
     heading = f"{work.case.label}, batch {batch}"
     timings = time_in_turns(functions, settings.rounds, settings.console, heading)
     gemm = 2.0 * GEMM_SIZE**3 / np.array(timings["gemm"].seconds)
@@ -180,7 +180,8 @@ def _on_one_thread(function: Thunk, threads: int) -> Thunk:
     return run
 
 
-def _gemm() -> Thunk:
+def matrix_product() -> Thunk:
+    """Return a square product of GEMM_SIZE in torch's own fp32: the yardstick of the machine."""
     a, b = torch.randn(2, GEMM_SIZE, GEMM_SIZE).unbind()
     return lambda: torch.mm(a, b)
 

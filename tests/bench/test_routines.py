@@ -16,14 +16,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import gohsp_kernels as gk
-from bench import contention, kernels, roofline, store, sublayers
+from bench import contention, kernels, proportion, roofline, store, sublayers
 from bench.cases import Workload
 from bench.compare import TOLERANCE, check
 from bench.environment import Settings
 from bench.kernels import Attention, Linear
 from gohsp.timing import Timing
 
-from .conftest import printed
+from .conftest import TINY, printed
 
 NATIVE = bool(gk.can_run("cpu"))
 
@@ -230,6 +230,23 @@ def test_systems_that_cannot_pin_are_told_so(monkeypatch: pytest.MonkeyPatch) ->
 def test_growth_is_of_the_median() -> None:
     quiet, busy = Timing((2.0, 1.0, 4.0)), Timing((3.0, 8.0, 5.0))
     assert contention.growths(quiet, busy) == [1.5, 4.0, 2.5]
+
+
+@pytest.mark.skipif(not NATIVE, reason="the CPU backend is not built")
+def test_proportion_times_every_cut_against_the_line(settings: Settings) -> None:
+    assert proportion.run(TINY, ["2x300", "ragged:0.5"], [2], settings) == []
+    rows = store.read(settings.out)
+    assert [row.case for row in rows if row.metric == "off-line"] == [
+        f"{TINY}/{p}" for p in ("dense", "2x300", "ragged:0.5")
+    ]
+    assert rows[1].value == 0.0  # the whole model is where the line starts
+    assert "off by" in printed(settings)
+
+
+def test_a_model_on_the_line_is_off_by_nothing() -> None:
+    """A product of 2048 cubed in 2 s: half of its multiply-accumulates less are a second less."""
+    timings = {"dense": Timing((5.0, 6.0)), "gemm": Timing((2.0, 4.0)), "cut": Timing((4.0, 6.0))}
+    assert proportion.deviations(timings, "cut", 2048**3 / 2) == [0.0, 0.5]
 
 
 def _cpu_ticks(pid: int) -> int:
