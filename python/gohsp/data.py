@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images by name: a folder, a torchvision data set, whatever timm's create_dataset knows, or scikit-learn's digits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import create_dataset, create_transform, resolve_model_data_config
+from torch import Tensor
+
+from gohsp.recipe import Augmentation, DataSource
+
+TEST_FOLDERS = ("val", "validation", "test")
+TEST_SHARE = 0.2  # of a source that has no test set of its own
+
+
+@dataclass(frozen=True)
+class View:
+    """Some samples of a data set, each image transformed: a map-style data set itself.
+
+    Attributes:
+        data: Map-style data set of (PIL image, class).
+        indices: Which samples, in which order.
+        transform: From a PIL image to a tensor [C, height, width].
+        mode: PIL's name of the colours that the transform is made for.
+    """
+
+    data: Any
+    indices: list[int]
+    transform: Callable[[Any], Tensor]
+    mode: str
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.data[self.indices[index]]
+        return self.transform(image.convert(self.mode)), int(label)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a run.
+
+    Attributes:
+        train: Augmented, for training.
+        plain: The same images without augmentation, for ranking and pruning.
+        test: What is measured on.
+        classes: Number of classes; None where the source does not tell.
+    """
+
+    train: View
+    plain: View
+    test: View
+    classes: int | None
+
+    def calibration(self, count: int, batch_size: int = 32) -> Iterator[Tensor]:
+        """Batches of some training images, [<= batch_size, C, height, width], without augmentation."""
+        for start in range(0, min(count, len(self.plain)), batch_size):
+            stop = min(start + batch_size, count, len(self.plain))
+            yield torch.stack([self.plain[index][0] for index in range(start, stop)])
+
+
+def open_images(source: DataSource, model: Any, augment: Augmentation | None = None, seed: int = 0) -> Images:
+    """Open the images of a run.
+
+    Args:
+        source: Names them. A folder holds ``train`` and ``val``, ``validation`` or ``test``, each with one subfolder a
+            class, or is itself such a folder, of which every fifth image then is for testing.
+        model: timm vision transformer: its size of images, and the normalisation that timm recorded for it.
+        augment: For training; None trains on images as they are.
+        seed: Which images are taken where not all are wanted.
+
+    Raises:
+        ValueError: The source is not there, is not known, or has no random access (a run that goes on needs it).
+        ImportError: A package that reads this source is not installed.
+    """
+    train, test, classes = _open(source)
+    first, second = _indices(train, test, source, seed)
+    plain, training = _transforms(model, augment)
+    held_out = train if test is None else test
+    mode = "L" if model.patch_embed.proj.in_channels == 1 else "RGB"
+    return Images(
+        train=View(train, first, training, mode),
+        plain=View(train, first, plain, mode),
+        test=View(held_out, second, plain, mode),
+        classes=classes,
+    )
+
+
+def _transforms(model: Any, augment: Augmentation | None) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
+    """Return the transforms for measuring and for training."""
+    config = resolve_model_data_config(model)
+    size = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    common = {"input_size": size, "interpolation": config["interpolation"]}
+    # Models of one channel have no normalisation on record: half and half brings pixels to [-1, 1].
+    grey = size[0] == 1
+    common |= {"mean": (0.5,) if grey else config["mean"], "std": (0.5,) if grey else config["std"]}
+    plain = create_transform(**common, crop_pct=config["crop_pct"])
+    if augment is None:
+        return plain, plain
+    training = create_transform(
+        **common,
+        is_training=True,
+        scale=augment.scale,
+        hflip=augment.hflip,
+        color_jitter=augment.color_jitter or None,
+        auto_augment=augment.auto_augment,
+        re_prob=augment.erase,
+        re_mode="pixel",
+    )
+    return plain, training
+
+
+def _indices(train: Any, test: Any | None, source: DataSource, seed: int) -> tuple[list[int], list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randperm(len(train), generator=generator).tolist()
+    if test is None:
+        cut = round(TEST_SHARE * len(first))
+        first, second = first[cut:], first[:cut]
+    else:
+        second = torch.randperm(len(test), generator=generator).tolist()
+    first, second = first[: source.train_images], second[: source.test_images]
+    if not first or not second:
+        raise ValueError(
+            f"data: {source.source} has too few images: {len(first)} to train and {len(second)} to test on"
+        )
+    return first, second
+
+
+def _open(source: DataSource) -> tuple[Any, Any | None, int | None]:
+    """Return data sets of (PIL image, class) for training and testing, the second None if there is one only."""
+    name, root = source.source, source.root.expanduser()
+    if name == "digits":
+        return Digits(), None, 10
+    if name.startswith("torchvision:"):
+        return _torchvision(name.partition(":")[2], root)
+    if Path(name).expanduser().is_dir():
+        return _folder(Path(name).expanduser())
+    if "/" in name and name.split("/")[0] in ("hfds", "torch"):
+        return _timm(name, root)
+    raise ValueError(
+        "data: wanted a folder of images, torchvision:NAME (such as torchvision:CIFAR10), hfds/NAME or torch/NAME as "
+        f"timm has them, or digits; got {name!r}, which is no folder here"
+    )
+
+
+def _folder(root: Path) -> tuple[Any, Any | None, int]:
+    from torchvision.datasets import ImageFolder
+
+    def read(folder: Path) -> Any:
+        try:
+            return ImageFolder(str(folder))
+        except FileNotFoundError as error:
+            raise ValueError(f"data: wanted one subfolder of images a class in {folder}: {error}") from error
+
+    test = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
+    if not (root / "train").is_dir() or test is None:
+        images = read(root)
+        return images, None, len(images.classes)
+    train, held_out = read(root / "train"), read(test)
+    if train.classes != held_out.classes:
+        raise ValueError(f"data: the classes in {root / 'train'} and {test} differ")
+    return train, held_out, len(train.classes)
+
+
+def _torchvision(name: str, root: Path) -> tuple[Any, Any, int | None]:
+    from torchvision import datasets
+
+    maker = getattr(datasets, name, None)
+    parameters = inspect.signature(maker).parameters if inspect.isclass(maker) else {}
+    if "train" in parameters:
+        choices: list[dict[str, Any]] = [{"train": True}, {"train": False}]
+    elif "split" in parameters:
+        choices = [{"split": "train"}, {"split": "val" if name == "ImageNet" else "test"}]
+    else:
+        raise ValueError(f"data: torchvision {name!r} is no data set with a training and a test part")
+    download = {"download": True} if "download" in parameters else {}
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        train, test = (maker(str(root), **choice, **download) for choice in choices)  # type: ignore[misc]
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ValueError(f"data: torchvision could not open {name} in {root}: {error}") from error
+    classes = getattr(train, "classes", None)
+    return train, test, None if classes is None else len(classes)
+
+
+def _timm(name: str, root: Path) -> tuple[Any, Any, int | None]:
+    try:
+        train, test = (
+            create_dataset(name, root=str(root), split=split, is_training=split == "train", download=True)
+            for split in ("train", "validation")
+        )
+    except ImportError as error:
+        raise ImportError(f"data: {name} needs a package that is not installed: {error}") from error
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        raise ValueError(f"data: timm could not open {name}: {error}") from error
+    for part in (train, test):
+        if not hasattr(part, "__getitem__"):
+            raise ValueError(f"data: wanted a data set with random access, which {name} has not")
+    names = getattr(getattr(train, "reader", None), "class_to_idx", None)
+    return train, test, len(names) if names else None
+
+
+class Digits:
+    """The 1797 handwritten digits that come with scikit-learn, 8 x 8 pixels, grey: small enough for tests."""
+
+    def __init__(self) -> None:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise ImportError("data: digits needs scikit-learn; install it: pip install scikit-learn") from error
+        found = load_digits()
+        self.pixels, self.labels = (found.images / 16 * 255).round().astype("uint8"), found.target
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        return Image.fromarray(self.pixels[index]), int(self.labels[index])

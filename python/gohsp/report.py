@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs side by side: size, top-1 and measured milliseconds, as a table, as Markdown and as a picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+from gohsp import io
+from gohsp.artefacts import Run, open_model
+from gohsp.mask import check_keys, read_json
+from gohsp.recipe import read_recipe
+from gohsp.timing import interleave
+
+TITLES = ("run", "what", "parameters", "MACs", "top-1", "images")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run: what evaluate found, and the median milliseconds for one image where they were measured."""
+
+    name: str
+    what: str
+    params: int
+    macs: int
+    top1: float
+    images: int
+    milliseconds: float | None = None
+
+
+def collect(directories: Sequence[Path], rounds: int, after_round: Callable[[], object] | None = None) -> list[Row]:
+    """Return a row for each run.
+
+    Args:
+        directories: Of runs that were evaluated.
+        rounds: Timed calls of each model on one image, all models in turns; 0 for no times.
+        after_round: Called after each round.
+
+    Raises:
+        FileNotFoundError: A directory holds no evaluation.
+        ValueError: A file is damaged.
+    """
+    found = []
+    for directory in directories:
+        path = Run(directory).evaluation
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{directory}: wanted a run that was evaluated (gohsp evaluate), but it has no {path.name}"
+            )
+        values = read_json(path)
+        check_keys(values, ("what", "params", "macs", "top1", "loss", "images"), str(path))
+        found.append({name: values[name] for name in ("what", "params", "macs", "top1", "images")})
+    times = _times(directories, [values["what"] for values in found], rounds, after_round)
+    return [Row(d.name or str(d), **v, milliseconds=t) for d, v, t in zip(directories, found, times, strict=True)]
+
+
+def _times(
+    directories: Sequence[Path], kinds: Sequence[str], rounds: int, after_round: Callable[[], object] | None
+) -> list[float | None]:
+    if rounds == 0:
+        return [None] * len(directories)
+    runs = {str(i): _timed(_model(Run(d), kind)) for i, (d, kind) in enumerate(zip(directories, kinds, strict=True))}
+    return [1e3 * timing.median for timing in interleave(runs, rounds, after_round=after_round).values()]
+
+
+def _model(run: Run, kind: str) -> Any:
+    folder = run.directory / kind
+    return io.load(folder) if (folder / io.PLAN).is_file() else open_model(read_recipe(run.recipe).model)
+
+
+def _timed(model: Any) -> Callable[[], object]:
+    image = torch.zeros(1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    model.eval()
+
+    def call(model: nn.Module = model) -> object:
+        with torch.inference_mode():
+            return model(image)
+
+    return call
+
+
+def cells(rows: Sequence[Row]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return titles and texts of a table; ratios are to the first row."""
+    timed = all(row.milliseconds is not None for row in rows)
+    first = rows[0]
+    texts: list[tuple[str, ...]] = []
+    for row in rows:
+        line: tuple[str, ...] = (
+            row.name,
+            row.what,
+            f"{row.params / 1e6:.2f} M ({row.params / first.params:.0%})",
+            f"{row.macs / 1e9:.3f} G ({row.macs / first.macs:.0%})",
+            f"{row.top1:.2%}",
+            str(row.images),
+        )
+        if timed and row.milliseconds is not None and first.milliseconds is not None:
+            line += (f"{row.milliseconds:.2f}", f"{row.milliseconds / first.milliseconds:.2f}")
+        texts.append(line)
+    return (*TITLES, "ms, batch 1", "to the first") if timed else TITLES, texts
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Return a table for the terminal."""
+    titles, texts = cells(rows)
+    result = Table(*titles)
+    for line in texts:
+        result.add_row(*line)
+    return result
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return the same as a Markdown table."""
+    titles, texts = cells(rows)
+    lines = [titles, ("---",) * len(titles), *texts]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_markdown(rows: Sequence[Row], path: Path) -> None:
+    """Write :func:`markdown` beside its place and rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(markdown(rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw top-1 over milliseconds (over MACs where nothing was timed) into an SVG or PNG file.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("the picture needs matplotlib; install it: pip install matplotlib") from error
+    timed = all(row.milliseconds is not None for row in rows)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for row in rows:
+        x = row.milliseconds if timed and row.milliseconds is not None else row.macs / 1e9
+        axes.plot(x, 100 * row.top1, "o")
+        axes.annotate(row.name, (x, 100 * row.top1), xytext=(5, 4), textcoords="offset points")
+    axes.set_xlabel("ms for one image" if timed else "GMACs")
+    axes.set_ylabel("top-1, %")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    figure.savefig(temporary)
+    os.replace(temporary, path)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a run stands, in one file that changes whole or not at all.
+
+Tensors (model, optimiser, ADMM's Z and U) are the file's tensors; everything else is JSON in its header. One file and
+one rename: whatever moment a run is killed at, the file is the last complete one. Accelerate's own ``save_state`` is
+not used because it pickles, writes several files, and saves states of generators, which a run does not have (see
+:mod:`gohsp.training.seeds`). Neither has it a scheduler's: timm's are functions of the step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT = 1
+_HEADER = "gohsp_training"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State of a run between two steps.
+
+    Attributes:
+        stage: Name of the stage.
+        step: Steps of the stage that are done.
+        done: Whether the stage is over.
+        tensors: By name; "model.", "optimizer." and "admm." lead.
+        values: Plain values, as JSON has them.
+    """
+
+    stage: str
+    step: int
+    done: bool
+    tensors: dict[str, Tensor]
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def part(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors whose names start with ``name.``, without that start."""
+        start = f"{name}."
+        return {key.removeprefix(start): value for key, value in self.tensors.items() if key.startswith(start)}
+
+
+def write(path: Path, state: Checkpoint) -> None:
+    """Write a checkpoint beside its place, make sure that it is on the disk, and rename it."""
+    header = {"format": FORMAT, "stage": state.stage, "step": state.step, "done": state.done, "values": state.values}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+    temporary = path.with_name(f".{path.name}.tmp")  # no process id: what a killed run left behind is written over
+    save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
+    _flush(temporary)
+    os.replace(temporary, path)
+    _flush(path.parent)
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a checkpoint of this format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: wanted a checkpoint of gohsp.train, but {error}") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(f"{path}: wanted a checkpoint of gohsp.train in format {FORMAT}")
+    return Checkpoint(header["stage"], header["step"], header["done"], tensors, header["values"])
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split the state of an optimiser into tensors by ``parameter.name`` and plain values.
+
+    Raises:
+        ValueError: It holds something that is neither a tensor nor a plain value.
+    """
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    for parameter, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{parameter}.{name}"] = value
+            elif value is None or isinstance(value, bool | int | float | str):
+                values[f"{parameter}.{name}"] = value
+            else:
+                raise ValueError(
+                    f"optimizer: wanted one whose state is tensors and numbers, to save it; "
+                    f"{type(optimizer).__name__} keeps a {type(value).__name__} as {name!r}"
+                )
+    return tensors, values
+
+
+def unpack_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
+) -> None:
+    """Give a fresh optimiser, made with the same settings, the state that :func:`pack_optimizer` took apart."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **values}.items():
+        parameter, _, name = key.partition(".")
+        state.setdefault(int(parameter), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
