@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
-from bench import accuracy, contenders, contention, end_to_end, environment, kernels, proportion, roofline, sublayers
+from bench import accuracy, contenders, contention, end_to_end, environment, kernels, proportion, roofline, sublayers, training
 from bench.cases import Case
 from bench.environment import Settings, available_cores
 from bench.store import DEFAULT_PATH
@@ -62,6 +62,7 @@ Out = Annotated[Path, typer.Option(help="CSV file that results are appended to."
 BackendList = Annotated[bool, typer.Option("--backend-list", help="List the contenders, who can run here, and exit.")]
 
 MODEL, PRESET, BATCH, ROUNDS = ["deit_small_patch16_224"], ["4x960"], [1, 8], 20
+TRAINING_BATCH = [8]
 THREADS = available_cores()
 CONTENDERS = list(contenders.CONTENDERS)
 console = Console()
@@ -164,12 +165,20 @@ def proportion_command(
     model: Annotated[str, typer.Option(help="timm name.")] = MODEL[0],
     preset: Presets = ["5x1248", "4x960", "3x768", "2x480", "ragged:0.8", "ragged:0.6"],  # noqa: B006 (typer copies it)
     batch: Batches = BATCH,
+@app.command("training", cls=SpreadCommand)
+def training_command(
+    model: Models = MODEL,
+    preset: Presets = PRESET,
+    batch: Batches = TRAINING_BATCH,
+    image_size: ImageSize = None,
     threads: Threads = THREADS,
     rounds: Rounds = ROUNDS,
     out: Out = DEFAULT_PATH,
 ) -> None:
     """Whether gohsp's time falls in proportion to the multiply-accumulates that are removed."""
     _finish(proportion.run(model, preset, batch, _settings(threads, rounds, out)))
+    """A step of fine-tuning: the compact model against the dense one, masked and not."""
+    _finish(training.run(_cases(model, preset, image_size), batch, _settings(threads, rounds, out)))
 
 
 @app.command("plot")

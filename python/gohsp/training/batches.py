@@ -87,10 +87,16 @@ def training_batches(data: Any, keys: BatchKeys, workers: int, pin: bool) -> Dat
         workers: Processes that load images; 0 loads in this one.
         pin: Whether batches go to pinned memory, from which a GPU reads faster.
     """
-    return DataLoader(Seeded(data, keys.seed, keys.stage), batch_sampler=keys, num_workers=workers, pin_memory=pin)
+    return DataLoader(
+        Seeded(data, keys.seed, keys.stage),
+        batch_sampler=keys,
+        num_workers=workers,
+        pin_memory=pin,
+        generator=torch.Generator(),  # of the workers' seeds, which would else come from the caller's generator
+    )
 
 
 def every_batch(data: Any, batch_size: int, workers: int = 0, process: int = 0, processes: int = 1) -> DataLoader[Any]:
     """Return a loader of this process's share of all images, in order, the last batch as small as it comes."""
     share = Subset(data, range(process, len(data), processes))
-    return DataLoader(share, batch_size=batch_size, num_workers=workers)
+    return DataLoader(share, batch_size=batch_size, num_workers=workers, generator=torch.Generator())

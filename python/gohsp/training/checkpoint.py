@@ -81,6 +81,8 @@ def read(path: Path) -> Checkpoint:
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split the state of an optimiser into tensors by ``parameter.name`` and plain values.
 
+    The values of its groups of parameters are among them: some optimisers count their steps there.
+
     Raises:
         ValueError: It holds something that is neither a tensor nor a plain value.
     """
@@ -91,14 +93,15 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
         for name, value in entries.items():
             if isinstance(value, Tensor):
                 tensors[f"{parameter}.{name}"] = value
-            elif value is None or isinstance(value, bool | int | float | str):
+            elif _is_plain(value):
                 values[f"{parameter}.{name}"] = value
             else:
                 raise ValueError(
                     f"optimizer: wanted one whose state is tensors and numbers, to save it; "
                     f"{type(optimizer).__name__} keeps a {type(value).__name__} as {name!r}"
                 )
-    return tensors, values
+    groups = [{name: value for name, value in group.items() if _is_plain(value)} for group in state["param_groups"]]
+    return tensors, {"state": values, "groups": groups}
 
 
 def unpack_optimizer(
@@ -106,10 +109,16 @@ def unpack_optimizer(
 ) -> None:
     """Give a fresh optimiser, made with the same settings, the state that :func:`pack_optimizer` took apart."""
     state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **values}.items():
+    for key, value in {**tensors, **values["state"]}.items():
         parameter, _, name = key.partition(".")
         state.setdefault(int(parameter), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    fresh = optimizer.state_dict()["param_groups"]
+    groups = [{**group, **saved} for group, saved in zip(fresh, values["groups"], strict=True)]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _flush(path: Path) -> None:

@@ -211,7 +211,7 @@ class Loop:
                     images, labels = mixup(images, labels)
                 logits = wrapped(images)
                 inputs = (images,) if self.distilled is not None else ()
-                loss = loss_of(logits.float(), labels, *inputs)
+                loss = loss_of(logits.float() if half else logits, labels, *inputs)
             optimizer.zero_grad()
             self.accelerator.backward(loss)
             if self.fit.clip is not None:
