@@ -20,6 +20,7 @@ from gohsp.data import Images, open_images
 from gohsp.demo.progress import Steps, each
 from gohsp.mask import write_json
 from gohsp.recipe import Recipe
+from gohsp.train import make_accelerator
 from gohsp.training.evaluation import evaluate as measure
 
 CALIBRATION_BATCH = 32
@@ -88,12 +89,10 @@ def prune(work: Work) -> None:
 
 def train(work: Work) -> None:
     """Train what was pruned (pruning first where that was not done), or prune while training; write model/."""
-    from accelerate import PartialState  # before any work: processes of one run wait for the first to prune
-
-    state, run, recipe = PartialState(), work.run, work.recipe
+    state, run, recipe = make_accelerator(), work.run, work.recipe
     if state.is_main_process and not _is_saved(run.pruned):
         prune(work)
-    state.wait_for_everyone()
+    state.wait_for_everyone()  # the first process prunes, for all
     model, images = work.open()
     start = model if recipe.admm is not None else gohsp.load(run.pruned)
     while_pruning: dict[str, Any] = {}

@@ -72,9 +72,9 @@ def train(
     plan=gohsp.prune(dense, ...))`` goes through all stages: ADMM with a soft mask, with the counts that the plan gives
     each block; a hard mask; fine-tuning. ``train(dense, data)`` trains the dense model, to compare with.
 
-    Every process of a run started by ``accelerate launch`` calls this alike. A run that has a directory goes on where
-    its checkpoint is; killed at any moment and called again, it ends with the weights that it would have ended with (on
-    a CPU to the bit; on a GPU as far as its kernels repeat themselves).
+    Every process of a run that ``accelerate launch`` or ``torchrun`` started calls this alike. A run that has a
+    directory goes on where its checkpoint is; killed at any moment and called again, it ends with the weights that it
+    would have ended with (on a CPU to the bit; on a GPU as far as its kernels repeat themselves).
 
     Args:
         start: What :func:`gohsp.prune` gave, a compressed model, or a dense timm vision transformer. It is not changed.
@@ -100,7 +100,7 @@ def train(
     """
     from gohsp.training.loop import Loop, Stage
 
-    accelerator, fit = _accelerator(), fit or Fit()
+    accelerator, fit = make_accelerator(), fit or Fit()
     model, mask = _start(start)
     _check(model, admm, plan, distill, teacher)
     loop = Loop(
@@ -132,12 +132,18 @@ def train(
     return TrainResult(model.eval(), mask, loop.history)
 
 
-def _accelerator() -> Accelerator:
+def make_accelerator() -> Accelerator:
+    """Return Accelerate's view of this process and of those that it shares a run with.
+
+    Raises:
+        ImportError: Accelerate is not installed.
+    """
     try:
         from accelerate import Accelerator
     except ImportError as error:
         raise ImportError("gohsp.train works on Accelerate; install it: pip install 'gohsp[train]'") from error
-    return Accelerator()
+    # Told nothing, Accelerate takes processes without a GPU for as many runs of one process each.
+    return Accelerator(cpu=not torch.accelerator.is_available())
 
 
 def _start(start: PruneResult | nn.Module) -> tuple[nn.Module, ModelMask]:

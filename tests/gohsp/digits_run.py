@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small training run on scikit-learn's digits through all stages, and ways of interrupting it.
 
-Run as a script it is one process of a run that several share: ``digits_run.py FOLDER``, under Accelerate's launcher.
+Run as a script it is one process of a run that several share: ``digits_run.py FOLDER``, under a launcher.
 """
 
 from __future__ import annotations

@@ -204,11 +204,9 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path: Path) -> N
 
 
 def test_two_processes_over_gloo_end_where_one_does(tmp_path: Path) -> None:
-    """The same batches, shared by two processes under Accelerate's launcher, in float64 to make a difference show."""
-    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
-    port = str(20000 + os.getpid() % 20000)
-    options = ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port)
-    told = script(*launch, *options, HERE / "digits_run.py", tmp_path)
+    """The same batches, shared by two processes that torch's launcher starts, in float64 to make a difference show."""
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    told = script(*launch, HERE / "digits_run.py", tmp_path)
     assert all(f"process {process} of 2 over gloo" in told for process in range(2))
     alone = runs.run(None, dtype=torch.float64)
     together = runs.final_weights(tmp_path)

@@ -106,7 +106,8 @@ def test_the_multiplier_stays_while_rho_grows(model: Any) -> None:
 def test_the_residual_is_the_distance_over_the_norm_and_ends_the_stage(model: Any) -> None:
     admm = make(model, tolerance=0.05, anneal=0.5)
     gap = admm.project(1.0)
-    squares = [((p.weight - p.z).square().sum(), p.weight.square().sum()) for p in admm.splits]
+    weights = [(part.weight.detach(), part.z) for part in admm.splits]
+    squares = [((w - z).square().sum(), w.square().sum()) for w, z in weights]
     wanted = (sum(a for a, _ in squares) / sum(b for _, b in squares)) ** 0.5
     assert gap == pytest.approx(float(wanted), rel=1e-12) and not admm.converged
     with torch.no_grad():

@@ -79,29 +79,26 @@ def read(path: Path) -> Checkpoint:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split the state of an optimiser into tensors by ``parameter.name`` and plain values.
+    """Split the state of an optimiser into tensors and plain values, by ``state.parameter.name``.
 
-    The values of its groups of parameters are among them: some optimisers count their steps there.
+    What its groups of parameters hold is there as ``group.number.name``: some optimisers count their steps there.
 
     Raises:
-        ValueError: It holds something that is neither a tensor nor a plain value.
+        ValueError: The state holds something that is neither a tensor nor a plain value.
     """
-    state = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
-    for parameter, entries in state["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, Tensor):
-                tensors[f"{parameter}.{name}"] = value
-            elif _is_plain(value):
-                values[f"{parameter}.{name}"] = value
-            else:
-                raise ValueError(
-                    f"optimizer: wanted one whose state is tensors and numbers, to save it; "
-                    f"{type(optimizer).__name__} keeps a {type(value).__name__} as {name!r}"
-                )
-    groups = [{name: value for name, value in group.items() if _is_plain(value)} for group in state["param_groups"]]
-    return tensors, {"state": values, "groups": groups}
+    whole = optimizer.state_dict()
+    named = {f"group.{i}.{name}": v for i, group in enumerate(whole["param_groups"]) for name, v in group.items()}
+    # Settings that are no single numbers, such as betas, are those that the optimiser is made with again.
+    named = {key: value for key, value in named.items() if isinstance(value, Tensor) or _is_plain(value)}
+    named |= {f"state.{p}.{name}": value for p, entries in whole["state"].items() for name, value in entries.items()}
+    tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
+    values = {key: value for key, value in named.items() if key not in tensors}
+    if other := sorted(f"{key} ({type(value).__name__})" for key, value in values.items() if not _is_plain(value)):
+        raise ValueError(
+            f"optimizer: wanted one whose state is tensors and numbers, to save it; {type(optimizer).__name__} keeps "
+            + ", ".join(other)
+        )
+    return tensors, values
 
 
 def unpack_optimizer(
@@ -109,11 +106,10 @@ def unpack_optimizer(
 ) -> None:
     """Give a fresh optimiser, made with the same settings, the state that :func:`pack_optimizer` took apart."""
     state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **values["state"]}.items():
-        parameter, _, name = key.partition(".")
-        state.setdefault(int(parameter), {})[name] = value
-    fresh = optimizer.state_dict()["param_groups"]
-    groups = [{**group, **saved} for group, saved in zip(fresh, values["groups"], strict=True)]
+    groups = optimizer.state_dict()["param_groups"]
+    for key, value in {**tensors, **values}.items():
+        part, number, name = key.split(".", 2)
+        (groups[int(number)] if part == "group" else state.setdefault(int(number), {}))[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -130,11 +130,10 @@ class Loop:
             if epoch_ends or done:
                 row = {"stage": stage.name, "epoch": -(-step // per_epoch), "step": step}
                 row |= {"loss": losses.mean(step % per_epoch or per_epoch), "lr": optimizer.param_groups[0]["lr"]}
-                row |= {} if admm is None else admm.values()
-                row |= self._test(model if admm is None else compress(model, admm.mask()))
-                self.history.append({**row, "seconds": round(time.perf_counter() - started, 3)})
-                started = time.perf_counter()
+                row |= self._measure(model, admm) | {"seconds": round(time.perf_counter() - started, 3)}
+                self.history.append(row)
                 losses.reset()
+                started = time.perf_counter()
             if epoch_ends or done or (self.checkpoint_steps and step % self.checkpoint_steps == 0):
                 self._save(Checkpoint(stage.name, step, done, *_state(model, optimizer, admm)), losses.total())
             if self.on_step is not None:
@@ -223,11 +222,14 @@ class Loop:
 
         return update
 
-    def _test(self, model: nn.Module) -> dict[str, float]:
+    def _measure(self, model: nn.Module, admm: SoftMaskAdmm | None) -> dict[str, float]:
+        """Return where ADMM stands, and what the model, cut to its mask, does on the test images."""
+        row = {} if admm is None else admm.values()
         if self.test is None:
-            return {}
-        found = evaluate(model, self.test, workers=self.workers, accelerator=self.accelerator)
-        return {"test_loss": found["loss"], "top1": found["top1"]}
+            return row
+        small = model if admm is None else compress(model, admm.mask())
+        found = evaluate(small, self.test, workers=self.workers, accelerator=self.accelerator)
+        return {**row, "test_loss": found["loss"], "top1": found["top1"]}
 
     def _save(self, state: Checkpoint, loss: float) -> None:
         if self.directory is None or not self.accelerator.is_main_process:
