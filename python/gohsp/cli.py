@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -261,7 +262,8 @@ def _work(verb: str, out: Path, recipe: Path | None, changes: dict[str, Any]) ->
     from gohsp import commands
     from gohsp.artefacts import Run
 
-    console = Console()
+    # Of the processes that share a run, the first speaks.
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     with _one_line_errors(verb, console):
         run = Run(out)
         do: Callable[[Work], None] = getattr(commands, verb)

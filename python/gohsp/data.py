@@ -191,20 +191,24 @@ def _torchvision(name: str, root: Path) -> tuple[Any, Any, int | None]:
 
 
 def _timm(name: str, root: Path) -> tuple[Any, Any, int | None]:
-    try:
-        train, test = (
-            create_dataset(name, root=str(root), split=split, is_training=split == "train", download=True)
-            for split in ("train", "validation")
-        )
-    except ImportError as error:
-        raise ImportError(f"data: {name} needs a package that is not installed: {error}") from error
-    except (RuntimeError, OSError, ValueError, AssertionError) as error:
-        raise ValueError(f"data: timm could not open {name}: {error}") from error
+    train, test = (_timm_part(name, root, splits) for splits in (("train",), ("validation", "test")))
     for part in (train, test):
         if not hasattr(part, "__getitem__"):
             raise ValueError(f"data: wanted a data set with random access, which {name} has not")
     names = getattr(getattr(train, "reader", None), "class_to_idx", None)
     return train, test, len(names) if names else None
+
+
+def _timm_part(name: str, root: Path, splits: tuple[str, ...]) -> Any:
+    """Return the first of some splits that there is."""
+    for split in splits:
+        try:
+            return create_dataset(name, root=str(root), split=split, is_training=split == "train", download=True)
+        except ImportError as error:
+            raise ImportError(f"data: {name} needs a package that is not installed: {error}") from error
+        except (RuntimeError, OSError, ValueError, AssertionError) as error:
+            reason = error
+    raise ValueError(f"data: timm could not open the split {' or '.join(splits)} of {name}: {reason}") from reason
 
 
 class Digits:

@@ -103,13 +103,15 @@ def train(
     accelerator, fit = make_accelerator(), fit or Fit()
     model, mask = _start(start)
     _check(model, admm, plan, distill, teacher)
+    scores = _scores(plan, importance)
+    wanted = plan.mask if isinstance(plan, PruneResult) else plan or mask
     loop = Loop(
         accelerator=accelerator,
         data=data,
         test=test,
         fit=fit,
         seed=seed,
-        settings=_settings(model, plan or mask, (fit, admm, distill), seed, len(data)),
+        settings=_settings(model, wanted, scores, (fit, admm, distill), seed, len(data)),
         distilled=_distilled(model if teacher is None else teacher, distill, accelerator.device),
         directory=None if directory is None else Path(directory),
         checkpoint_steps=checkpoint_steps,
@@ -117,10 +119,9 @@ def train(
         on_step=on_step if accelerator.is_main_process else None,
     )
     saved = loop.find_checkpoint()
-    if admm is not None and plan is not None:
+    if admm is not None:
         if saved is None or saved.stage == "admm":
-            model = model.to(accelerator.device)
-            pruner = _pruner(model, plan, importance, admm, accelerator)
+            pruner = _pruner(model, wanted, scores, admm, accelerator)
             loop.run(Stage("admm", admm.epochs, admm.lr or fit.lr), model, saved, pruner)
             saved, mask = None, pruner.mask()
         else:
@@ -187,37 +188,39 @@ def _distilled(
     return lambda loss: Distilled(loss, frozen, settings)
 
 
+def _scores(plan: PruneResult | ModelMask | None, importance: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    if plan is None:
+        return ()
+    if importance is not None:
+        return importance
+    if not isinstance(plan, PruneResult):
+        raise ValueError("importance: wanted scores (gohsp.rank_heads), because a bare mask as plan has none")
+    return plan.report.importance
+
+
 def _pruner(
-    model: nn.Module,
-    plan: PruneResult | ModelMask,
-    importance: Sequence[Tensor] | None,
-    settings: Admm,
-    accelerator: Accelerator,
+    model: nn.Module, mask: ModelMask, importance: Sequence[Tensor], settings: Admm, accelerator: Accelerator
 ) -> SoftMaskAdmm:
     from accelerate.utils import broadcast
 
     from gohsp.training.admm import SoftMaskAdmm
 
-    if importance is None:
-        if not isinstance(plan, PruneResult):
-            raise ValueError("importance: wanted scores (gohsp.rank_heads), because a bare mask as plan has none")
-        importance = plan.report.importance
-    mask = plan.mask if isinstance(plan, PruneResult) else plan
-    return SoftMaskAdmm(model, mask, importance, settings, agree=broadcast)
+    return SoftMaskAdmm(model.to(accelerator.device), mask, importance, settings, agree=broadcast)
 
 
 def _settings(
     model: nn.Module,
-    plan: PruneResult | ModelMask,
+    mask: ModelMask,
+    importance: Sequence[Tensor],
     sections: tuple[Fit, Admm | None, Distillation | None],
     seed: int,
     images: int,
 ) -> dict[str, Any]:
     """Return what decides how a run ends, by the name under which a user knows it."""
-    mask = plan.mask if isinstance(plan, PruneResult) else plan
     fit, admm, distill = (None if part is None else part.model_dump(mode="json") for part in sections)
     named = {"fit": fit, "admm": admm, "distill": distill, "seed": seed, "number of images": images}
-    return {**named, "mask": mask.to_dict(), "start": _digest(model)}
+    scores = [block.tolist() for block in importance]
+    return {**named, "mask": mask.to_dict(), "importance": scores, "start": _digest(model)}
 
 
 def _digest(model: nn.Module) -> str:
