@@ -13,7 +13,18 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
-from bench import accuracy, contenders, contention, end_to_end, environment, kernels, proportion, roofline, sublayers, training
+from bench import (
+    accuracy,
+    contenders,
+    contention,
+    end_to_end,
+    environment,
+    kernels,
+    proportion,
+    roofline,
+    sublayers,
+    training,
+)
 from bench.cases import Case
 from bench.environment import Settings, available_cores
 from bench.store import DEFAULT_PATH
@@ -165,6 +176,14 @@ def proportion_command(
     model: Annotated[str, typer.Option(help="timm name.")] = MODEL[0],
     preset: Presets = ["5x1248", "4x960", "3x768", "2x480", "ragged:0.8", "ragged:0.6"],  # noqa: B006 (typer copies it)
     batch: Batches = BATCH,
+    threads: Threads = THREADS,
+    rounds: Rounds = ROUNDS,
+    out: Out = DEFAULT_PATH,
+) -> None:
+    """Whether gohsp's time falls in proportion to the multiply-accumulates that are removed."""
+    _finish(proportion.run(model, preset, batch, _settings(threads, rounds, out)))
+
+
 @app.command("training", cls=SpreadCommand)
 def training_command(
     model: Models = MODEL,
@@ -175,8 +194,6 @@ def training_command(
     rounds: Rounds = ROUNDS,
     out: Out = DEFAULT_PATH,
 ) -> None:
-    """Whether gohsp's time falls in proportion to the multiply-accumulates that are removed."""
-    _finish(proportion.run(model, preset, batch, _settings(threads, rounds, out)))
     """A step of fine-tuning: the compact model against the dense one, masked and not."""
     _finish(training.run(_cases(model, preset, image_size), batch, _settings(threads, rounds, out)))
 
