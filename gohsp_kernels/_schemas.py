@@ -38,9 +38,10 @@ PUBLIC = {
     ),
 }
 
-# widths is int64 [2, heads]: QK widths, then V widths. qk_norm is [4, head width]: weight and bias of q, then of k.
+# Panels are float32, or int8 for the bytes of int8 matrices. widths is int64 [2, heads]: QK widths, then V widths. qk_norm is [4, head width]: weight and bias of q, then of k.
 NATIVE = {
     "cpu_pack": "(Tensor weight, Tensor? bias) -> Tensor",
+    "cpu_pack_int8": "(Tensor weight, Tensor scales, Tensor? bias) -> Tensor",
     "cpu_linear": (
         "(Tensor x, Tensor panels, Tensor? in_cols, Tensor? out_cols, int kept_outputs, int out_features, "
         "int activation) -> Tensor"
@@ -102,6 +103,11 @@ def _cpu_attention(qkv: Tensor, *rest: Any) -> Tensor:
 def _cpu_pack(weight: Tensor, bias: Tensor | None) -> Tensor:
     # The true size depends on the instruction set that the library picked; nothing that is traced packs weights.
     return weight.new_empty(weight.shape[0] * (weight.shape[1] + 1))
+
+
+@_fake("cpu_pack_int8")
+def _cpu_pack_int8(weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    return weight.new_empty(weight.shape[0] * (weight.shape[1] + 12))
 
 
 def register(implementations: dict[str, Callable[..., Tensor]]) -> torch.library.Library:

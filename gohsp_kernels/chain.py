@@ -74,18 +74,25 @@ class SublayerChain:
                 return self._on_cpu(x, queries)
         return self._one_by_one(x, queries, backend)
 
-    def frozen(self, features: int) -> FrozenChain:
+    def frozen(self, features: int, weights: str = "float32") -> FrozenChain:
         """The chain as it is now, packed for the CPU backend and free of the tensors that it was made from.
 
         Args:
             features: width of the residual stream.
+            weights: "float32", or "int8": weights of 8 bits with one scale an output, and activations that become 8
+                bits row by row where they meet such weights. Norms, attention and residual stay in float32.
 
         Raises:
-            ValueError: for arguments that do not fit together.
+            ValueError: for arguments that do not fit together, or for weights of another name.
             RuntimeError: if the CPU backend cannot run here.
         """
+        if weights not in cpu.WEIGHTS:
+            raise wrong("weights", f"one of {', '.join(map(repr, cpu.WEIGHTS))}", repr(weights))
         dispatch.choose("cpu", torch.device("cpu"), torch.float32, False)
-        return FrozenChain(features, tuple(self._pack(features).current()))
+        if weights == "float32":
+            return FrozenChain(features, tuple(self._pack(features).current()))
+        # Not through the cache, which would hold what only the frozen chain needs.
+        return FrozenChain(features, tuple(_describe(features, s).pack(weights) for s in self._sublayers))
 
     def _pack(self, features: int) -> cpu.PackedChain:
         if self._packed is None or self._packed.features != features:

@@ -21,28 +21,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, reference
 from ._cache import PackedCache
 
 ACTIVATION_IDS = {"identity": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4, "quick_gelu": 5}
 """Numbers of the activations; the same as in csrc/cpu/kernels.h."""
+
+WEIGHTS = ("float32", "int8")
+"""Forms that the weights of packed sublayers can have. int8: see :func:`gohsp_kernels.reference.int8_linear`."""
 
 _ATTENTION, _MLP = 0, 1  # kinds of sublayer in a layout
 _RUNS_ON = (torch.float32, "cpu")
 
 
 def capability() -> str:
-    """Name of the instruction set that the native library picked: scalar, avx2, avx512 or neon.
+    """Name of the instruction set that the native library picked: scalar, avx2, avx512, avx512vnni or neon.
 
     Raises:
         RuntimeError: if the native library cannot be loaded.
     """
+    return str(_ask_library("gohsp_cpu_capability", ctypes.c_char_p).decode())
+
+
+def activation_levels() -> int:
+    """Largest integer that an activation becomes where it meets int8 weights: 255, or 127 where the instruction set
+    would saturate (AVX2, and AVX-512 without VNNI).
+
+    Raises:
+        RuntimeError: if the native library cannot be loaded.
+    """
+    return int(_ask_library("gohsp_cpu_activation_levels", ctypes.c_int64))
+
+
+def _ask_library(name: str, kind: Any) -> Any:
     native = _native.load()
     if not native:
         raise RuntimeError(native.reason)
-    name = ctypes.CDLL(str(native.path)).gohsp_cpu_capability
-    name.restype = ctypes.c_char_p
-    return str(name().decode())
+    function = getattr(ctypes.CDLL(str(native.path)), name)
+    function.restype = kind
+    return function()
 
 
 _cache = PackedCache()
@@ -58,10 +75,11 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float64)
 
 
-def _panels(weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.gohsp_kernels.cpu_pack(
-        weight.to(torch.float32).contiguous(), None if bias is None else bias.to(torch.float32).contiguous()
-    )
+def _panels(weight: Tensor, bias: Tensor | None, weights: str = "float32") -> Tensor:
+    constant = None if bias is None else bias.to(torch.float32).contiguous()
+    if weights == "int8":
+        return torch.ops.gohsp_kernels.cpu_pack_int8(*reference.quantise_weight(weight), constant)
+    return torch.ops.gohsp_kernels.cpu_pack(weight.to(torch.float32).contiguous(), constant)
 
 
 def _fold_norm(
@@ -108,7 +126,8 @@ class PackedSublayer:
     """An attention or MLP sublayer ready for the CPU kernel.
 
     Attributes:
-        panels: float32, its packed matrices one behind the other, then the affine parts of the q and k norms.
+        panels: its packed matrices one behind the other, then the affine parts of the q and k norms; float32, or int8
+            for the bytes of int8 matrices.
         layout: int64, kind and sizes, then widths and kept columns; csrc/torch/cpu_ops.cpp reads it in this order.
         constants: eps, eps of the q and k norms, softmax scale.
     """
@@ -138,6 +157,50 @@ def _widths(qk_widths: Sequence[int], v_widths: Sequence[int]) -> Tensor:
     return torch.tensor([list(qk_widths), list(v_widths)], dtype=torch.int64).reshape(2, len(qk_widths))
 
 
+@dataclass(frozen=True)
+class FoldedAttention:
+    """The matrices of an attention sublayer, float64, with all constants folded in that can be.
+
+    Attributes:
+        qkv, qkv_bias, proj, proj_bias: They need no LayerNorm weights and no layer scale any more.
+        scale: What is left of the softmax scale.
+    """
+
+    qkv: Tensor
+    qkv_bias: Tensor
+    proj: Tensor
+    proj_bias: Tensor
+    scale: float
+
+
+def fold_attention(
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    in_cols: Tensor | None,
+    n_qk: int,
+    scale: float,
+    has_qk_norm: bool,
+) -> FoldedAttention:
+    """Fold the constants of an attention sublayer; ``n_qk`` is the sum of its QK widths."""
+    qkv, constant = _fold_norm(qkv_weight, qkv_bias, norm_weight, norm_bias, in_cols)
+    proj, proj_constant = _double(proj_weight), None if proj_bias is None else _double(proj_bias)
+    v_constant = constant[2 * n_qk :].clone()
+    constant[2 * n_qk :] = 0
+    proj_constant = proj @ v_constant if proj_constant is None else proj_constant + proj @ v_constant
+    if not has_qk_norm:
+        qkv[:n_qk] *= scale
+        constant[:n_qk] *= scale
+        constant[n_qk : 2 * n_qk] = 0
+    if layer_scale is not None:
+        proj, proj_constant = proj * _double(layer_scale)[:, None], proj_constant * _double(layer_scale)
+    return FoldedAttention(qkv, constant, proj, proj_constant, scale if has_qk_norm else 1.0)
+
+
 def pack_attention(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -157,31 +220,55 @@ def pack_attention(
     scale: float,
     eps: float,
     qk_eps: float,
+    weights: str = "float32",
 ) -> PackedSublayer:
-    """Fold the constants of an attention sublayer and pack its two matrices. Arguments as attention_sublayer."""
+    """Fold the constants of an attention sublayer and pack its two matrices. Arguments as attention_sublayer, then one
+    of :data:`WEIGHTS`."""
     n_qk = sum(qk_widths)
-    qkv, constant = _fold_norm(qkv_weight, qkv_bias, norm_weight, norm_bias, in_cols)
-    proj, proj_constant = _double(proj_weight), None if proj_bias is None else _double(proj_bias)
-    v_constant = constant[2 * n_qk :].clone()
-    constant[2 * n_qk :] = 0
-    proj_constant = proj @ v_constant if proj_constant is None else proj_constant + proj @ v_constant
     qk_norm = _qk_norm_table(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias) if qk_widths else None
-    if qk_norm is None:
-        qkv[:n_qk] *= scale
-        constant[:n_qk] *= scale
-        constant[n_qk : 2 * n_qk] = 0
-    proj, proj_constant = _fold_layer_scale(proj, proj_constant, layer_scale)
-    panels = [_panels(qkv[rows], constant[rows]) for rows in _qkv_rows(n_qk)] + [_panels(proj, proj_constant)]
+    folded = fold_attention(
+        norm_weight,
+        norm_bias,
+        qkv_weight,
+        qkv_bias,
+        proj_weight,
+        proj_bias,
+        layer_scale,
+        in_cols,
+        n_qk,
+        scale,
+        qk_norm is not None,
+    )
+    panels = [_panels(folded.qkv[rows], folded.qkv_bias[rows], weights) for rows in _qkv_rows(n_qk)]
+    panels.append(_panels(folded.proj, folded.proj_bias, weights))
     if qk_norm is not None:
-        panels.append(qk_norm.flatten())
+        panels.append(qk_norm.flatten().view(panels[0].dtype))
     layout = [_ATTENTION, len(qk_widths), int(qk_norm is not None), *_columns(in_cols), *_columns(out_cols)]
-    constants = (eps, qk_eps, 1.0 if qk_norm is None else scale)
+    constants = (eps, qk_eps, folded.scale)
     return PackedSublayer(torch.cat(panels), torch.tensor([*layout, *qk_widths, *v_widths]), constants)
 
 
 def _qkv_rows(n_qk: int) -> tuple[slice, slice, slice]:
     """Rows of q, k and v in a qkv matrix."""
     return slice(0, n_qk), slice(n_qk, 2 * n_qk), slice(2 * n_qk, None)
+
+
+def fold_mlp(
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    in_cols: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """fc1, its bias, fc2 and its bias, float64, with LayerNorm's affine part and layer scale folded in."""
+    fc2_constant = None if fc2_bias is None else _double(fc2_bias)
+    return (
+        *_fold_norm(fc1_weight, fc1_bias, norm_weight, norm_bias, in_cols),
+        *_fold_layer_scale(_double(fc2_weight), fc2_constant, layer_scale),
+    )
 
 
 def pack_mlp(
@@ -196,14 +283,15 @@ def pack_mlp(
     out_cols: Tensor | None,
     activation: str,
     eps: float,
+    weights: str = "float32",
 ) -> PackedSublayer:
-    """Fold the constants of an MLP sublayer and pack its two matrices. Arguments as mlp_sublayer."""
-    fc1, fc1_constant = _fold_norm(fc1_weight, fc1_bias, norm_weight, norm_bias, in_cols)
-    fc2, fc2_constant = _fold_layer_scale(
-        _double(fc2_weight), None if fc2_bias is None else _double(fc2_bias), layer_scale
+    """Fold the constants of an MLP sublayer and pack its two matrices. Arguments as mlp_sublayer, then one of
+    :data:`WEIGHTS`."""
+    fc1, fc1_constant, fc2, fc2_constant = fold_mlp(
+        norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, in_cols
     )
     layout = [_MLP, fc1.shape[0], ACTIVATION_IDS[activation], *_columns(in_cols), *_columns(out_cols)]
-    panels = torch.cat([_panels(fc1, fc1_constant), _panels(fc2, fc2_constant)])
+    panels = torch.cat([_panels(fc1, fc1_constant, weights), _panels(fc2, fc2_constant, weights)])
     return PackedSublayer(panels, torch.tensor(layout), (eps, 0.0, 1.0))
 
 
@@ -270,15 +358,15 @@ class Sublayer:
     check: Callable[[], None]
 
     def packed(self) -> PackedSublayer:
-        """The packed form, from the cache or made now."""
-
-        def pack() -> PackedSublayer:
-            self.check()
-            _check_weights(self.tensors)
-            return _PACK[self.name](*self.tensors, *self.constants)
-
+        """The packed form in float32, from the cache or made now."""
         # The key is qkv_weight or fc1_weight: of all the tensors the one that is never None.
-        return _cache.get(self.tensors[2], self.tensors, self.constants, pack)
+        return _cache.get(self.tensors[2], self.tensors, self.constants, self.pack)
+
+    def pack(self, weights: str = "float32") -> PackedSublayer:
+        """A packed form that no cache holds, with weights of one of :data:`WEIGHTS`."""
+        self.check()
+        _check_weights(self.tensors)
+        return _PACK[self.name](*self.tensors, *self.constants, weights)
 
 
 _PACK: dict[str, Callable[..., PackedSublayer]] = {"attention_sublayer": pack_attention, "mlp_sublayer": pack_mlp}

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,10 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 """Activations that the operators know, by name."""
+
+
+Linear = Callable[[Tensor, Tensor, Any], Tensor]
+"""x, weight, bias -> x W^T + b"""
 
 
 def gather_columns(x: Tensor, cols: Tensor | None) -> Tensor:
@@ -48,6 +54,58 @@ def packed_linear(
     """Gather, matrix product, bias, activation, scatter. See :func:`gohsp_kernels.packed_linear`."""
     y = ACTIVATIONS[activation](F.linear(gather_columns(x, in_cols), weight, bias))
     return scatter_columns(y, out_cols, out_features)
+
+
+def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight [n, k] as int8 values in [-127, 127] and one float32 scale an output [n]: weight = value * scale."""
+    largest = weight.abs().amax(dim=1) if weight.shape[1] else weight.new_zeros(weight.shape[0])
+    scales = (largest / 127).to(torch.float32)
+    divisors = torch.where(scales == 0, 1, scales).to(weight.dtype)
+    values = (weight / divisors[:, None]).round().clamp(-127, 127)
+    return values.nan_to_num().to(torch.int8), scales
+
+
+def quantise_rows(x: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of x [..., k] as integers in [0, levels], and a zero point and a scale a row: x = (value - zero) * scale.
+
+    A row's range is stretched to contain 0. One below 1e-30 counts as none: scale and values are 0.
+
+    Returns:
+        values [..., k] and zeros [..., 1], integers as float64; scales [..., 1], float32; NaN for a row that is not
+        finite.
+    """
+    x = x.to(torch.float32)
+    if x.shape[-1] == 0:
+        nothing = x.new_zeros(*x.shape[:-1], 1)
+        return x.double(), nothing.double(), nothing
+    low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
+    span = high - low
+    flat = span < 1e-30
+    inverse = torch.where(flat, 0, levels / span).double()
+    zeros = (-low.double() * inverse).round()
+    values = (x.double() * inverse + zeros).round().clamp(0, levels)
+    return values, zeros, torch.where(flat, 0, span / levels)
+
+
+def int8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int = 255) -> Tensor:
+    """What the CPU backend computes with int8 weights: integer products, exactly summed, then scaled.
+
+    Weights are quantised symmetrically, output by output; activations with a zero point, row by row, as the call
+    finds them. This is post-training quantisation with dynamic activations, no calibration.
+
+    Args:
+        x: [..., k].
+        weight: [n, k], not yet quantised.
+        bias: [n] or None.
+        levels: largest integer that an activation becomes; see :func:`gohsp_kernels.cpu.activation_levels`.
+
+    Returns:
+        [..., n] in the dtype of x.
+    """
+    values, zeros, scales = quantise_rows(x, levels)
+    weight_values, weight_scales = quantise_weight(weight)
+    y = F.linear(values - zeros, weight_values.double()) * (scales * weight_scales).double()
+    return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
 def _norm_channels(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -142,10 +200,11 @@ def attention_sublayer(
     eps: float,
     qk_eps: float,
     num_queries: int,
+    linear: Linear = F.linear,
 ) -> Tensor:
     """LayerNorm, attention, layer scale, residual. See :func:`gohsp_kernels.attention_sublayer`."""
     normed = gather_columns(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), in_cols)
-    qkv = F.linear(normed, qkv_weight, qkv_bias)
+    qkv = linear(normed, qkv_weight, qkv_bias)
     heads = ragged_attention(
         qkv,
         q_norm_weight,
@@ -158,7 +217,7 @@ def attention_sublayer(
         qk_eps,
         num_queries,
     )
-    return _residual_add(x[:, :num_queries], F.linear(heads, proj_weight, proj_bias), layer_scale, out_cols)
+    return _residual_add(x[:, :num_queries], linear(heads, proj_weight, proj_bias), layer_scale, out_cols)
 
 
 def mlp_sublayer(
@@ -174,8 +233,9 @@ def mlp_sublayer(
     out_cols: Tensor | None,
     activation: str,
     eps: float,
+    linear: Linear = F.linear,
 ) -> Tensor:
     """LayerNorm, MLP, layer scale, residual. See :func:`gohsp_kernels.mlp_sublayer`."""
     normed = gather_columns(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), in_cols)
-    hidden = ACTIVATIONS[activation](F.linear(normed, fc1_weight, fc1_bias))
-    return _residual_add(x, F.linear(hidden, fc2_weight, fc2_bias), layer_scale, out_cols)
+    hidden = ACTIVATIONS[activation](linear(normed, fc1_weight, fc1_bias))
+    return _residual_add(x, linear(hidden, fc2_weight, fc2_bias), layer_scale, out_cols)

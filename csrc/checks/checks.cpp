@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -23,9 +25,26 @@ const gohsp::KernelTable& table(const std::string& name) {
 
 std::vector<std::string> capabilities() {
   std::vector<std::string> names;
-  for (const char* name : {"scalar", "avx2", "avx512", "neon"})
+  for (const char* name : {"scalar", "avx2", "avx512", "avx512vnni", "neon"})
     if (gohsp::kernels(name) != nullptr) names.emplace_back(name);
   return names;
+}
+
+using Bytes = py::array_t<int8_t, py::array::c_style | py::array::forcecast>;
+
+Floats product_int8(const std::string& capability, const Floats& x, const Bytes& weight, const Floats& scales,
+                    const Floats& bias) {
+  if (x.ndim() != 2 || weight.ndim() != 2 || x.shape(1) != weight.shape(1))
+    throw py::value_error("x, weight: wanted [rows, k] and [n, k]");
+  const int64_t rows = x.shape(0), n = weight.shape(0), k = weight.shape(1);
+  if (scales.size() != n || bias.size() != n) throw py::value_error("scales, bias: wanted one for each output");
+  const gohsp::KernelTable& kernels = table(capability);
+  std::vector<int32_t> panels(kernels.packed_size_int8(n, k) / sizeof(int32_t));
+  kernels.pack_int8(weight.data(), scales.data(), bias.data(), n, k, panels.data());
+  Floats y({rows, n});
+  std::fill_n(y.mutable_data(), rows * n, std::numeric_limits<float>::quiet_NaN());
+  kernels.product_int8({panels.data(), n, k, gohsp::Weights::int8}, x.data(), rows, y.mutable_data());
+  return y;
 }
 
 Floats activate(const std::string& capability, int64_t activation, const Floats& x) {
@@ -46,6 +65,9 @@ Floats exponential(const std::string& capability, const Floats& x) {
 PYBIND11_MODULE(_checks, m) {
   m.doc() = "The torch-free CPU kernels, for tests.";
   m.def("capabilities", &capabilities, "Instruction sets that this build and this machine have.");
+  m.def("activation_levels", [](const std::string& capability) { return table(capability).activation_levels; });
+  m.def("product_int8", &product_int8, py::arg("capability"), py::arg("x"), py::arg("weight"), py::arg("scales"),
+        py::arg("bias"), "x W^T + b with activations and weights in 8 bits, into an array that held NaN before.");
   m.def("activate", &activate, py::arg("capability"), py::arg("activation"), py::arg("x"));
   m.def("exponential", &exponential, py::arg("capability"), py::arg("x"));
 }

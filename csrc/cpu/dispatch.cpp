@@ -23,6 +23,9 @@ extern const KernelTable table;
 namespace avx512 {
 extern const KernelTable table;
 }
+namespace avx512vnni {
+extern const KernelTable table;
+}
 #elif defined(__aarch64__)
 namespace neon {
 extern const KernelTable table;
@@ -37,17 +40,25 @@ struct Choice {
 };
 
 // Best first.
-constexpr int kChoices = 3;
+#if defined(__x86_64__)
+constexpr int kChoices = 4;
+#elif defined(__aarch64__)
+constexpr int kChoices = 2;
+#else
+constexpr int kChoices = 1;
+#endif
 const Choice* choices() {
 #if defined(__x86_64__)
+  const bool avx512 = __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0;
   static const Choice list[kChoices] = {
-      {&avx512::table, __builtin_cpu_supports("avx512f") != 0},
+      {&avx512vnni::table, avx512 && __builtin_cpu_supports("avx512vnni") != 0},
+      {&avx512::table, avx512},
       {&avx2::table, __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0},
       {&scalar::table, true}};
 #elif defined(__aarch64__)
-  static const Choice list[kChoices] = {{&neon::table, true}, {&scalar::table, true}, {&scalar::table, true}};
+  static const Choice list[kChoices] = {{&neon::table, true}, {&scalar::table, true}};
 #else
-  static const Choice list[kChoices] = {{&scalar::table, true}, {&scalar::table, true}, {&scalar::table, true}};
+  static const Choice list[kChoices] = {{&scalar::table, true}};
 #endif
   return list;
 }
@@ -62,7 +73,7 @@ const KernelTable& pick() {
   if (table == nullptr)
     throw std::runtime_error(
         "GOHSP_CPU_CAPABILITY: wanted an instruction set that this build and this machine have "
-        "(scalar, avx2, avx512 or neon); got '" +
+        "(scalar, avx2, avx512, avx512vnni or neon); got '" +
         std::string(wanted) + "'");
   return *table;
 }

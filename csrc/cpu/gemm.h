@@ -33,7 +33,9 @@ inline int64_t panel_vectors(int64_t n, int64_t p) { return min(NV, ceil_div(n -
 
 inline int64_t packed_size(int64_t n, int64_t k) { return round_up(n, W) * (k + 1); }
 
-inline const float* panel(const Matrix& w, int64_t p) { return w.panels + p * N * (w.k + 1); }
+inline const float* panel(const Matrix& w, int64_t p) {
+  return static_cast<const float*>(w.panels) + p * N * (w.k + 1);
+}
 
 inline void pack(const float* weight, const float* bias, int64_t n, int64_t k, float* panels) {
   for (int64_t first = 0; first < n; first += N) {
@@ -46,10 +48,12 @@ inline void pack(const float* weight, const float* bias, int64_t n, int64_t k, f
   }
 }
 
-// What to bring into the second-level cache while a tile is computed: `step` floats on for each of its k.
+// What to bring into the second-level cache while a tile is computed: `step` words of 4 bytes on for each step of k.
 struct Ahead {
-  const float* place;
+  const void* place;
   int64_t step;
+
+  void fetch(int64_t k) const { __builtin_prefetch(static_cast<const int32_t*>(place) + k * step, 0, 2); }
 };
 
 // c[0:Rows, 0:Vecs*W] = init + a[0:Rows, 0:k] b[0:k, 0:Vecs*W]
@@ -63,7 +67,7 @@ void tile(const float* a, int64_t lda, const float* b, int64_t ldb, const float*
     for (int64_t v = 0; v < Vecs; ++v) acc[i][v] = load(init + v * W);
 #pragma GCC unroll 4
   for (int64_t kk = 0; kk < k; ++kk, b += ldb) {
-    __builtin_prefetch(ahead.place + kk * ahead.step, 0, 2);
+    ahead.fetch(kk);
     Vec row[Vecs];
 #pragma GCC unroll 32
     for (int64_t v = 0; v < Vecs; ++v) row[v] = load(b + v * W);
@@ -129,11 +133,6 @@ inline void multiply(const float* a, int64_t lda, int64_t rows, const Matrix& w,
       emit(r0, r1 - r0, p * N, min(N, w.n - p * N), c);
     }
   }
-}
-
-template <class Emit>
-inline void multiply(const float* a, int64_t lda, int64_t rows, const Matrix& w, const Emit& emit) {
-  multiply(a, lda, rows, w, 0, panel_count(w.n), emit);
 }
 
 }  // namespace gohsp::GOHSP_ISA

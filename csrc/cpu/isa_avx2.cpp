@@ -5,4 +5,5 @@
 #define GOHSP_LANES 8
 #define GOHSP_TILE_ROWS 6
 #define GOHSP_TILE_VECTORS 2
+#define GOHSP_ACTIVATION_LEVELS 127
 #include "isa.inl"

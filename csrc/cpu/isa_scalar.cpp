@@ -5,4 +5,5 @@
 #define GOHSP_LANES 4
 #define GOHSP_TILE_ROWS 4
 #define GOHSP_TILE_VECTORS 2
+#define GOHSP_ACTIVATION_LEVELS 255
 #include "isa.inl"

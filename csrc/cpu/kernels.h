@@ -11,12 +11,18 @@ namespace gohsp {
 enum class Activation : int64_t { identity, gelu, gelu_tanh, relu, silu, quick_gelu };
 constexpr int64_t kActivations = 6;
 
-// A weight matrix [n, k] with its bias, packed into panels by KernelTable::pack.
+enum class Weights : int64_t { fp32, int8 };
+
+// A weight matrix [n, k] with its bias, packed into panels by KernelTable::pack or pack_int8.
 struct Matrix {
-  const float* panels;
+  const void* panels;
   int64_t n;  // outputs
   int64_t k;  // inputs
+  Weights weights = Weights::fp32;
 };
+
+// Inputs of an int8 matrix at most: 255 * 127 * k must not leave an int32.
+constexpr int64_t kMostInt8Inputs = 65536;
 
 // Kept columns of the residual stream.
 struct Columns {
@@ -71,11 +77,18 @@ struct Parallel {
 };
 
 struct KernelTable {
-  const char* name;  // scalar, avx2, avx512 or neon
+  const char* name;  // scalar, avx2, avx512, avx512vnni or neon
 
   // Floats that a packed [n, k] matrix takes, and the packing. bias may be nullptr.
   int64_t (*packed_size)(int64_t n, int64_t k);
   void (*pack)(const float* weight, const float* bias, int64_t n, int64_t k, float* panels);
+
+  // The same for int8 weights [n, k] with one scale an output. The size is in bytes; panels lie on a multiple of 4.
+  int64_t (*packed_size_int8)(int64_t n, int64_t k);
+  void (*pack_int8)(const int8_t* weight, const float* scales, const float* bias, int64_t n, int64_t k, void* panels);
+
+  // Activations that meet int8 weights become integers from 0 to this, row by row.
+  int64_t activation_levels;
 
   // y = sublayers(x). x: [batch, tokens, features], y: [batch, queries, features].
   void (*sublayers)(const Sublayer* layers, int64_t count, const float* x, float* y, const Shape& shape,
@@ -88,6 +101,9 @@ struct KernelTable {
 
   // Attention proper. qkv: [batch, tokens, sum of widths], y: [batch, queries, sum of v widths].
   void (*attention)(const Heads& heads, const float* qkv, const Shape& shape, float* y, const Parallel& parallel);
+
+  // y = x W^T + b with int8 weights, for tests of its arithmetic. x: [rows, k], y: [rows, n].
+  void (*product_int8)(const Matrix& weight, const float* x, int64_t rows, float* y);
 
   // y[i] = activation(x[i]) and exp(x[i]), for tests of their accuracy.
   void (*apply)(Activation activation, const float* x, int64_t count, float* y);

@@ -81,7 +81,7 @@ inline void linear(const Matrix& weight, const Columns& gather, const Columns& s
     }
     if (scatters) {
       float* own = buffers.out + worker * buffers.rows * buffers.ld_out;
-      store_product(in, ld_in, count, weight, activation, own, buffers.ld_out);
+      store_product(Left(in, ld_in), count, weight, activation, own, buffers.ld_out);
       for (int64_t i = 0; i < count; ++i)
         spread_row(own + i * buffers.ld_out, buffers.scatter, out_features, y + (r0 + i) * out_features);
       return;

@@ -6,7 +6,7 @@
 // call, instead of one scalar move an element.
 #pragma once
 
-#include "gemm.h"
+#include "int8.h"
 
 namespace gohsp::GOHSP_ISA {
 
@@ -97,9 +97,8 @@ inline void activate(Activation activation, float* x, int64_t ldx, int64_t rows,
 }
 
 // y[0:rows, 0:n] = activation(a W^T + b). y may overrun a row by less than a vector.
-inline void store_product(const float* a, int64_t lda, int64_t rows, const Matrix& w, Activation activation, float* y,
-                          int64_t ldy) {
-  multiply(a, lda, rows, w, [=](int64_t r, int64_t count, int64_t n, int64_t columns, float* c) {
+inline void store_product(const Left& a, int64_t rows, const Matrix& w, Activation activation, float* y, int64_t ldy) {
+  multiply(a, rows, w, [=](int64_t r, int64_t count, int64_t n, int64_t columns, float* c) {
     activate(activation, c, N, count, columns);
     for (int64_t i = 0; i < count; ++i)
       for (int64_t j = 0; j < columns; j += W) store(y + (r + i) * ldy + n + j, load(c + i * N + j));

@@ -1,15 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 // The vector type that all kernels are written in, and the functions on it that the hardware has no instruction for.
 //
-// It is the compiler's own vector extension at the width of the instruction set, so one text serves every set and no
-// intrinsic is needed: GCC and Clang turn a * b + c into a fused multiply-add (-ffp-contract=fast), a comparison and
-// selection into blends, a shuffle by a constant or loaded index into the matching permute.
+// It is the compiler's own vector extension at the width of the instruction set, so one text serves every set and
+// almost no intrinsic is needed: GCC and Clang turn a * b + c into a fused multiply-add (-ffp-contract=fast), a
+// comparison and selection into blends, a shuffle by a constant or loaded index into the matching permute. The one
+// thing that they do not find is the dot product of bytes (dot4 below).
 //
 // Each instruction set compiles this text in its own namespace (GOHSP_ISA), and nothing here comes from the standard
 // library: an inline function of it, compiled with AVX-512, could be the copy that the linker keeps for everybody.
 #pragma once
 
 #include <cstdint>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
 
 #ifndef GOHSP_LANES
 #error "include this from one of the isa_*.cpp files, which set GOHSP_ISA and GOHSP_LANES"
@@ -20,6 +27,7 @@ namespace gohsp::GOHSP_ISA {
 constexpr int64_t W = GOHSP_LANES;
 typedef float Vec __attribute__((vector_size(4 * GOHSP_LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * GOHSP_LANES)));
+typedef uint8_t ByteVec __attribute__((vector_size(GOHSP_LANES)));
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -37,6 +45,17 @@ inline IntVec load_ints(const int32_t* p) {
   IntVec v;
   __builtin_memcpy(&v, p, sizeof v);
   return v;
+}
+
+// The low byte of each lane.
+inline void store_bytes(uint8_t* p, IntVec v) {
+  const ByteVec bytes = __builtin_convertvector(v, ByteVec);
+  __builtin_memcpy(p, &bytes, sizeof bytes);
+}
+inline IntVec splat_ints(const void* p) {
+  int32_t s;
+  __builtin_memcpy(&s, p, sizeof s);
+  return s + IntVec{};
 }
 
 // The first n lanes only, for the ragged end of a row that is not ours to overrun; the other lanes read as zero.
@@ -96,12 +115,51 @@ inline float max_lanes(Vec v) {
   return v[0];
 }
 
+// Dot products of bytes: lane by lane, acc plus the sum over the lane's four bytes of activation times weight.
+//
+// Weights are signed, in [-127, 127]. Activations take kLevels + 1 values from kLowest up. Where the instruction adds
+// two products in 16 bits (vpmaddubsw), kLevels is 127, so that 2 * 127 * 127 fits and nothing saturates; elsewhere it
+// is 255. Where the instruction takes two signed operands (sdot), activations begin at -128. Zero points absorb that.
+constexpr int32_t kLevels = GOHSP_ACTIVATION_LEVELS;
+
+#if GOHSP_LANES == 16 && defined(__AVX512VNNI__)
+constexpr int32_t kLowest = 0;
+inline IntVec dot4(IntVec acc, IntVec activations, IntVec weights) {
+  return (IntVec)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)activations, (__m512i)weights);
+}
+#elif GOHSP_LANES == 16 && defined(__AVX512BW__)
+constexpr int32_t kLowest = 0;
+inline IntVec dot4(IntVec acc, IntVec activations, IntVec weights) {
+  const __m512i pairs = _mm512_maddubs_epi16((__m512i)activations, (__m512i)weights);
+  return acc + (IntVec)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+}
+#elif GOHSP_LANES == 8 && defined(__AVX2__)
+constexpr int32_t kLowest = 0;
+inline IntVec dot4(IntVec acc, IntVec activations, IntVec weights) {
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)activations, (__m256i)weights);
+  return acc + (IntVec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#elif GOHSP_LANES == 4 && defined(__ARM_FEATURE_DOTPROD)
+constexpr int32_t kLowest = -128;
+inline IntVec dot4(IntVec acc, IntVec activations, IntVec weights) {
+  return (IntVec)vdotq_s32((int32x4_t)acc, (int8x16_t)activations, (int8x16_t)weights);
+}
+#else
+constexpr int32_t kLowest = 0;
+inline IntVec dot4(IntVec acc, IntVec activations, IntVec weights) {
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) acc += ((activations >> 8 * q) & 255) * ((weights << (24 - 8 * q)) >> 24);
+  return acc;
+}
+#endif
+
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
+
 // exp(x): x = n ln2 + r with |r| <= ln2 / 2, exp(r) by its Taylor polynomial of degree 6 (remainder below 2e-8 there),
 // times 2^n put together from exponent bits. Inputs outside [-87.3, 88.0] are clamped, so nothing overflows and
 // exp(-inf) is a number near the smallest normal one; NaN stays NaN because 2^n multiplies it.
 inline Vec exp(Vec x) {
   x = at_most(at_least(x, -87.3f), 88.0f);
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
   const Vec shifted = x * 1.44269504088896341f + kRound;
   const Vec n = shifted - kRound;
   // ln2 in two parts, the first exact in few bits, so that n * part loses nothing.

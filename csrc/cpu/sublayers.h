@@ -57,11 +57,12 @@ struct Plans {
 
 // What one worker needs for a block of rows.
 struct Scratch {
-  float* normed;  // [rows, ld_in]       normalised, gathered rows: the left side of qkv and fc1
+  float* normed;  // [rows, ld_in]       normalised, gathered rows: the left side of qkv and fc1; [1, ld_in] for int8
   float* inner;   // [rows, ld_inner]    hidden activations, attention output or fresh keys
   float* packed;  // [rows, ld_packed]   outputs before their scatter
   float* scores;  // [M, ld_scores]
   float* row;     // [features + W]
+  Bytes bytes;    // [rows, ld_bytes]    the left side of any int8 product
 };
 
 class Chain {
@@ -99,11 +100,14 @@ class Chain {
       state_ = carver.take<float>(shape_.batch * shape_.tokens * shape_.features + slack);
     for (int64_t w = 0; w < workers_; ++w) {
       Scratch s;
-      s.normed = carver.take<float>(max_rows_ * ld_in_ + slack);
+      s.normed = carver.take<float>((all_int8_ ? 1 : max_rows_) * ld_in_ + slack);
       s.inner = carver.take<float>(max_rows_ * ld_inner_ + slack);
       s.packed = carver.take<float>(max_rows_ * ld_packed_ + slack);
       s.scores = carver.take<float>(M * ld_tokens_);
       s.row = carver.take<float>(shape_.features + 2 * W);
+      const int64_t byte_rows = ld_bytes_ > 0 ? max_rows_ : 0;
+      s.bytes = {carver.take<uint8_t>(byte_rows * ld_bytes_), carver.take<float>(byte_rows),
+                 carver.take<int32_t>(byte_rows), ld_bytes_};
       if (carver.base != nullptr) scratch_[w] = s;
     }
   }
@@ -122,6 +126,11 @@ class Chain {
       const Columns &in = a != nullptr ? a->in : m->in, &out = a != nullptr ? a->out : m->out;
       ld_in_ = max(ld_in_, row_stride(in.count));
       if (!out.all) ld_packed_ = max(ld_packed_, row_stride(out.count));
+      const Matrix &first = a != nullptr ? a->q : m->fc1, &second = a != nullptr ? a->proj : m->fc2;
+      if (first.weights == Weights::int8)
+        ld_bytes_ = max(ld_bytes_, byte_stride(max(first.k, second.k)));
+      else
+        all_int8_ = false;
       if (a != nullptr) {
         max_qk_ = max(max_qk_, a->q.n);
         ld_qk_ = max(ld_qk_, row_stride(a->q.n));
@@ -219,22 +228,34 @@ class Chain {
     return buffers_[2 * (slot_of_[image] - 1) + attention % 2];
   }
 
-  void normalise(const float* x, int64_t rows, float eps, const ColumnVector* gather, const Scratch& scratch) const {
+  // Normalised, gathered rows, as the left side of a product with weights of the kind of w.
+  Left normalise(const float* x, int64_t rows, float eps, const ColumnVector* gather, const Matrix& w,
+                 const Scratch& scratch) const {
+    const bool int8 = w.weights == Weights::int8;
     for (int64_t i = 0; i < rows; ++i) {
-      float* to = scratch.normed + i * ld_in_;
+      float* to = scratch.normed + (int8 ? 0 : i * ld_in_);
       normalise_row(x + i * shape_.features, shape_.features, eps, gather == nullptr ? to : scratch.row);
       if (gather != nullptr) compress_row(scratch.row, shape_.features, gather, to);
+      if (int8) quantise_row(to, w.k, scratch.bytes, i);
     }
+    return int8 ? Left(scratch.bytes) : Left(scratch.normed, ld_in_);
+  }
+
+  // scratch.inner, as the left side of a product with w.
+  Left inner(int64_t rows, const Matrix& w, const Scratch& scratch) const {
+    if (w.weights != Weights::int8) return Left(scratch.inner, ld_inner_);
+    for (int64_t i = 0; i < rows; ++i) quantise_row(scratch.inner + i * ld_inner_, w.k, scratch.bytes, i);
+    return Left(scratch.bytes);
   }
 
   void project_rows(int64_t layer, const HeadBuffers& into, int64_t r0, int64_t rows, bool only_queries_wanted,
                     const float* x, const Scratch& scratch) const {
     const Attention& a = *layers_[layer].attention;
-    normalise(x, rows, a.eps, plans_[layer].gather, scratch);
+    const Left normed = normalise(x, rows, a.eps, plans_[layer].gather, a.q, scratch);
     const int64_t query_rows = only_queries_wanted ? max(0, min(rows, shape_.queries - r0)) : rows;
-    store_product(scratch.normed, ld_in_, query_rows, a.q, Activation::identity, into.q + r0 * into.ldq, into.ldq);
-    store_product(scratch.normed, ld_in_, rows, a.k, Activation::identity, scratch.inner, ld_inner_);
-    store_product(scratch.normed, ld_in_, rows, a.v, Activation::identity, into.v + r0 * into.ldv, into.ldv);
+    store_product(normed, query_rows, a.q, Activation::identity, into.q + r0 * into.ldq, into.ldq);
+    store_product(normed, rows, a.k, Activation::identity, scratch.inner, ld_inner_);
+    store_product(normed, rows, a.v, Activation::identity, into.v + r0 * into.ldv, into.ldv);
     finish_queries(a.heads, into, r0, query_rows, a.q.n);
     finish_keys(a.heads, into, r0, rows, a.k.n, scratch.inner, ld_inner_);
   }
@@ -248,8 +269,8 @@ class Chain {
 
   void mlp_rows(int64_t layer, int64_t rows, const float* x, float* y, const Scratch& scratch) const {
     const Mlp& m = *layers_[layer].mlp;
-    normalise(x, rows, m.eps, plans_[layer].gather, scratch);
-    store_product(scratch.normed, ld_in_, rows, m.fc1, m.activation, scratch.inner, ld_inner_);
+    const Left normed = normalise(x, rows, m.eps, plans_[layer].gather, m.fc1, scratch);
+    store_product(normed, rows, m.fc1, m.activation, scratch.inner, ld_inner_);
     add_product(rows, m.fc2, plans_[layer].scatter, x, y, scratch);
   }
 
@@ -257,14 +278,15 @@ class Chain {
   void add_product(int64_t rows, const Matrix& w, const ColumnVector* scatter, const float* x, float* y,
                    const Scratch& scratch) const {
     const int64_t features = shape_.features;
+    const Left left = inner(rows, w, scratch);
     if (scatter == nullptr) {
-      multiply(scratch.inner, ld_inner_, rows, w, [=](int64_t r, int64_t count, int64_t n, int64_t columns, float* c) {
+      multiply(left, rows, w, [=](int64_t r, int64_t count, int64_t n, int64_t columns, float* c) {
         for (int64_t i = 0; i < count; ++i)
           add_vectors(x + (r + i) * features + n, c + i * N, columns, y + (r + i) * features + n);
       });
       return;
     }
-    store_product(scratch.inner, ld_inner_, rows, w, Activation::identity, scratch.packed, ld_packed_);
+    store_product(left, rows, w, Activation::identity, scratch.packed, ld_packed_);
     for (int64_t i = 0; i < rows; ++i)
       add_spread(x + i * features, scratch.packed + i * ld_packed_, scatter, features, y + i * features);
   }
@@ -277,7 +299,8 @@ class Chain {
   int64_t workers_;
 
   int64_t segments_ = 0, blocks_ = 0, last_blocks_ = 0, max_rows_ = 0, slots_ = 0, max_qk_ = 0;
-  int64_t ld_in_ = 0, ld_inner_ = 0, ld_packed_ = 0, ld_qk_ = 0, ld_v_ = 0, ld_tokens_ = 0;
+  int64_t ld_in_ = 0, ld_inner_ = 0, ld_packed_ = 0, ld_qk_ = 0, ld_v_ = 0, ld_tokens_ = 0, ld_bytes_ = 0;
+  bool all_int8_ = true;
 
   int64_t* attentions_ = nullptr;  // [segments - 1] index of each attention in layers_
   Plans* plans_ = nullptr;         // [count]

@@ -95,6 +95,20 @@ Tensor cpu_pack(Tensor weight, std::optional<Tensor> bias) {
   return panels;
 }
 
+Tensor cpu_pack_int8(Tensor weight, Tensor scales, std::optional<Tensor> bias) {
+  STD_TORCH_CHECK(weight.dim() == 2, "weight: wanted 2 dimensions; got ", weight.dim());
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char, "weight: wanted int8; got another dtype");
+  STD_TORCH_CHECK(weight.is_contiguous(), "weight: wanted a contiguous tensor");
+  const int64_t n = weight.size(0), k = weight.size(1);
+  STD_TORCH_CHECK(k <= gohsp::kMostInt8Inputs, "weight: wanted at most ", gohsp::kMostInt8Inputs, " inputs; got ", k);
+  STD_TORCH_CHECK(scales.numel() == n, "scales: wanted ", n, " elements");
+  STD_TORCH_CHECK(!bias.has_value() || bias->numel() == n, "bias: wanted ", n, " elements");
+  Tensor panels = new_tensor(weight, {gohsp::kernels().packed_size_int8(n, k)});
+  gohsp::kernels().pack_int8(static_cast<const int8_t*>(weight.const_data_ptr()), floats(scales, "scales"),
+                             bias.has_value() ? floats(*bias, "bias") : nullptr, n, k, panels.mutable_data_ptr());
+  return panels;
+}
+
 Tensor cpu_linear(Tensor x, Tensor panels, std::optional<Tensor> in_cols, std::optional<Tensor> out_cols,
                   int64_t kept_outputs, int64_t out_features, int64_t activation) {
   x = torch::stable::contiguous(x);
@@ -163,25 +177,41 @@ class Layout {
   const int64_t* end_;
 };
 
-// Hands out the packed matrices of one sublayer, which stand one behind the other.
+// Hands out the packed matrices of one sublayer, which stand one behind the other. Their dtype says what weights they
+// hold: float32, or int8 for the bytes of cpu_pack_int8.
 class Panels {
  public:
-  explicit Panels(const Tensor& t) : next_(floats(t, "panels")), end_(next_ + t.numel()) {}
+  explicit Panels(const Tensor& t) {
+    const bool int8 = t.scalar_type() == ScalarType::Char;
+    STD_TORCH_CHECK(int8 || t.scalar_type() == ScalarType::Float, "panels: wanted float32 or int8; got another dtype");
+    STD_TORCH_CHECK(t.is_contiguous(), "panels: wanted a contiguous tensor");
+    weights_ = int8 ? gohsp::Weights::int8 : gohsp::Weights::fp32;
+    next_ = static_cast<const char*>(t.const_data_ptr());
+    end_ = next_ + t.numel() * (int8 ? 1 : sizeof(float));
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(next_) % alignof(float) == 0, "panels: wanted whole words of 4 bytes");
+  }
 
-  Matrix matrix(int64_t n, int64_t k) { return {take(gohsp::kernels().packed_size(n, k)), n, k}; }
+  Matrix matrix(int64_t n, int64_t k) {
+    const int64_t size = weights_ == gohsp::Weights::int8 ? gohsp::kernels().packed_size_int8(n, k)
+                                                          : gohsp::kernels().packed_size(n, k) * sizeof(float);
+    return {take(size), n, k, weights_};
+  }
+
+  const float* floats(int64_t count) { return static_cast<const float*>(take(count * sizeof(float))); }
 
   bool empty() const { return next_ == end_; }
 
-  const float* take(int64_t count) {
-    STD_TORCH_CHECK(count >= 0 && count <= end_ - next_, "panels: too short");
-    const float* place = next_;
-    next_ += count;
+ private:
+  const void* take(int64_t size) {
+    STD_TORCH_CHECK(size >= 0 && size <= end_ - next_, "panels: too short");
+    const char* place = next_;
+    next_ += size;
     return place;
   }
 
- private:
-  const float* next_;
-  const float* end_;
+  gohsp::Weights weights_;
+  const char* next_;
+  const char* end_;
 };
 
 enum Kind : int64_t { kAttention, kMlp };
@@ -204,7 +234,7 @@ gohsp::Attention read_attention(Layout& layout, Panels& panels, const double* co
   a.k = panels.matrix(totals.qk, a.in.count);
   a.v = panels.matrix(totals.v, a.in.count);
   a.proj = panels.matrix(a.out.count, totals.v);
-  if (normalised) a.heads.qk_norm = panels.take(count > 0 ? 4 * a.heads.qk_widths[0] : 0);
+  if (normalised) a.heads.qk_norm = panels.floats(count > 0 ? 4 * a.heads.qk_widths[0] : 0);
   a.eps = static_cast<float>(constants[0]);
   return a;
 }
@@ -264,9 +294,13 @@ Tensor cpu_sublayers(Tensor x, std::vector<Tensor> panels, std::vector<Tensor> l
 
 STABLE_TORCH_LIBRARY_IMPL(gohsp_kernels, CPU, m) {
   m.impl("cpu_pack", TORCH_BOX(&cpu_pack));
+  m.impl("cpu_pack_int8", TORCH_BOX(&cpu_pack_int8));
   m.impl("cpu_linear", TORCH_BOX(&cpu_linear));
   m.impl("cpu_attention", TORCH_BOX(&cpu_attention));
   m.impl("cpu_sublayers", TORCH_BOX(&cpu_sublayers));
 }
 
-extern "C" __attribute__((visibility("default"))) const char* gohsp_cpu_capability() { return gohsp::kernels().name; }
+#define GOHSP_EXPORT extern "C" __attribute__((visibility("default")))
+
+GOHSP_EXPORT const char* gohsp_cpu_capability() { return gohsp::kernels().name; }
+GOHSP_EXPORT int64_t gohsp_cpu_activation_levels() { return gohsp::kernels().activation_levels; }
