@@ -102,9 +102,13 @@ void tile_int8(const Bytes& a, int64_t first_row, const int32_t* head, int64_t g
   for (int64_t i = 0; i < Rows; ++i)
 #pragma GCC unroll 32
     for (int64_t v = 0; v < Vecs; ++v) acc[i][v] = load_ints(head + v * W) * -a.zeros[first_row + i];
-  const uint8_t* bytes = a.values + first_row * a.ld;
   const int32_t* b = head + kHead * width;
   const int64_t ld = a.ld;
+  // One pointer for three rows (an x86 address adds ld or 2 ld to it), hidden from the compiler's own ideas: with one for
+  // each row it runs out of registers and moves pointers through the ports of the multipliers.
+  const uint8_t* bytes[ceil_div(Rows, 3)];
+#pragma GCC unroll 32
+  for (int64_t i = 0; i < Rows; i += 3) bytes[i / 3] = a.values + (first_row + i) * ld;
 #pragma GCC unroll 4
   for (int64_t g = 0; g < groups; ++g, b += width) {
     ahead.fetch(g);
@@ -113,9 +117,13 @@ void tile_int8(const Bytes& a, int64_t first_row, const int32_t* head, int64_t g
     for (int64_t v = 0; v < Vecs; ++v) row[v] = load_ints(b + v * W);
 #pragma GCC unroll 32
     for (int64_t i = 0; i < Rows; ++i) {
-      const IntVec x = splat_ints(bytes + i * ld + 4 * g);
+      const IntVec x = splat_ints(bytes[i / 3] + i % 3 * ld);
 #pragma GCC unroll 32
       for (int64_t v = 0; v < Vecs; ++v) acc[i][v] = dot4(acc[i][v], x, row[v]);
+    }
+    for (const uint8_t*& p : bytes) {
+      p += 4;
+      asm("" : "+r"(p));
     }
   }
 #pragma GCC unroll 32

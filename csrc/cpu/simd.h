@@ -27,11 +27,11 @@ namespace gohsp::GOHSP_ISA {
 constexpr int64_t W = GOHSP_LANES;
 typedef float Vec __attribute__((vector_size(4 * GOHSP_LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * GOHSP_LANES)));
-typedef uint8_t ByteVec __attribute__((vector_size(GOHSP_LANES)));
+typedef uint8_t ByteVec __attribute__((vector_size(4 * GOHSP_LANES)));
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Unaligned load and store: memcpy of a vector is one instruction.
@@ -47,10 +47,20 @@ inline IntVec load_ints(const int32_t* p) {
   return v;
 }
 
-// The low byte of each lane.
+// The low byte of each lane. GCC takes a conversion of vectors apart into scalars here, hence the other two ways.
 inline void store_bytes(uint8_t* p, IntVec v) {
-  const ByteVec bytes = __builtin_convertvector(v, ByteVec);
+#if GOHSP_LANES == 16 && defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)v));
+#elif defined(__clang__)
+  typedef uint8_t Narrow __attribute__((vector_size(GOHSP_LANES)));
+  const Narrow bytes = __builtin_convertvector(v, Narrow);
   __builtin_memcpy(p, &bytes, sizeof bytes);
+#else
+  ByteVec lowest = {};
+  for (int64_t i = 0; i < W; ++i) lowest[i] = static_cast<uint8_t>(4 * i);
+  const ByteVec bytes = __builtin_shuffle((ByteVec)v, lowest);
+  __builtin_memcpy(p, &bytes, W);
+#endif
 }
 inline IntVec splat_ints(const void* p) {
   int32_t s;
