@@ -86,9 +86,9 @@ class SublayerChain:
             ValueError: for arguments that do not fit together, or for weights of another name.
             RuntimeError: if the CPU backend cannot run here.
         """
-        if weights not in cpu.WEIGHTS:
-            raise wrong("weights", f"one of {', '.join(map(repr, cpu.WEIGHTS))}", repr(weights))
-        dispatch.choose("cpu", torch.device("cpu"), torch.float32, False)
+        support = dispatch.can_run("cpu", weights=weights)
+        if not support:
+            raise RuntimeError(f"backend 'cpu': {support.reason}")
         if weights == "float32":
             return FrozenChain(features, tuple(self._pack(features).current()))
         # Not through the cache, which would hold what only the frozen chain needs.

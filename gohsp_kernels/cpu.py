@@ -27,9 +27,6 @@ from ._cache import PackedCache
 ACTIVATION_IDS = {"identity": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4, "quick_gelu": 5}
 """Numbers of the activations; the same as in csrc/cpu/kernels.h."""
 
-WEIGHTS = ("float32", "int8")
-"""Forms that the weights of packed sublayers can have. int8: see :func:`gohsp_kernels.reference.int8_linear`."""
-
 _ATTENTION, _MLP = 0, 1  # kinds of sublayer in a layout
 _RUNS_ON = (torch.float32, "cpu")
 
@@ -223,7 +220,7 @@ def pack_attention(
     weights: str = "float32",
 ) -> PackedSublayer:
     """Fold the constants of an attention sublayer and pack its two matrices. Arguments as attention_sublayer, then one
-    of :data:`WEIGHTS`."""
+    of ``dispatch.WEIGHTS``."""
     n_qk = sum(qk_widths)
     qk_norm = _qk_norm_table(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias) if qk_widths else None
     folded = fold_attention(
@@ -286,7 +283,7 @@ def pack_mlp(
     weights: str = "float32",
 ) -> PackedSublayer:
     """Fold the constants of an MLP sublayer and pack its two matrices. Arguments as mlp_sublayer, then one of
-    :data:`WEIGHTS`."""
+    ``dispatch.WEIGHTS``."""
     fc1, fc1_constant, fc2, fc2_constant = fold_mlp(
         norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, in_cols
     )
@@ -363,7 +360,7 @@ class Sublayer:
         return _cache.get(self.tensors[2], self.tensors, self.constants, self.pack)
 
     def pack(self, weights: str = "float32") -> PackedSublayer:
-        """A packed form that no cache holds, with weights of one of :data:`WEIGHTS`."""
+        """A packed form that no cache holds, with weights of one of ``dispatch.WEIGHTS``."""
         self.check()
         _check_weights(self.tensors)
         return _PACK[self.name](*self.tensors, *self.constants, weights)

@@ -24,6 +24,9 @@ log = logging.getLogger("gohsp_kernels")
 PREFERENCE = ("cpu", "triton", "reference")
 """Backends, the one that "auto" would rather take first."""
 
+WEIGHTS = ("float32", "int8")
+"""Forms that the weights of a frozen chain can have. int8: see :func:`gohsp_kernels.reference.int8_linear`."""
+
 ENVIRONMENT_VARIABLE = "GOHSP_BACKEND"
 
 
@@ -56,6 +59,7 @@ def can_run(
     needs_grad: bool = False,
     compute_capability: tuple[int, int] | None = None,
     widest_head: int = 0,
+    weights: str = "float32",
 ) -> Support:
     """Tell whether ``backend`` can run a call on tensors of this device and dtype.
 
@@ -66,11 +70,16 @@ def can_run(
         needs_grad: whether the result must be differentiable.
         compute_capability: of a GPU that need not be there; by default that of ``device``.
         widest_head: most channels that a head has.
+        weights: "float32" for weights as they are, "int8" for what ``SublayerChain.frozen(weights="int8")`` makes.
 
     Raises:
-        ValueError: for a backend that does not exist.
+        ValueError: for a backend or for weights that do not exist.
     """
     _check_name(backend)
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights: wanted one of {', '.join(map(repr, WEIGHTS))}; got {weights!r}")
+    if weights != "float32" and backend != "cpu":
+        return Support(False, f"has no {weights} weights; the backend 'cpu' has")
     if backend == "reference":
         return Support(True)
     if backend == "triton":

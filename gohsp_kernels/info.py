@@ -28,6 +28,13 @@ def instruction_set() -> str:
     return cpu.capability() if _native.load() else "none"
 
 
+def int8_activations() -> str:
+    """How many bits activations have where they meet int8 weights, or "none" without the native library."""
+    from . import cpu
+
+    return f"{cpu.activation_levels().bit_length()} bits" if _native.load() else "none"
+
+
 def report() -> str:
     """Versions, processor, backends with reasons, and operators, as lines of text."""
     native = _native.load()
@@ -36,6 +43,7 @@ def report() -> str:
         f"processor         {cpu_name()} ({platform.machine()})",
         f"native library    {native.path.name if native.path else native.reason}",
         f"instruction set   {instruction_set()}",
+        f"int8 activations  {int8_activations()}",
         f"selected backend  {dispatch._selected} ({dispatch.ENVIRONMENT_VARIABLE} or use_backend)",
         "backends on this machine, in order of preference",
     ]

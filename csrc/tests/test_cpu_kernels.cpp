@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU kernels without torch: against plain loops in double, for each instruction set of the machine, whether
 // workers run one after another or at once. Runs under an emulator too, which is how NEON is tested on x86.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -22,6 +23,9 @@ extern const KernelTable table;
 namespace avx512 {
 extern const KernelTable table;
 }
+namespace avx512vnni {
+extern const KernelTable table;
+}
 }  // namespace gohsp
 #endif
 
@@ -31,6 +35,7 @@ const gohsp::KernelTable* table(const char* name) {
 #ifdef GOHSP_PORTABLE_TEST
   if (std::strcmp(name, "avx2") == 0) return &gohsp::avx2::table;
   if (std::strcmp(name, "avx512") == 0) return &gohsp::avx512::table;
+  if (std::strcmp(name, "avx512vnni") == 0) return &gohsp::avx512vnni::table;
 #endif
   return gohsp::kernels(name);
 }
@@ -42,14 +47,15 @@ using Indices = std::vector<int64_t>;
 
 int failures = 0;
 
-void expect_close(const Floats& result, const std::vector<double>& truth, const std::string& what) {
+void expect_close(const Floats& result, const std::vector<double>& truth, const std::string& what,
+                  double tolerance = 2e-6) {
   double error = 0, norm = 0;
   for (size_t i = 0; i < truth.size(); ++i) {
     error += (result[i] - truth[i]) * (result[i] - truth[i]);
     norm += truth[i] * truth[i];
   }
   const double relative = std::sqrt(error / (norm + 1e-30));
-  if (result.size() == truth.size() && relative < 2e-6) return;  // false for NaN as well
+  if (result.size() == truth.size() && relative < tolerance) return;  // false for NaN as well
   std::printf("FAILED %s: relative error %g\n", what.c_str(), relative);
   ++failures;
 }
@@ -71,18 +77,63 @@ struct Random {
   }
 };
 
-// A weight matrix, its bias, and both packed.
+// A row that became integers and back: what an int8 product reads.
+std::vector<double> in_levels(std::vector<double> x, double levels) {
+  float low = 0, high = 0;
+  for (double v : x) {
+    low = std::min(low, static_cast<float>(v));
+    high = std::max(high, static_cast<float>(v));
+  }
+  const float range = high - low, scale = range / static_cast<float>(levels);
+  const double inverse = range < 1e-30f ? 0.0 : static_cast<float>(levels) / range;
+  const double zero = std::nearbyint(-low * inverse);
+  for (double& v : x) {
+    const double byte = std::nearbyint(static_cast<float>(v) * inverse + zero);
+    v = (std::min(std::max(byte, 0.0), levels) - zero) * scale;
+  }
+  return x;
+}
+
+// A weight matrix, its bias, and both packed, in either form.
 struct Linear {
   int64_t n, k;
+  gohsp::Weights form;
+  double levels;
   Floats weight, bias, panels;
-  Linear(const gohsp::KernelTable& kernels, Random& random, int64_t n, int64_t k)
-      : n(n), k(k), weight(random.normal(n * k, 1.0 / std::sqrt(k + 1.0))), bias(random.normal(n)) {
+  Linear(const gohsp::KernelTable& kernels, Random& random, int64_t n, int64_t k, gohsp::Weights form)
+      : n(n),
+        k(k),
+        form(form),
+        levels(static_cast<double>(kernels.activation_levels)),
+        weight(random.normal(n * k, 1.0 / std::sqrt(k + 1.0))),
+        bias(random.normal(n)) {
+    if (form == gohsp::Weights::int8) {
+      pack_int8(kernels);
+      return;
+    }
     panels.resize(static_cast<size_t>(kernels.packed_size(n, k)));
     kernels.pack(weight.data(), bias.data(), n, k, panels.data());
   }
-  Matrix matrix() const { return {panels.data(), n, k}; }
-  std::vector<double> operator()(const std::vector<double>& x) const {
+  // Rounds the weights, so that they are what the kernel reads.
+  void pack_int8(const gohsp::KernelTable& kernels) {
+    Floats scales;
+    std::vector<int8_t> values;
+    for (int64_t i = 0; i < n; ++i) {
+      float largest = 0;
+      for (int64_t j = 0; j < k; ++j) largest = std::max(largest, std::fabs(weight[i * k + j]));
+      scales.push_back(largest / 127);
+      for (int64_t j = 0; j < k; ++j) {
+        values.push_back(static_cast<int8_t>(std::nearbyint(weight[i * k + j] / scales.back())));
+        weight[i * k + j] = values.back() * scales.back();
+      }
+    }
+    panels.resize(static_cast<size_t>(kernels.packed_size_int8(n, k)) / sizeof(float));
+    kernels.pack_int8(values.data(), scales.data(), bias.data(), n, k, panels.data());
+  }
+  Matrix matrix() const { return {panels.data(), n, k, form}; }
+  std::vector<double> operator()(std::vector<double> x) const {
     std::vector<double> y(static_cast<size_t>(n));
+    if (form == gohsp::Weights::int8) x = in_levels(x, levels);
     for (int64_t i = 0; i < n; ++i) {
       y[i] = bias[i];
       for (int64_t j = 0; j < k; ++j) y[i] += weight[i * k + j] * x[j];
@@ -123,18 +174,18 @@ struct Block {
   gohsp::Attention attention{};
   gohsp::Mlp mlp{};
 
-  Block(const gohsp::KernelTable& kernels, Random& random, const Sizes& s)
+  Block(const gohsp::KernelTable& kernels, Random& random, const Sizes& s, gohsp::Weights form)
       : s(s),
         attention_in(random.columns(s.features, s.keep)),
         attention_out(random.columns(s.features, s.keep)),
         mlp_in(random.columns(s.features, s.keep)),
         mlp_out(random.columns(s.features, s.keep)),
-        q(kernels, random, sum(s.qk), size(attention_in)),
-        k(kernels, random, sum(s.qk), size(attention_in)),
-        v(kernels, random, sum(s.v), size(attention_in)),
-        proj(kernels, random, size(attention_out), sum(s.v)),
-        fc1(kernels, random, s.hidden, size(mlp_in)),
-        fc2(kernels, random, size(mlp_out), s.hidden) {
+        q(kernels, random, sum(s.qk), size(attention_in), form),
+        k(kernels, random, sum(s.qk), size(attention_in), form),
+        v(kernels, random, sum(s.v), size(attention_in), form),
+        proj(kernels, random, size(attention_out), sum(s.v), form),
+        fc1(kernels, random, s.hidden, size(mlp_in), form),
+        fc2(kernels, random, size(mlp_out), s.hidden, form) {
     attention = {q.matrix(),
                  k.matrix(),
                  v.matrix(),
@@ -207,9 +258,14 @@ void run_at_once(int64_t workers, void (*body)(void*, int64_t), void* context) {
   for (std::thread& t : threads) t.join();
 }
 
-void test_chain(const gohsp::KernelTable& kernels, const Sizes& s, const std::string& what) {
+// `forms`: of the weights of three blocks.
+void test_chain(const gohsp::KernelTable& kernels, const Sizes& s, const std::string& what,
+                const std::vector<gohsp::Weights>& forms) {
   Random random{std::mt19937(7)};
-  const Block first(kernels, random, s), second(kernels, random, s), third(kernels, random, s);
+  const Block first(kernels, random, s, forms[0]), second(kernels, random, s, forms[1]),
+      third(kernels, random, s, forms[2]);
+  // A value that lies between two integers may go to the other one here than in double.
+  const double tolerance = forms[0] == gohsp::Weights::fp32 ? 2e-6 : 2e-3;
   const gohsp::Sublayer layers[] = {{&first.attention, nullptr},  {nullptr, &first.mlp},
                                     {&second.attention, nullptr}, {nullptr, &second.mlp},
                                     {&third.attention, nullptr},  {nullptr, &third.mlp}};
@@ -226,25 +282,52 @@ void test_chain(const gohsp::KernelTable& kernels, const Sizes& s, const std::st
       Floats y(truth.size(), std::nanf(""));
       kernels.sublayers(layers, 6, x.data(), y.data(), shape, {workers, run});
       expect_close(y, truth,
-                   what + ", " + std::to_string(workers) + " workers " + (run == run_at_once ? "at once" : "in order"));
+                   what + ", " + std::to_string(workers) + " workers " + (run == run_at_once ? "at once" : "in order"),
+                   tolerance);
     }
   }
+}
+
+void test_product_int8(const gohsp::KernelTable& kernels, int64_t rows, int64_t n, int64_t k, const std::string& isa) {
+  Random random{std::mt19937(3)};
+  const Linear linear(kernels, random, n, k, gohsp::Weights::int8);
+  Floats x = random.normal(rows * k);
+  for (int64_t j = 0; j < k && rows > 1; ++j) x[k + j] = 0;                            // a row of zeros
+  for (int64_t j = 0; j < k && rows > 2; ++j) x[2 * k + j] = std::fabs(x[2 * k + j]);  // a one-sided row
+  if (rows > 3 && k > 0) x[3 * k] = 1e4f;                                              // an outlier
+  std::vector<double> truth;
+  for (int64_t i = 0; i < rows; ++i)
+    for (double v : linear({x.begin() + i * k, x.begin() + (i + 1) * k})) truth.push_back(v);
+  Floats y(truth.size(), std::nanf(""));
+  kernels.product_int8(linear.matrix(), x.data(), rows, y.data());
+  // Exact but for the scaling; without a fused multiply-add the product is rounded once more before it is an integer.
+  expect_close(y, truth,
+               isa + "int8 product of " + std::to_string(rows) + " x " + std::to_string(n) + " x " + std::to_string(k),
+               2e-4);
 }
 
 }  // namespace
 
 int main() {
   int tested = 0;
-  for (const char* name : {"scalar", "avx2", "avx512", "neon"}) {
+  for (const char* name : {"scalar", "avx2", "avx512", "avx512vnni", "neon"}) {
     const gohsp::KernelTable* kernels = table(name);
     if (kernels == nullptr) continue;
     ++tested;
     const std::string isa = std::string(name) + ": ";
-    test_chain(*kernels, {1, 50, 64, 100, {16, 16}, {16, 16}, 1.0, 50}, isa + "nothing pruned");
-    test_chain(*kernels, {3, 37, 61, 45, {16, 0, 7}, {9, 5, 30}, 0.6, 37}, isa + "ragged");
-    test_chain(*kernels, {9, 13, 40, 33, {4, 8}, {8, 0}, 0.5, 1}, isa + "one query, more images than slots");
-    test_chain(*kernels, {2, 7, 24, 0, {}, {}, 0.5, 7}, isa + "no head, no neuron");
-    test_chain(*kernels, {2, 7, 24, 16, {4}, {4}, 0.0, 7}, isa + "no column");
+    for (int64_t k : {0, 1, 3, 4, 5, 64, 383})
+      for (int64_t n : {1, 31, 100}) test_product_int8(*kernels, 29, n, k, isa);
+    test_product_int8(*kernels, 0, 5, 7, isa);
+    test_product_int8(*kernels, 1, 40, 1536, isa);
+    constexpr auto kFp32 = gohsp::Weights::fp32, kInt8 = gohsp::Weights::int8;
+    for (const auto& forms : {std::vector{kFp32, kFp32, kFp32}, {kInt8, kInt8, kInt8}, {kInt8, kFp32, kInt8}}) {
+      const std::string in = isa + (forms[0] == kFp32 ? "fp32: " : forms[1] == kInt8 ? "int8: " : "mixed: ");
+      test_chain(*kernels, {1, 50, 64, 100, {16, 16}, {16, 16}, 1.0, 50}, in + "nothing pruned", forms);
+      test_chain(*kernels, {3, 37, 61, 45, {16, 0, 7}, {9, 5, 30}, 0.6, 37}, in + "ragged", forms);
+      test_chain(*kernels, {9, 13, 40, 33, {4, 8}, {8, 0}, 0.5, 1}, in + "one query, more images than slots", forms);
+      test_chain(*kernels, {2, 7, 24, 0, {}, {}, 0.5, 7}, in + "no head, no neuron", forms);
+      test_chain(*kernels, {2, 7, 24, 16, {4}, {4}, 0.0, 7}, in + "no column", forms);
+    }
     std::printf("%s done\n", name);
   }
   if (tested == 0) ++failures;

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import gohsp
+import gohsp_kernels as gk
 from gohsp import timing
 from gohsp.demo.data import BATCH, Images
 from gohsp.demo.head import Classifier, collect, top1
@@ -19,12 +20,14 @@ from gohsp.demo.progress import Steps, each
 Model = Callable[[Tensor], Tensor]
 
 DENSE, MASKED, SLICED, COMPILED, GOHSP = "dense", "masked dense", "sliced PyTorch", "torch.compile", "gohsp"
+INT8 = "gohsp, int8"
 ABOUT = {
     DENSE: "the model as it was trained",
     MASKED: "full shape, pruned entries set to zero",
     SLICED: "pruned entries left out, plain PyTorch modules (gohsp.densify)",
     COMPILED: "the sliced model under torch.compile",
     GOHSP: "pruned entries left out, run by gohsp's kernels",
+    INT8: "the same with weights and their inputs in 8 bits, not calibrated (gohsp.freeze)",
 }
 ROUNDS = {1: 60, BATCH: 20}  # how often each model is timed, by batch size
 
@@ -105,11 +108,15 @@ def compare(
 ) -> tuple[dict[str, Row], dict[str, Tensor]]:
     """Judge and time the dense, masked, sliced and gohsp classifiers, and the sliced one under torch.compile.
 
+    Where there is none for int8 weights, its row says so.
+
     Returns the rows of the table and the logits [n, classes] on the test images, both by the names of `ABOUT`.
     """
     cut = sized(GOHSP, classifiers[GOHSP], image_size)
     rows = {name: sized(name, classifiers[name], image_size) for name in (DENSE, MASKED)}
-    rows |= {name: Row(name, ABOUT[name], cut.params, cut.macs) for name in (SLICED, COMPILED, GOHSP)}
+    rows |= {name: Row(name, ABOUT[name], cut.params, cut.macs) for name in (SLICED, COMPILED, GOHSP, INT8)}
+    if INT8 not in classifiers:
+        rows[INT8].note = f"could not run here: {gk.can_run('cpu', weights='int8').reason}"
 
     example = next(test.batches(BATCH))
     models: dict[str, Model] = dict(classifiers)

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import gohsp
+import gohsp_kernels as gk
 from gohsp.demo import machine, weights
 from gohsp.demo.data import LARGE_BATCH, Images, Splits, load_digits, load_folder, split
 from gohsp.demo.head import Classifier, collect, fit_ridge, pool
-from gohsp.demo.measure import DENSE, GOHSP, MASKED, SLICED, compare, relative_distance
+from gohsp.demo.measure import DENSE, GOHSP, INT8, MASKED, SLICED, compare, relative_distance
 from gohsp.demo.progress import Steps, each
 
 LARGEST_DISTANCE = 1e-4  # that gohsp's float32 logits may have from the masked dense model's
@@ -129,6 +130,8 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
         raise RuntimeError("the model read back from its files gives other logits than the one that was saved")
 
     backbones = {DENSE: backbone, MASKED: pruned.model, SLICED: gohsp.densify(compact), GOHSP: loaded.backbone}
+    if gk.can_run("cpu", weights="int8"):
+        backbones[INT8] = gohsp.freeze(loaded.backbone, weights="int8")
     classifiers = {name: Classifier(model, head).eval() for name, model in backbones.items()}
     rows, logits = compare(classifiers, splits.test, settings.image_size, steps)
     distance = relative_distance(logits[GOHSP], logits[MASKED])
