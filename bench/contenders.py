@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who is compared end to end, each made ready as its own documentation advises for low latency on a CPU.
 
-Fairness. All run in fp32 on the same number of threads. OpenVINO is told f32 (it would take bf16 where the CPU has it),
-one stream and the latency hint. ONNX Runtime's threads spin while a model runs, as by default, and stop when the run
-ends, so that they take no core from the next contender. Both get the model with its batch size fixed, and torch.compile
-gets static shapes. Compilation and export are never part of a timing.
+Fairness. All but gohsp-int8, which is there to be compared with gohsp, run in fp32, and all on the same number of
+threads. OpenVINO is told f32 (it would take bf16 where the CPU has it), one stream and the latency hint. ONNX Runtime's
+threads spin while a model runs, as by default, and stop when the run ends, so that they take no core from the next
+contender. Both get the model with its batch size fixed, and torch.compile gets static shapes. Compilation and export
+are never part of a timing.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import gohsp
 import gohsp_kernels as gk
 from bench.cases import Workload
-from bench.compare import BASELINE, Entrant
+from bench.compare import BASELINE, INT8_TOLERANCE, TOLERANCE, Entrant
 from bench.environment import Settings, version_of
 
 Forward = Callable[[Tensor], Tensor]
+
+INT8 = "gohsp-int8"
 
 REFERENCE_CHUNK = 8
 """Images that go through the float64 model at once: its activations are large."""
@@ -64,12 +68,16 @@ class Contender:
         library: Distribution whose version is stored.
         pruned: False for the unpruned model, which is checked against itself in float64.
         optional: Whether it is left out, with the reason, where another library fails to make it.
+        dtype: Of weights and activations, as stored.
+        tolerance: Largest relative error of a result that may be timed.
     """
 
     build: Callable[[Job], Forward]
     library: str = "torch"
     pruned: bool = True
     optional: bool = False
+    dtype: str = "float32"
+    tolerance: float = TOLERANCE
 
 
 @contextmanager
@@ -108,7 +116,7 @@ def ready(names: Sequence[str], work: Workload, images: Tensor, settings: Settin
 
 def why_not(name: str) -> str:
     """Return why a contender cannot run on this machine, whatever the model; empty where it can."""
-    if name == BASELINE:
+    if name in (BASELINE, INT8):
         return gk.can_run("cpu").reason
     try:
         for module in _MODULES.get(name, ()):
@@ -147,7 +155,8 @@ def _set_up(name: str, job: Job, expected: Tensor) -> Entrant:
         lines = str(error).strip().splitlines() or [""]
         raise Unavailable(f"{type(error).__name__}: {lines[0][:200]}") from error
     seconds = time.perf_counter() - start
-    return Entrant(name, lambda: forward(job.images), expected, version_of(contender.library), seconds)
+    version, kind = version_of(contender.library), (contender.dtype, contender.tolerance)
+    return Entrant(name, lambda: forward(job.images), expected, version, seconds, *kind)
 
 
 def _import(name: str) -> Any:
@@ -171,6 +180,13 @@ def _gohsp(backend: str) -> Callable[[Job], Forward]:
         return run
 
     return build
+
+
+def _int8(job: Job) -> Forward:
+    support = gk.can_run("cpu", weights="int8")
+    if not support:
+        raise Unavailable(support.reason)
+    return eager(gohsp.freeze(job.work.compressed, weights="int8"))
 
 
 def _compiled(**options: Any) -> Callable[[Job], Forward]:
@@ -254,11 +270,13 @@ CONTENDERS: dict[str, Contender] = {
     "onnxruntime": Contender(_onnxruntime, "onnxruntime", optional=True),
     "torch-pruning": Contender(_torch_pruning, "torch-pruning", optional=True),
     "gohsp-reference": Contender(_gohsp("reference"), "gohsp"),
+    INT8: Contender(_int8, "gohsp", dtype="int8", tolerance=INT8_TOLERANCE),
     BASELINE: Contender(_gohsp("cpu"), "gohsp"),
 }
 """All contenders. dense: unpruned, eager. masked: the dense model with pruned entries zero, eager. sliced: the pruned
 model as plain PyTorch, eager; compile, openvino and onnxruntime run that too. gohsp-reference: the compressed model on
-gohsp's own PyTorch backend. gohsp: on its kernels."""
+gohsp's own PyTorch backend. gohsp: on its kernels. gohsp-int8: the same frozen with int8 weights, checked against the
+same float64 result with a tolerance of its own."""
 
 _EXPORTER = ("onnx", "onnxscript")
 _MODULES = {

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from bench import cases, contenders, store
 from bench.cases import Case
-from bench.compare import TOLERANCE, Entrant, Place, agreeing, check, milliseconds, numbers_table, row
+from bench.compare import Entrant, Place, agreeing, check, milliseconds, numbers_table, row
 from bench.environment import Settings
 from bench.measure import time_in_turns
 from gohsp.timing import Timing
@@ -51,9 +51,10 @@ def run(todo: Sequence[Case], batches: Sequence[int], names: Sequence[str], sett
         for batch in batches:
             with contenders.ready(names, work, work.images(batch), settings) as entrants:
                 errors = check(entrants)
-                refused += [name for name, error in errors.items() if error > TOLERANCE]
+                allowed = agreeing(entrants, errors)
+                refused += [entrant.name for entrant in entrants if entrant not in allowed]
                 place = Place("contention", case.label, "model", batch, work.count.tokens)
-                _compare(place, agreeing(entrants, errors), settings)
+                _compare(place, allowed, settings)
     return refused
 
 
@@ -69,10 +70,10 @@ def _compare(place: Place, entrants: Sequence[Entrant], settings: Settings) -> N
     for entrant in entrants:
         before, after = quiet[entrant.name], busy[entrant.name]
         growth = growths(before, after)
-        version = {"version": entrant.version}
-        rows.append(row(place, entrant.name, "quiet", milliseconds(before), "ms", settings, **version))
-        rows.append(row(place, entrant.name, "busy", milliseconds(after), "ms", settings, **version))
-        rows.append(row(place, entrant.name, "growth", growth, "x", settings, **version))
+        own = {"version": entrant.version, "dtype": entrant.dtype}
+        rows.append(row(place, entrant.name, "quiet", milliseconds(before), "ms", settings, **own))
+        rows.append(row(place, entrant.name, "busy", milliseconds(after), "ms", settings, **own))
+        rows.append(row(place, entrant.name, "growth", growth, "x", settings, **own))
         times = (f"{1e3 * seconds:.4g}" for seconds in (before.median, after.median, after.p20, after.p80))
         table.add_row(entrant.name, *times, f"{after.median / before.median:.2f}")
     store.append(settings.out, rows)

@@ -38,7 +38,8 @@ PUBLIC = {
     ),
 }
 
-# Panels are float32, or int8 for the bytes of int8 matrices. widths is int64 [2, heads]: QK widths, then V widths. qk_norm is [4, head width]: weight and bias of q, then of k.
+# Panels are float32, or int8 for the bytes of int8 matrices.
+# widths is int64 [2, heads]: QK widths, then V widths. qk_norm is [4, head width]: weight and bias of q, then of k.
 NATIVE = {
     "cpu_pack": "(Tensor weight, Tensor? bias) -> Tensor",
     "cpu_pack_int8": "(Tensor weight, Tensor scales, Tensor? bias) -> Tensor",

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -364,6 +365,28 @@ class Sublayer:
         self.check()
         _check_weights(self.tensors)
         return _PACK[self.name](*self.tensors, *self.constants, weights)
+
+    def int8_reference(self, x: Tensor, levels: int) -> Tensor:
+        """What :meth:`pack` with int8 weights computes, in plain PyTorch.
+
+        Args:
+            x: [batch, tokens, features].
+            levels: see :func:`activation_levels`.
+        """
+        tensors, constants = self.tensors, self.constants
+        linear = partial(reference.int8_linear, levels=levels)
+        columns, arguments = tuple(tensors[7:9]), tuple(tensors[:8])
+        if self.name == "mlp_sublayer":
+            arguments = (x, None, None, *fold_mlp(*arguments), None, *columns, *constants, linear)
+            return reference.mlp_sublayer(*arguments)
+        qk_widths, v_widths, scale, eps, qk_eps = constants
+        norms = [None if t is None else t.to(x.dtype) for t in tensors[9:13]]
+        arguments = (*arguments, sum(qk_widths), scale, norms[0] is not None)
+        folded = fold_attention(*arguments)
+        matrices = (folded.qkv, folded.qkv_bias, folded.proj, folded.proj_bias)
+        layout = (qk_widths, v_widths, folded.scale, eps, qk_eps, x.shape[1])
+        arguments = (x, None, None, *matrices, None, *columns, *norms, *layout, linear)
+        return reference.attention_sublayer(*arguments)
 
 
 _PACK: dict[str, Callable[..., PackedSublayer]] = {"attention_sublayer": pack_attention, "mlp_sublayer": pack_mlp}

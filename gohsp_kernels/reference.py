@@ -8,7 +8,6 @@ differentiable, so they are also the training path and the fallback where nothin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-
 from typing import Any
 
 import torch

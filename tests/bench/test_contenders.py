@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import gohsp_kernels as gk
-from bench import compare, contenders
+from bench import compare, contenders, store
 from bench.cases import Workload
 from bench.contenders import CONTENDERS, Contender, Job, Unavailable
 from bench.environment import Settings
@@ -41,6 +41,17 @@ def test_contenders_in_torch_compute_what_float64_does(
 def test_gohsp_computes_what_float64_does(kind: str, settings: Settings, request: pytest.FixtureRequest) -> None:
     errors = _errors(["gohsp"], request.getfixturevalue(kind), settings)
     assert errors["gohsp"] < compare.TOLERANCE
+
+
+@pytest.mark.skipif(not gk.can_run("cpu"), reason=gk.can_run("cpu").reason)
+def test_int8_is_checked_with_its_own_tolerance_and_stored_as_int8(ragged_work: Workload, settings: Settings) -> None:
+    with contenders.ready(["gohsp", "gohsp-int8"], ragged_work, ragged_work.images(2), settings) as (fp32, int8):
+        error = compare.relative_error(int8.run(), int8.expected)
+        assert compare.TOLERANCE < error < compare.INT8_TOLERANCE
+        assert compare.agreeing([int8], {"gohsp-int8": error}) == [int8]
+        assert compare.agreeing([fp32], {"gohsp": error}) == []
+        compare.compare(compare.Place("end-to-end", "vit/ragged", "model", 2, 5), [fp32, int8], settings)
+    assert {row.contender: row.dtype for row in store.read(settings.out)} == {"gohsp": "float32", "gohsp-int8": "int8"}
 
 
 def test_dense_and_pruned_models_are_checked_each_against_its_own(ragged_work: Workload, settings: Settings) -> None:

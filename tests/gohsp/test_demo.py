@@ -359,6 +359,7 @@ class TestRun:
         assert rows["gohsp"]["distance"] < 1e-5 and rows["sliced PyTorch"]["distance"] < 1e-5
         assert rows["torch.compile"]["note"] == "could not compile here: RuntimeError: no compiler was found"
         assert rows["torch.compile"]["ms"] == {} and rows["torch.compile"]["params"] == rows["gohsp"]["params"]
+        assert 1e-4 < rows["gohsp, int8"]["distance"] < 0.5 and rows["gohsp, int8"]["ms"]
         assert rows["gohsp"]["times_gohsp"] == {"1": 1.0, "8": 1.0}
         for block in results["importance"]:
             assert sum(block) == pytest.approx(1.0, abs=1e-5)

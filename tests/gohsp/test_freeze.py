@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor
 
 import gohsp
 import gohsp_kernels as gk
 from gohsp.mask import ModelMask
+
+from .conftest import randomize
 
 pytestmark = pytest.mark.skipif(not gk.can_run("cpu"), reason=gk.can_run("cpu").reason)
 
@@ -60,6 +63,48 @@ def test_weights_are_held_once(make_model: Callable[..., Any], images: Callable[
         assert torch.isfinite(frozen(images().float())).all()
 
 
+def test_int8_is_close_and_takes_a_quarter(compact: Any, images: Callable[..., Tensor]) -> None:
+    x, same, frozen = images().float(), gohsp.freeze(compact), gohsp.freeze(compact, weights="int8")
+    assert not list(frozen.blocks.parameters())
+    sizes = [sum(s.panels.nbytes for block in model.blocks for s in block.chain.sublayers) for model in (same, frozen)]
+    assert 0.2 < sizes[1] / sizes[0] < 0.35  # scales, sums and idle lanes of narrow panels come to the quarter
+    with torch.no_grad():
+        expected, result = compact(x), frozen(x)
+        error = float((result - expected).norm() / expected.norm())
+        assert 1e-4 < error < 0.05
+        assert torch.equal(frozen.forward_features(x)[:, :1], frozen.norm(frozen.blocks(x_tokens(frozen, x)))[:, :1])
+        torch._dynamo.reset()
+        compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(x), result, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_int8_deit_tiny_computes_what_its_description_does(seed: int, images: Callable[..., Tensor]) -> None:
+    """A model with a random mask, every matrix of it cut, block by block against plain PyTorch with integer products.
+
+    Block by block, because a value that is rounded the other way in one block disturbs all later ones as much as the
+    quantisation itself does.
+    """
+    model = randomize(timm.create_model("deit_tiny_patch16_224", img_size=96, num_classes=10)).eval()
+    compact: Any = gohsp.compress(model, ModelMask.random(model, 0.6, torch.Generator().manual_seed(seed)))
+    frozen: Any = gohsp.freeze(compact, weights="int8")
+    levels = gk.cpu.activation_levels()
+    with torch.no_grad():
+        x = images(2, 96, seed).float()
+        tokens = x_tokens(compact, x)
+        for block, ours in zip(compact.blocks, frozen.blocks, strict=True):
+            truth = tokens.double()
+            for sublayer in block.sublayers():
+                truth = gk.chain._describe(192, sublayer).int8_reference(truth, levels)
+            result, exact = ours(tokens), block(tokens)
+            change = (truth - tokens).norm()
+            assert (result - truth).norm() / change < 1e-3
+            assert 2e-3 < (result - exact).norm() / change < 0.1
+            tokens = result
+        logits = frozen.head(frozen.norm(tokens)[:, 0])
+        assert (frozen(x) - logits).norm() / logits.norm() < 1e-4
+
+
 def test_later_changes_of_the_compact_model_do_not_reach_it(compact: Any, images: Callable[..., Tensor]) -> None:
     x, frozen = images().float(), gohsp.freeze(compact)
     with torch.no_grad():
@@ -84,6 +129,8 @@ def test_refusals(compact: Any, make_model: Callable[..., Any], images: Callable
         gohsp.freeze(make_model())
     with pytest.raises(ValueError, match="weights: wanted float32 on the cpu"):
         gohsp.freeze(compact.double())
+    with pytest.raises(ValueError, match="weights: wanted one of 'float32', 'int8'; got 'int4'"):
+        gohsp.freeze(compact.float(), weights="int4")
     frozen = gohsp.freeze(compact.float())
     for needs_weights in (lambda: gohsp.save(frozen, tmp_path / "m"), lambda: gohsp.count(frozen)):
         with pytest.raises(ValueError, match="model: it is frozen"):

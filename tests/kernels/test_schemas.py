@@ -44,6 +44,7 @@ def native_samples() -> dict[str, tuple[Any, ...]]:
     chain = (cpu.pack_attention(*attention[1:19]), cpu.pack_mlp(*mlp[1:]))
     return {
         "cpu_pack": (weight, bias),
+        "cpu_pack_int8": (*reference.quantise_weight(weight), bias),
         "cpu_linear": (linear[0], torch.ops.gohsp_kernels.cpu_pack(weight, bias), *linear[3:5], 20, 32, 1),
         "cpu_attention": (maker.normal(2, 9, 26 + 27), torch.tensor([[8, 0, 5], [8, 3, 16]]), None, 0.2, 1e-6, 27, 9),
         "cpu_sublayers": (
@@ -73,16 +74,17 @@ def test_opcheck_public(name: str, backend: str) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("name", [n for n in _schemas.NATIVE if n != "cpu_pack"])
+@pytest.mark.parametrize("name", [n for n in _schemas.NATIVE if not n.startswith("cpu_pack")])
 def test_opcheck_native(name: str) -> None:
     opcheck(getattr(torch.ops.gohsp_kernels, name).default, native_samples()[name])
 
 
 @needs_native
-def test_opcheck_pack() -> None:
+@pytest.mark.parametrize("name", ["cpu_pack", "cpu_pack_int8"])
+def test_opcheck_pack(name: str) -> None:
     # Its true size is only known to the library, so it is left out of what compares fakes with results.
     checks = ("test_schema", "test_autograd_registration")
-    opcheck(torch.ops.gohsp_kernels.cpu_pack.default, native_samples()["cpu_pack"], test_utils=checks)
+    opcheck(getattr(torch.ops.gohsp_kernels, name).default, native_samples()[name], test_utils=checks)
 
 
 @pytest.mark.parametrize("tokens", [1, 127, 193])
