@@ -27,7 +27,7 @@ ABOUT = {
     SLICED: "pruned entries left out, plain PyTorch modules (gohsp.densify)",
     COMPILED: "the sliced model under torch.compile",
     GOHSP: "pruned entries left out, run by gohsp's kernels",
-    INT8: "the same with weights and their inputs in 8 bits, not calibrated (gohsp.freeze)",
+    INT8: "the same, all blocks but the last with weights and their inputs in 8 bits (gohsp.freeze)",
 }
 ROUNDS = {1: 60, BATCH: 20}  # how often each model is timed, by batch size
 
