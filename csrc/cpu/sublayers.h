@@ -57,7 +57,7 @@ struct Plans {
 
 // What one worker needs for a block of rows.
 struct Scratch {
-  float* normed;  // [rows, ld_in]       normalised, gathered rows: the left side of qkv and fc1; [1, ld_in] for int8
+  float* normed;  // [rows, ld_in]       normalised, gathered rows: the left side of qkv and fc1; for int8 one row
   float* inner;   // [rows, ld_inner]    hidden activations, attention output or fresh keys
   float* packed;  // [rows, ld_packed]   outputs before their scatter
   float* scores;  // [M, ld_scores]
@@ -100,7 +100,7 @@ class Chain {
       state_ = carver.take<float>(shape_.batch * shape_.tokens * shape_.features + slack);
     for (int64_t w = 0; w < workers_; ++w) {
       Scratch s;
-      s.normed = carver.take<float>((all_int8_ ? 1 : max_rows_) * ld_in_ + slack);
+      s.normed = carver.take<float>(max_rows_ * ld_in_ + slack);
       s.inner = carver.take<float>(max_rows_ * ld_inner_ + slack);
       s.packed = carver.take<float>(max_rows_ * ld_packed_ + slack);
       s.scores = carver.take<float>(M * ld_tokens_);
@@ -127,10 +127,7 @@ class Chain {
       ld_in_ = max(ld_in_, row_stride(in.count));
       if (!out.all) ld_packed_ = max(ld_packed_, row_stride(out.count));
       const Matrix &first = a != nullptr ? a->q : m->fc1, &second = a != nullptr ? a->proj : m->fc2;
-      if (first.weights == Weights::int8)
-        ld_bytes_ = max(ld_bytes_, byte_stride(max(first.k, second.k)));
-      else
-        all_int8_ = false;
+      if (first.weights == Weights::int8) ld_bytes_ = max(ld_bytes_, byte_stride(max(first.k, second.k)));
       if (a != nullptr) {
         max_qk_ = max(max_qk_, a->q.n);
         ld_qk_ = max(ld_qk_, row_stride(a->q.n));
@@ -300,7 +297,6 @@ class Chain {
 
   int64_t segments_ = 0, blocks_ = 0, last_blocks_ = 0, max_rows_ = 0, slots_ = 0, max_qk_ = 0;
   int64_t ld_in_ = 0, ld_inner_ = 0, ld_packed_ = 0, ld_qk_ = 0, ld_v_ = 0, ld_tokens_ = 0, ld_bytes_ = 0;
-  bool all_int8_ = true;
 
   int64_t* attentions_ = nullptr;  // [segments - 1] index of each attention in layers_
   Plans* plans_ = nullptr;         // [count]
