@@ -231,7 +231,7 @@ def attention_gradient(
 
     Args:
         grad_out: [batch, queries, V channels], tokens evenly spaced, the last dimension contiguous; as the next two.
-        qkv: [batch, tokens, channels].
+        qkv: [batch, tokens, channels], contiguous.
         out: [batch, queries, V channels], what the forward pass gave.
         log_sums: float32 [batch, heads in the layout, queries], what it left.
         layout: of the heads.
