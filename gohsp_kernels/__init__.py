@@ -3,12 +3,14 @@
 
 from .chain import FrozenChain, SublayerChain
 from .dispatch import Support, backends, can_run, use_backend
+from .graphed import GraphedModel
 from .ops import attention_sublayer, mlp_sublayer, packed_linear, ragged_attention
 from .reference import ACTIVATIONS
 
 __all__ = [
     "ACTIVATIONS",
     "FrozenChain",
+    "GraphedModel",
     "SublayerChain",
     "Support",
     "attention_sublayer",

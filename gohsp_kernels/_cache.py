@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -51,6 +52,20 @@ class _Fingerprint:
         return True
 
 
+_keepers: list[list[object]] = []
+
+
+@contextmanager
+def keeping() -> Iterator[list[object]]:
+    """A list of everything that caches give out in the ``with`` block, for what goes on reading it afterwards."""
+    kept: list[object] = []
+    _keepers.append(kept)
+    try:
+        yield kept
+    finally:
+        _keepers.pop()
+
+
 class PackedCache:
     """What one backend has prepared, by parameter. An entry goes when its key tensor goes."""
 
@@ -76,8 +91,8 @@ class PackedCache:
             # Such a tensor keeps no version counter, so a change could not be seen.
             return pack()
         entry: tuple[_Fingerprint, Any] | None = self._entries.get(key)
-        if entry is not None and entry[0].matches(tensors, constants):
-            return entry[1]
-        packed = pack()
-        self._entries[key] = (_Fingerprint.of(tensors, constants), packed)
-        return packed
+        if entry is None or not entry[0].matches(tensors, constants):
+            entry = self._entries[key] = (_Fingerprint.of(tensors, constants), pack())
+        for kept in _keepers:
+            kept.append(entry[1])
+        return entry[1]

@@ -42,7 +42,7 @@ class HeadLayout:
     align: int  # every number in the table is a multiple of it
 
     @staticmethod
-    @functools.lru_cache(maxsize=1024)
+    @functools.cache  # without a limit: a captured graph reads the table by its address
     def of(qk_widths: tuple[int, ...], v_widths: tuple[int, ...], device: torch.device) -> HeadLayout:
         """Layout of heads that follow one another: q of all, k of all, v of all.
 

@@ -11,12 +11,14 @@ from gohsp.prune import PruneResult, prune
 from gohsp.ranking import rank_heads
 from gohsp.recipe import Admm, Distillation, Fit
 from gohsp.train import TrainResult, train
+from gohsp_kernels import GraphedModel
 
 __all__ = [
     "Admm",
     "BlockMask",
     "Distillation",
     "Fit",
+    "GraphedModel",
     "LatencyTable",
     "ModelMask",
     "PruneResult",

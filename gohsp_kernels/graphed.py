@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model replayed from CUDA graphs: one launch a call, where launching kernel by kernel would take the time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch
+from ._cache import keeping
+
+CAPTURABLE = "cuda"  # type of the device that has graphs; PyTorch gives AMD's the same name
+WARM_UP = 3
+"""Calls before the capture: the first packs weights and compiles kernels, which a capture cannot hold."""
+
+
+class GraphedModel:
+    """``model`` for inference at a few fixed input shapes, each captured in a CUDA graph on its first call.
+
+    For small batches, whose kernels end sooner than the CPU can start the next. A changed parameter is noticed, and the
+    graph is captured anew; one that was exchanged for another object (``load_state_dict(assign=True)``) is not. Calls
+    share buffers, so they must not overlap: one thread, one stream.
+
+    Args:
+        model: a module from one tensor to one tensor, in evaluation mode, that reads nothing back to the CPU.
+        max_shapes: how many shapes may be captured. Each holds the memory of its activations.
+
+    Raises:
+        TypeError: for anything but a module.
+        ValueError: for parameters made under ``torch.inference_mode``, whose changes could not be seen.
+    """
+
+    def __init__(self, model: nn.Module, max_shapes: int = 4) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: wanted a torch.nn.Module; got {type(model).__name__}")
+        self.model = model
+        self.max_shapes = max_shapes
+        self._tensors = (*model.parameters(), *model.buffers())
+        if any(tensor.is_inference() for tensor in self._tensors):
+            raise ValueError("model: wanted ordinary parameters; got some that were made under torch.inference_mode")
+        self._graphs: dict[tuple[Any, ...], tuple[list[tuple[int, int]], _Graph]] = {}
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the model gives for ``x``, in memory of its own, without gradient.
+
+        Raises:
+            RuntimeError: in training mode; for a shape beyond ``max_shapes``.
+            ValueError: for a tensor that is not on a GPU.
+            TypeError: where the model gives something else than a tensor.
+        """
+        if self.model.training:
+            raise RuntimeError("model: wanted evaluation mode, as a graph repeats one forward pass; call model.eval()")
+        if x.device.type != CAPTURABLE:
+            raise ValueError(f"x: wanted a tensor on {CAPTURABLE}, as only a GPU has graphs; got one on {x.device}")
+        key = (x.shape, x.dtype, x.device, dispatch._selected)
+        state = [(tensor.data_ptr(), tensor._version) for tensor in self._tensors]
+        captured = self._graphs.get(key)
+        if captured is None or captured[0] != state:
+            if captured is None and len(self._graphs) >= self.max_shapes:
+                known = ", ".join(str(list(shape)) for shape, *_ in self._graphs)
+                raise RuntimeError(
+                    f"x: wanted one of at most max_shapes={self.max_shapes} shapes, those captured being {known}; "
+                    f"got {list(x.shape)} {x.dtype}. Pad the batch, or raise max_shapes"
+                )
+            self._graphs.pop(key, None)  # before the next one asks for its memory
+            captured = self._graphs[key] = (state, _Graph(self.model, x))
+        return captured[1].replay(x)
+
+
+class _Graph:
+    """One captured forward pass with its input and output buffers."""
+
+    def __init__(self, model: nn.Module, x: Tensor) -> None:
+        self.input = x.detach().clone()
+        with torch.cuda.device(x.device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    result = model(self.input)
+            torch.cuda.current_stream().wait_stream(stream)
+            if not isinstance(result, Tensor):
+                raise TypeError(f"model: wanted one that gives a tensor; got {type(result).__name__}")
+            del result
+            self.graph = torch.cuda.CUDAGraph()
+            # The graph reads packed weights by address: they must outlive their place in the cache.
+            with keeping() as self.packed, torch.cuda.graph(self.graph, stream=stream):
+                self.output: Tensor = model(self.input)
+
+    def replay(self, x: Tensor) -> Tensor:
+        self.input.copy_(x)
+        self.graph.replay()
+        return self.output.clone()

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GraphedModel with a stand-in for CUDA graphs that notes the operations of a capture and repeats them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
+
+import gohsp_kernels as gk
+from gohsp_kernels import graphed
+from gohsp_kernels.triton import attention, linear, mlp, operators
+from tests.kernels.cases import Maker
+
+
+class StandIn(TorchDispatchMode):
+    """A graph: what was called in its capture, to be called again with the same memory in and out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[Callable[[], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view and not func._schema.is_mutable:
+            self.operations.append(lambda: result.copy_(func(*args, **(kwargs or {}))))
+        elif func._schema.is_mutable:
+            self.operations.append(lambda: func(*args, **(kwargs or {})))
+        return result
+
+    def replay(self) -> None:
+        for operation in self.operations:
+            operation()
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[StandIn]]:
+    """Graphs on CPU tensors. The list gets each graph that is captured."""
+    graphs: list[StandIn] = []
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    @contextlib.contextmanager
+    def capture(graph: StandIn, stream: object) -> Iterator[None]:
+        graphs.append(graph)
+        with graph:
+            yield
+
+    def launch(kernel: Any, programs: int, device: Any, *arguments: Any, **meta: Any) -> None:
+        def start() -> None:
+            with _disable_current_modes():  # the interpreter is written with PyTorch
+                kernel[(programs,)](*arguments, **meta)
+
+        start()
+        if isinstance(mode := _get_current_dispatch_mode(), StandIn):
+            mode.operations.append(start)
+
+    monkeypatch.setattr(graphed, "CAPTURABLE", "cpu")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for module in (attention, linear, mlp):
+        monkeypatch.setattr(module, "launch", launch)
+    yield graphs
+
+
+class Sublayers(nn.Module):
+    """A block whose heads and columns are pruned, on its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sublayers = [
+            Maker(1).attention_sublayer(2, 9, 24, [8, 0, 5], [8, 3, 16], 17, 20),
+            Maker(2).mlp_sublayer((2, 9), 24, 40, 17, 20),
+        ]
+        tensors = (tensor for call in self.sublayers for tensor in call.tensors()[1:])
+        self.weights = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in tensors)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        for call in self.sublayers:
+            function = getattr(gk, call.operator)
+            x = function(x, *call.args[1:], **call.kwargs)
+        return x
+
+
+def images(batch: int, seed: int = 0) -> Tensor:
+    return Maker(seed).normal(batch, 9, 24)
+
+
+@pytest.fixture
+def model() -> Iterator[Sublayers]:
+    with gk.use_backend("triton"):
+        yield Sublayers().eval()
+
+
+@pytest.mark.interpreter
+def test_a_replay_gives_what_the_model_gives(captures: list[StandIn], model: Sublayers) -> None:
+    fast = gk.GraphedModel(model)
+    results = [fast(images(2, seed)) for seed in range(3)]
+    assert len(captures) == 1 and model.calls == graphed.WARM_UP + 1
+    for seed, result in enumerate(results):
+        assert torch.equal(result, model(images(2, seed)))
+
+
+@pytest.mark.interpreter
+def test_a_capture_holds_launches_and_room_for_their_results(captures: list[StandIn], model: Sublayers) -> None:
+    """No packing, no table of heads, no copy: five launches, the room for each result, and nothing else."""
+    gk.GraphedModel(model)(images(2))
+    assert len(captures[0].operations) == 10
+
+
+@pytest.mark.interpreter
+def test_each_shape_has_its_graph_up_to_a_limit(captures: list[StandIn], model: Sublayers) -> None:
+    fast = gk.GraphedModel(model, max_shapes=2)
+    for batch in (1, 3, 1, 3):
+        assert torch.equal(fast(images(batch)), model(images(batch)))
+    assert len(captures) == 2
+    with pytest.raises(RuntimeError, match=r"max_shapes=2 shapes, .* \[1, 9, 24\], \[3, 9, 24\]; got \[2, 9, 24\]"):
+        fast(images(2))
+    assert torch.equal(fast(images(3)), model(images(3)))
+
+
+@pytest.mark.interpreter
+def test_a_changed_parameter_is_noticed(captures: list[StandIn], model: Sublayers) -> None:
+    fast = gk.GraphedModel(model, max_shapes=1)
+    before = fast(images(2))
+    model.weights[2].mul_(2)
+    after = fast(images(2))
+    assert len(captures) == 2 and not torch.equal(after, before)
+    assert torch.equal(after, model(images(2)))
+
+
+@pytest.mark.interpreter
+def test_packed_weights_outlive_their_place_in_the_cache(captures: list[StandIn], model: Sublayers) -> None:
+    fast, x = gk.GraphedModel(model), images(2)
+    result = fast(x)
+    key = model.sublayers[1].args[3]
+    packed = weakref.ref(operators._cache._entries[key][1].fc1.weight)
+    model(x.half())  # packs anew, in the same place
+    gc.collect()
+    assert packed() is not None
+    assert torch.equal(fast(x), result)
+    del fast
+    captures.clear()
+    gc.collect()
+    assert packed() is None
+
+
+@pytest.mark.interpreter
+def test_the_backend_belongs_to_the_graph(captures: list[StandIn], model: Sublayers) -> None:
+    fast = gk.GraphedModel(model)
+    fast(images(2))
+    with gk.use_backend("reference"):
+        assert torch.equal(fast(images(2)), model(images(2)))
+    assert len(captures) == 2
+
+
+@pytest.mark.usefixtures("captures")
+def test_results_do_not_share_memory_and_have_no_gradient() -> None:
+    fast = gk.GraphedModel(nn.Linear(4, 3).eval())
+    x = torch.randn(2, 4, requires_grad=True)
+    first = fast(x)
+    copy = first.clone()
+    fast(x * 2)
+    assert torch.equal(first, copy) and not first.requires_grad and not first.is_inference()
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    with pytest.raises(ValueError, match="x: wanted a tensor on cuda, as only a GPU has graphs; got one on cpu"):
+        gk.GraphedModel(nn.Linear(4, 3).eval())(torch.randn(2, 4))
+
+
+@pytest.mark.usefixtures("captures")
+def test_what_cannot_be_graphed_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"model: wanted a torch.nn.Module; got function"):
+        gk.GraphedModel(lambda x: x)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"model: wanted evaluation mode, .* call model\.eval\(\)"):
+        gk.GraphedModel(nn.Linear(4, 3))(torch.randn(2, 4))
+    with torch.inference_mode():
+        made = nn.Linear(4, 3).eval()
+    with pytest.raises(ValueError, match=r"made under torch\.inference_mode"):
+        gk.GraphedModel(made)
+    with pytest.raises(TypeError, match="model: wanted one that gives a tensor; got tuple"):
+        gk.GraphedModel(nn.LSTM(4, 3).eval())(torch.randn(2, 4))
