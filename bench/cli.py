@@ -19,6 +19,7 @@ from bench import (
     contention,
     end_to_end,
     environment,
+    gpu_model,
     kernels,
     proportion,
     roofline,
@@ -196,6 +197,15 @@ def training_command(
 ) -> None:
     """A step of fine-tuning: the compact model against the dense one, masked and not."""
     _finish(training.run(_cases(model, preset, image_size), batch, _settings(threads, rounds, out)))
+
+
+@app.command("gpu-model", cls=SpreadCommand)
+def gpu_model_command(
+    model: Models = list(gpu_model.PRESETS),  # noqa: B006 (typer copies it)
+    batch: Batches = list(gpu_model.BATCHES),  # noqa: B006
+) -> None:
+    """Bytes and times of the Triton launches on GPUs that are not here: modelled from data sheets, not measured."""
+    gpu_model.run(model, batch)
 
 
 @app.command("plot")

@@ -7,10 +7,13 @@ launch. So every time is a lower bound, for the launches modelled here and for t
 latter are charged no padding and no idle tile.
 
 Three yardsticks for the bytes. *Least* counts each tensor that crosses a launch once for the launch that writes it and
-once for each that reads it, in the sizes that the mask leaves: a sequence of launches cannot go below it. *Unfused* is
-the same mask run by library kernels: LayerNorm, a gather, cuBLAS, flash attention for each width, pointwise kernels for
-GELU and residual; for a mask that slices evenly, that is the sliced model. *In and out* is a sublayer as one launch
-that keeps everything between on chip: weights, x in, x out.
+once for each that reads it, in the sizes that the mask leaves. It is the least for a block cut into these launches (a
+launch a matrix product and one for attention, or the MLP as one): what they move above it is padding, column lists and
+what a cache is too small to hold. It says nothing against another cut. *In and out* does: a sublayer as one launch that
+keeps everything between on chip, so weights, x in, x out; nobody has built that for these widths. *Unfused* is the same
+mask run by library kernels: LayerNorm, a gather, cuBLAS, flash attention for each width, pointwise kernels for GELU and
+residual; for a mask that slices evenly, that is the sliced model. It is charged its own least, as if nothing were ever
+read twice.
 
 Only the blocks count. Embedding, last norm and classifier are the same whatever runs the blocks.
 """
@@ -32,6 +35,12 @@ from gohsp_kernels.triton.packing import round_up
 ITEMSIZE = 2  # float16 or bfloat16
 GAP = 1.5e-6
 """Seconds between two launches of a CUDA graph: an assumption, as no data sheet has it. Eager launches take 5 to 10."""
+
+PER_PROCESSOR = 2
+"""Programs of a linear layer that a multiprocessor holds at once: an assumption; the compiled tiles allow 1 to 3."""
+DRIFT = 0.25
+"""Share of the depth by which programs that read the same rows are apart: an assumption. They start one after another
+and do equal work."""
 
 
 @dataclass(frozen=True)
@@ -150,12 +159,15 @@ def our_linear(gpu: Gpu, name: str, exact: Product, product: Product) -> Launch:
     m, n = config.cdiv(product.rows, tile.BLOCK_M), config.cdiv(product.outputs, tile.BLOCK_N)
     depth = config.cdiv(product.inputs, tile.BLOCK_K) * tile.BLOCK_K
     executed = 2.0 * m * tile.BLOCK_M * n * tile.BLOCK_N * depth * idle_too(m * n, gpu.target.processors)
-    # The column tiles of a row tile run together. While their rows and the weights share the cache, x is read once.
-    together = min(m, config.cdiv(2 * gpu.target.processors, n))
-    resident = ITEMSIZE * (together * tile.BLOCK_M * product.read + product.inputs * product.outputs)
-    again = 0 if resident < gpu.cache / 2 else n - 1
+    # The column tiles of a row tile are neighbours in the grid and run together. While what they read within their
+    # drift shares half the cache with the weights, x is read once; and twice where a wave ends between them.
+    wave = PER_PROCESSOR * gpu.target.processors
+    span = max(tile.num_stages * tile.BLOCK_K, DRIFT * product.read)
+    resident = ITEMSIZE * (min(m, config.cdiv(wave, n)) * tile.BLOCK_M * span + product.inputs * product.outputs)
+    split = m * n // wave if wave % n else 0
+    rows_again = split * tile.BLOCK_M if resident < gpu.cache / 2 else (n - 1) * product.rows
     vectors = 4.0 * (3 * product.outputs + (product.read + product.written if indexed else 0))
-    moved = product.bytes + again * ITEMSIZE * product.rows * product.read + vectors
+    moved = product.bytes + ITEMSIZE * rows_again * product.read + vectors
     return Launch(name, exact.flops, executed, moved, exact.bytes)
 
 
@@ -286,7 +298,13 @@ def summarise(
 
 
 def masks(model: str) -> tuple[int, int, dict[str, gohsp.ModelMask]]:
-    """Features and tokens of a timm model, and its masks: dense, the preset, and a random heterogeneous one."""
+    """Features and tokens of a timm model, and its masks: dense, the preset, and a random heterogeneous one.
+
+    Raises:
+        ValueError: for a model without a preset.
+    """
+    if model not in PRESETS:
+        raise ValueError(f"model: wanted one of {', '.join(PRESETS)}; got {model!r}")
     with torch.device("meta"):
         dense = timm.create_model(model)
     preset = gohsp.ModelMask.full(dense)
@@ -331,7 +349,3 @@ def run(
     """
     for result in results(models, batches, gpus):
         write(result.line())
-
-
-if __name__ == "__main__":
-    run()
