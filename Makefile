@@ -5,6 +5,7 @@
 #   make test     the tests (PYTEST_ARGS="-k mask" to choose)
 #   make bench    benchmarks (BENCH_ARGS="--help" to choose)
 #   make lint     ruff, mypy, clang-format
+#   make gpu-check  correctness and speed on the GPU at hand; writes gpu-report/ (hours, most of them others' compilers)
 #   make setup    only the environment and the build
 
 PYTHON ?= python3
@@ -21,6 +22,7 @@ CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 export MAX_JOBS ?= $(CORES)
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+GPU_CHECK_ARGS ?=
 BENCH_ARGS ?= end-to-end --model deit_small_patch16_224 --preset 4x960 --batch 1 8
 
 PACKAGES := python/gohsp gohsp_kernels
@@ -50,7 +52,7 @@ bench: setup
 
 gpu-check: setup
 	$(call say,GPU check)
-	@$(BIN)/python -m gohsp_kernels.gpu_check
+	@$(BIN)/python -m bench.gpu_check $(GPU_CHECK_ARGS)
 
 lint: $(STAMPS)/packages
 	$(call say,ruff)

@@ -1,33 +1,442 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the GPU backends on whatever GPU is here: ``python -m gohsp_kernels.gpu_check``, or ``make gpu-check``.
+"""Checks of the GPU backends on the GPU at hand: ``python -m gohsp_kernels.gpu_check``.
 
-Runs both sublayers of a pruned DeiT-Small in every dtype against the float64 reference, captures a call in a CUDA
-graph, times them against the reference, and writes ``gpu-check/<device>.json``. Where there is no GPU it says so,
-claims nothing and exits with 0.
+In parts, each in a process of its own: a kernel that faults takes the context of its process with it and one that hangs
+is killed, and the other parts go on. Writes ``gpu-report/<device>.json`` and ``.md``. Where there is no GPU it says so
+and claims nothing. ``make gpu-check`` adds whole models (``python -m bench.gpu_check``), which this package knows none
+of.
+
+A row of a report has ``ok``: whether a result was right, or None where nothing was judged; then ``reason`` says why.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import shutil
 import statistics
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import dispatch, ops
+from .graphed import GraphedModel
+from .reference import ACTIVATIONS
 
-TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-"""Largest relative norm of the error; float32 allows tf32 products."""
+Row = dict[str, Any]
 
-OPERATORS: dict[str, Callable[..., Tensor]] = {
-    "attention_sublayer": ops.attention_sublayer,
-    "mlp_sublayer": ops.mlp_sublayer,
+PRECISIONS: Mapping[str, tuple[torch.dtype, float]] = {
+    "float32": (torch.float32, 1e-5),
+    "float32 as tf32": (torch.float32, 3e-3),
+    "float16": (torch.float16, 5e-3),
+    "bfloat16": (torch.bfloat16, 4e-2),
 }
-FEATURES, HEADS, WIDTH, HIDDEN = 384, 4, 64, 960  # DeiT-Small cut to 4 heads and 960 neurons a block
+"""Dtype, and the largest norm of an error relative to that of the result, or of ones where the result is smaller."""
+
+OPERATORS = ("packed_linear", "ragged_attention", "attention_sublayer", "mlp_sublayer")
+SANITIZERS = ("memcheck", "racecheck")
+BATCHES = (1, 8, 64)
+
+
+@dataclass(frozen=True)
+class Scope:
+    """On what, and how much, a part works.
+
+    Attributes:
+        device: a GPU; or the CPU, whose backends are then Triton's interpreter alone.
+        cases: random calls of each operator in each precision.
+        largest: number of features, tokens or neurons in them.
+    """
+
+    device: torch.device
+    cases: int = 12
+    largest: int = 512
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the check.
+
+    Attributes:
+        rows: what it finds, row by row.
+        judges: whether it is about right and wrong, so that not to finish is to fail; else it measures.
+        minutes: after which it is stopped.
+        module: to run with ``python -m``.
+    """
+
+    rows: Callable[[Scope], Iterator[Row]]
+    judges: bool = True
+    minutes: int = 60
+    module: str = "gohsp_kernels.gpu_check"
+
+
+class Draw:
+    """Random calls, their arguments in the order of the schema, float32 and on the CPU."""
+
+    def __init__(self, seed: int, largest: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.largest = largest
+
+    def number(self, low: int, high: int) -> int:
+        """Anything from ``low`` to ``high``; half of the time a multiple of 8, as far as there is one."""
+        number = int(torch.randint(low, high + 1, (), generator=self.generator))
+        aligned = number // 8 * 8
+        return aligned if self.coin() and aligned >= low else number
+
+    def coin(self) -> bool:
+        return bool(torch.rand((), generator=self.generator) < 0.5)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def weight(self, outputs: int, inputs: int) -> Tensor:
+        return self.normal(outputs, inputs) / max(inputs, 1) ** 0.5
+
+    def columns(self, features: int) -> Tensor | None:
+        if self.coin():
+            return None
+        return torch.randperm(features, generator=self.generator)[: self.number(0, features)].sort().values
+
+    def widths(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[Tensor | None, ...]]:
+        """QK widths, V widths, and norms on q and k where all heads have one QK width."""
+        heads, widest = self.number(1, 5), min(128, self.largest)
+        v = tuple(self.number(0, widest) for _ in range(heads))
+        if self.coin():
+            width = self.number(1, widest)
+            return (width,) * heads, v, tuple(self.normal(width) for _ in range(4))
+        return tuple(self.number(0, widest) for _ in range(heads)), v, (None,) * 4
+
+    def arguments(self, operator: str) -> tuple[Any, ...]:
+        """One call of ``operator``, any of whose sizes but the tokens may be zero."""
+        batch, tokens, features = self.number(1, 3), self.number(1, self.largest), self.number(1, self.largest)
+        activation = sorted(ACTIVATIONS)[self.number(0, len(ACTIVATIONS) - 1)]
+        if operator == "packed_linear":
+            outputs = self.number(1, self.largest)
+            in_cols, out_cols = self.columns(features), self.columns(outputs)
+            n_in = features if in_cols is None else len(in_cols)
+            n_out = outputs if out_cols is None else len(out_cols)
+            x, weight = self.normal(batch, tokens, features), self.weight(n_out, n_in)
+            return x, weight, self.normal(n_out), in_cols, out_cols, outputs, activation
+        qk, v, norms = self.widths()
+        channels = 2 * sum(qk) + sum(v)
+        queries = tokens if self.coin() else self.number(0, tokens)
+        if operator == "ragged_attention":
+            return self.normal(batch, tokens, channels), *norms, qk, v, 0.25, 1e-6, queries
+        x, norm = self.normal(batch, tokens, features), (self.normal(features), self.normal(features))
+        in_cols, out_cols = self.columns(features), self.columns(features)
+        n_in, n_out = (features if cols is None else len(cols) for cols in (in_cols, out_cols))
+        scale = self.normal(n_out) if self.coin() else None
+
+        def layers(middle_out: int, middle_in: int) -> tuple[Tensor, ...]:
+            first = self.weight(middle_out, n_in), self.normal(middle_out)
+            return *first, self.weight(n_out, middle_in), self.normal(n_out)
+
+        if operator == "mlp_sublayer":
+            hidden = self.number(0, self.largest)
+            return x, *norm, *layers(hidden, hidden), scale, in_cols, out_cols, activation, 1e-6
+        columns = (scale, in_cols, out_cols)
+        return x, *norm, *layers(channels, sum(v)), *columns, *norms, qk, v, 0.25, 1e-6, 1e-6, queries
+
+
+def convert(arguments: Sequence[Any], device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
+    """New tensors on ``device``, those of floats in ``dtype``; the rest as it is."""
+    return tuple(
+        a.detach().to(device, dtype if a.is_floating_point() else None, copy=True) if isinstance(a, Tensor) else a
+        for a in arguments
+    )
+
+
+def error_of(result: Tensor, truth: Tensor) -> float:
+    """Norm of the difference relative to that of ``truth``, or of ones; infinite where a result is not finite."""
+    if not bool(torch.isfinite(result).all()):
+        return float("inf")
+    return float((result.double() - truth).norm() / max(float(truth.norm()), truth.numel() ** 0.5, 1.0))
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether float32 products may be tf32."""
+    before, torch.backends.cuda.matmul.fp32_precision = (
+        torch.backends.cuda.matmul.fp32_precision,
+        "tf32" if allowed else "ieee",
+    )
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def gpu_backends(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dispatch.Support]]:
+    """What gohsp_kernels offers but for the CPU's own backend and the reference, which needs no check."""
+    for name, support in dispatch.backends(device, dtype).items():
+        if name not in ("cpu", "reference"):
+            yield name, support
+
+
+def every_case(scope: Scope, needs_grad: bool, measure: Callable[..., float]) -> Iterator[Row]:
+    """Worst of what ``measure(operator, backend, arguments)`` gives, for every backend, precision and operator."""
+    for precision, (dtype, limit) in PRECISIONS.items():
+        for backend, _ in gpu_backends(scope.device, dtype):
+            for operator in OPERATORS:
+                row: Row = {"backend": backend, "precision": precision, "operator": operator}
+                errors: dict[int, float] = {}
+                reason = ""
+                try:
+                    for seed in range(scope.cases):
+                        arguments = convert(Draw(seed, scope.largest).arguments(operator), scope.device, dtype)
+                        support = dispatch.can_run(
+                            backend,
+                            scope.device,
+                            dtype,
+                            needs_grad=needs_grad,
+                            widest_head=ops._widest_head(arguments),
+                        )
+                        if support:
+                            with tf32(precision.endswith("tf32")):
+                                errors[seed] = measure(operator, backend, arguments)
+                        reason = reason or support.reason
+                except Exception as error:
+                    yield {**row, "ok": False, "cases": len(errors), "reason": first_line(error)}
+                    continue
+                found: Row = {"ok": None, "cases": len(errors), "reason": reason}
+                if errors:
+                    worst = max(errors, key=lambda seed: errors[seed])
+                    found |= {"ok": errors[worst] <= limit, "error": errors[worst], "limit": limit, "worst_seed": worst}
+                yield {**row, **found}
+
+
+@torch.no_grad()
+def forward_error(operator: str, backend: str, arguments: tuple[Any, ...]) -> float:
+    """Error against the reference in float64 on the same rounded numbers; infinite if a second run differs."""
+    result = ops._run(operator, arguments, backend)
+    if not torch.equal(result, ops._run(operator, arguments, backend)):
+        return float("inf")
+    double = convert(arguments, arguments[0].device, torch.float64)
+    return error_of(result, ops._run(operator, double, "reference"))
+
+
+def gradient_error(operator: str, backend: str, arguments: tuple[Any, ...]) -> float:
+    """Error of all gradients together, under a random gradient of the result."""
+
+    def gradients(arguments: tuple[Any, ...], backend: str) -> Tensor:
+        leaves = [a.requires_grad_() for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
+        result = ops._run(operator, arguments, backend)
+        if not result.requires_grad:  # the reference of a call without any head
+            return torch.cat([torch.zeros_like(leaf).flatten() for leaf in leaves])
+        grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(5)).to(result)
+        found = torch.autograd.grad(result, leaves, grad, materialize_grads=True)
+        return torch.cat([gradient.flatten() for gradient in found])
+
+    truth = gradients(convert(arguments, arguments[0].device, torch.float64), "reference")
+    return error_of(gradients(arguments, backend), truth)
+
+
+def numerics(scope: Scope) -> Iterator[Row]:
+    """Every operator on random heterogeneous calls, against the reference in float64, and twice the same."""
+    return every_case(scope, False, forward_error)
+
+
+def gradients(scope: Scope) -> Iterator[Row]:
+    """The same of the gradients, on a third of the calls. Chains are longer, limits the same."""
+    smaller = Scope(scope.device, -(-scope.cases // 3), scope.largest)
+    return every_case(smaller, True, gradient_error)
+
+
+def opcheck(scope: Scope) -> Iterator[Row]:
+    """torch.library.opcheck: schema, fake tensors, autograd registration, tracing with dynamic shapes."""
+    for backend, support in gpu_backends(scope.device, torch.float16):
+        for operator in OPERATORS:
+            row: Row = {"backend": backend, "operator": operator}
+            if not support:
+                yield {**row, "ok": None, "reason": support.reason}
+                continue
+            arguments = convert(Draw(1, scope.largest).arguments(operator), scope.device, torch.float16)
+            try:
+                with dispatch.use_backend(backend):
+                    torch.library.opcheck(getattr(torch.ops.gohsp_kernels, operator).default, arguments)
+                yield {**row, "ok": True}
+            except Exception as error:
+                yield {**row, "ok": False, "reason": first_line(error)}
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+
+
+class Sublayer(nn.Module):
+    """One sublayer of DeiT-Small cut to 4 heads and 960 neurons a block, or the same with fewer ``features``."""
+
+    def __init__(self, operator: str, features: int) -> None:
+        super().__init__()
+        draw, heads, width, hidden = Draw(0, features), 4, min(64, features), 5 * features // 2
+        norm, scale, middle = (draw.normal(features), draw.normal(features)), draw.normal(features), heads * width
+        if operator == "mlp_sublayer":
+            outer, inner = (hidden, features), (features, hidden)
+            constants: tuple[Any, ...] = (scale, None, None, "gelu", 1e-6)
+        else:
+            outer, inner = (3 * middle, features), (features, middle)
+            widths = (width,) * heads
+            constants = (scale, *(None,) * 6, widths, widths, width**-0.5, 1e-6, 1e-6)
+        self.operator = operator
+        layers = draw.weight(*outer), draw.normal(outer[0]), draw.weight(*inner), draw.normal(inner[0])
+        self.constants = constants[1:]
+        self.weights = nn.ParameterList(nn.Parameter(t, requires_grad=False) for t in (*norm, *layers, scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = (x.shape[1],) if self.operator == "attention_sublayer" else ()
+        result: Tensor = ops._run(self.operator, (x, *self.weights, *self.constants, *queries), None)
+        return result
+
+
+def sizes(scope: Scope) -> tuple[int, int]:
+    """Tokens and features of DeiT-Small, or fewer."""
+    return min(197, scope.largest), min(384, scope.largest)
+
+
+def graphs(scope: Scope) -> Iterator[Row]:
+    """Both sublayers captured in a CUDA graph: on new input, bit for bit what a call outside gives."""
+    tokens, features = sizes(scope)
+    for precision, (dtype, _) in PRECISIONS.items():
+        for backend, support in gpu_backends(scope.device, dtype):
+            for operator in OPERATORS[2:]:
+                row: Row = {"backend": backend, "precision": precision, "operator": operator}
+                if not support:
+                    yield {**row, "ok": None, "reason": support.reason}
+                    continue
+                model = Sublayer(operator, features).to(scope.device, dtype).eval()
+                images = [Draw(i, 0).normal(1, tokens, features).to(scope.device, dtype) for i in (1, 2)]
+                try:
+                    with dispatch.use_backend(backend), tf32(precision.endswith("tf32")), torch.no_grad():
+                        graphed = GraphedModel(model)
+                        equal = [torch.equal(graphed(x), model(x)) for x in images]
+                    yield {**row, "ok": all(equal)}
+                except Exception as error:
+                    yield {**row, "ok": False, "reason": first_line(error)}
+
+
+def sanitizer(scope: Scope) -> Iterator[Row]:
+    """The numerics again, one call of each operator, under NVIDIA's compute-sanitizer."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        yield {"ok": None, "reason": "there is no compute-sanitizer on the PATH"}
+        return
+    for tool in SANITIZERS:
+        with tempfile.TemporaryDirectory() as folder:
+            once = Scope(scope.device, 1, scope.largest)
+            prefix = (program, "--tool", tool, "--error-exitcode", "86")
+            # Without PyTorch's own pool each tensor is an allocation whose ends the tool knows.
+            process = start_child(PARTS["numerics"], "numerics", once, Path(folder) / "rows", prefix, caching=False)
+        lines = [line for line in process.stdout.splitlines() if line.startswith("=========")]
+        ok = process.returncode == 0
+        yield {"tool": tool, "ok": ok, "reason": "" if ok else " ".join(lines[:6]) or process.stderr[-300:]}
+
+
+def tuning(scope: Scope) -> Iterator[Row]:
+    """Tiles of the Triton kernels at the shapes of DeiT, into the user's cache, where later parts find them."""
+    support = dispatch.can_run("triton", scope.device, torch.float16)
+    if not support:
+        yield {"ok": None, "reason": support.reason}
+        return
+    from . import tune
+
+    lines: list[str] = []
+    tune.tune(list(tune.shapes()), scope.device, write=lines.append)
+    for line in lines:
+        yield {"ok": None, "result": line}
+
+
+def milliseconds(run: Callable[[], object], device: torch.device, rounds: int = 50) -> float:
+    """Median time of a call after some that are not counted; on a GPU by its own clock."""
+    times = []
+    for _ in range(rounds + 5):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            before = time.perf_counter()
+            run()
+            times.append((time.perf_counter() - before) * 1e3)
+    return statistics.median(times[5:])
+
+
+def speed(scope: Scope) -> Iterator[Row]:
+    """Both sublayers of the pruned DeiT-Small beside the reference, each replayed from a CUDA graph."""
+    tokens, features = sizes(scope)
+    for dtype in (torch.float16, torch.bfloat16):
+        backends = dict(gpu_backends(scope.device, dtype))
+        for operator in OPERATORS[2:]:
+            for batch in BATCHES:
+                model = Sublayer(operator, features).to(scope.device, dtype).eval()
+                x = Draw(1, 0).normal(batch, tokens, features).to(scope.device, dtype)
+                row: Row = {"operator": operator, "precision": str(dtype).removeprefix("torch."), "batch": batch}
+                for backend in (*(name for name, support in backends.items() if support), "reference"):
+                    with dispatch.use_backend(backend):
+                        graphed = GraphedModel(model)
+                        row[f"{backend}_ms"] = milliseconds(partial(graphed, x), scope.device)
+                yield {**row, "ok": None}
+
+
+PARTS: dict[str, Part] = {
+    "numerics": Part(numerics),
+    "opcheck": Part(opcheck, minutes=20),
+    "gradients": Part(gradients),
+    "graphs": Part(graphs, minutes=20),
+    "sanitizer": Part(sanitizer, minutes=180),
+    "tuning": Part(tuning, judges=False, minutes=180),
+    "speed": Part(speed, judges=False, minutes=20),
+}
+
+
+def start_child(
+    part: Part, name: str, scope: Scope, out: Path, prefix: Sequence[str] = (), caching: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run a part in a process, whose rows go to ``out``, one JSON object a line.
+
+    Raises:
+        subprocess.TimeoutExpired: if it took longer than the part may.
+    """
+    command = [*prefix, sys.executable, "-m", part.module, "--part", name, "--out", str(out)]
+    command += ["--device", str(scope.device), "--cases", str(scope.cases), "--largest", str(scope.largest)]
+    environment = os.environ if caching else {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60 * part.minutes)
+
+
+def run_part(part: Part, name: str, scope: Scope) -> Row:
+    """A part's rows, those before a fault included, and the fault."""
+    started, error = time.perf_counter(), ""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows"
+        try:
+            process = start_child(part, name, scope, out)
+            if process.returncode != 0:
+                error = f"exit code {process.returncode}: {process.stderr.strip()[-1500:]}"
+        except subprocess.TimeoutExpired:
+            error = f"not finished after {part.minutes} minutes"
+        rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    return {"rows": rows, "error": error, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def verdict(part: Part, result: Row) -> bool | None:
+    """False if a row is wrong or a part that judges did not finish; None if nothing was judged."""
+    judged = [row["ok"] for row in result["rows"] if row.get("ok") is not None]
+    if False in judged or (result["error"] and part.judges):
+        return False
+    return True if judged else None
 
 
 def names_of_gpus() -> list[str]:
@@ -35,103 +444,90 @@ def names_of_gpus() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
 
 
-def arguments(operator: str, device: str, dtype: torch.dtype, batch: int = 8) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of one call at DeiT-Small's shapes, with bias, norm and layer scale."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
-
-    def weight(outputs: int, inputs: int) -> Tensor:
-        return normal(outputs, inputs, scale=inputs**-0.5)
-
-    x = normal(batch, 197, FEATURES), normal(FEATURES), normal(FEATURES)
-    scale = {"layer_scale": normal(FEATURES)}
-    if operator == "mlp_sublayer":
-        return (*x, weight(HIDDEN, FEATURES), normal(HIDDEN), weight(FEATURES, HIDDEN), normal(FEATURES)), scale
-    channels = HEADS * WIDTH
-    qkv = weight(3 * channels, FEATURES), normal(3 * channels)
-    widths = {"qk_widths": (WIDTH,) * HEADS, "v_widths": (WIDTH,) * HEADS, "scale": WIDTH**-0.5}
-    return (*x, *qkv, weight(FEATURES, channels), normal(FEATURES)), {**scale, **widths}
+def about(device: str) -> Row:
+    """What a figure depends on besides the code."""
+    found: Row = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
+    if torch.cuda.is_available():
+        found["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+    return found
 
 
-def relative_error(operator: str, backend: str, device: str, dtype: torch.dtype) -> float:
-    """Relative norm of the difference to the reference in float64, on the same rounded inputs."""
-    args, kwargs = arguments(operator, device, dtype)
-
-    def double(value: Any) -> Any:
-        return value.double() if isinstance(value, Tensor) else value
-
-    truth = OPERATORS[operator](*map(double, args), **{k: double(v) for k, v in kwargs.items()}, backend="reference")
-    result = OPERATORS[operator](*args, **kwargs, backend=backend)
-    return float((result.double() - truth).norm() / truth.norm())
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+    return text.replace("|", "/").replace("\n", " ")
 
 
-def captured_equals_eager(operator: str, backend: str, dtype: torch.dtype) -> bool:
-    """Whether a call captured in a CUDA graph gives, on new input, what a call outside gives."""
-    args, kwargs = arguments(operator, "cuda", dtype, batch=1)
-    call = lambda: OPERATORS[operator](*args, **kwargs, backend=backend)  # noqa: E731
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = call()
-    args[0].mul_(0.5)
-    graph.replay()
-    return torch.equal(result, call())
+def table(rows: Sequence[Row]) -> str:
+    """Rows as a Markdown table, a column for each key that one of them has."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [keys, ["---"] * len(keys), *([_cell(row.get(key)) for key in keys] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def median_ms(operator: str, backend: str, dtype: torch.dtype, rounds: int = 50) -> float:
-    """Median milliseconds of a call, by CUDA events."""
-    args, kwargs = arguments(operator, "cuda", dtype, batch=64)
-    times = []
-    for _ in range(rounds + 5):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        OPERATORS[operator](*args, **kwargs, backend=backend)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times[5:])
+def markdown(report: Row) -> str:
+    """The report for people."""
+    words = {True: "right", False: "FAILED", None: "nothing judged"}
+    summary = [
+        {"part": name, "verdict": words[part["ok"]], "rows": len(part["rows"]), "seconds": part["seconds"]}
+        for name, part in report["parts"].items()
+    ]
+    about = ", ".join(f"{key} {value}" for key, value in report.items() if key not in ("parts", "device") and value)
+    text = f"# {report['device']}\n\n{about}\n\n{table(summary)}\n"
+    for name, part in report["parts"].items():
+        text += f"\n## {name}\n\n"
+        text += f"Did not finish:\n\n```\n{part['error']}\n```\n\n" if part["error"] else ""
+        text += f"{table(part['rows'])}\n" if part["rows"] else "No row.\n"
+    return text
 
 
-def check(operator: str, backend: str, dtype: torch.dtype) -> dict[str, Any]:
-    """All checks of one operator on one backend in one dtype; where it cannot run, the reason."""
-    support = dispatch.can_run(backend, "cuda", dtype)
-    row: dict[str, Any] = {"operator": operator, "backend": backend, "dtype": str(dtype).removeprefix("torch.")}
-    if not support:
-        return {**row, "ok": None, "reason": support.reason}
-    error = relative_error(operator, backend, "cuda", dtype)
-    captured = captured_equals_eager(operator, backend, dtype)
-    times = {f"{name}_ms": median_ms(operator, name, dtype) for name in (backend, "reference")}
-    return {**row, "ok": error < TOLERANCES[dtype] and captured, "error": error, "graph": captured, **times}
-
-
-def write(path: Path, device: str, rows: list[dict[str, Any]]) -> None:
-    """Write the report beside its place, then rename it."""
+def write(path: Path, text: str) -> None:
+    """Write beside the place, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"device": device, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
     part.replace(path)
 
 
-def main(
-    gpus: Sequence[str] | None = None,
-    folder: Path = Path("gpu-check"),
-    run: Callable[[str, str, torch.dtype], dict[str, Any]] = check,
+def check(
+    gpus: Sequence[str],
+    folder: Path,
+    scope: Scope,
+    parts: Mapping[str, Part],
+    run: Callable[[Part, str, Scope], Row] = run_part,
 ) -> int:
-    """Check the first GPU; return the exit code: 1 where a check failed."""
-    gpus = names_of_gpus() if gpus is None else gpus
+    """Run ``parts`` on the first of ``gpus`` and write the report after each; the exit code: 1 where one failed."""
     if not gpus:
         print("no GPU here: nothing was checked, and nothing is claimed")
         return 0
-    with torch.no_grad():
-        rows = [run(operator, "triton", dtype) for operator in OPERATORS for dtype in TOLERANCES]
-    path = folder / f"{gpus[0].replace(' ', '-').replace('/', '-')}.json"
-    write(path, gpus[0], rows)
-    for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items()))
-    print(f"written to {path}")
-    return 1 if any(row["ok"] is False for row in rows) else 0
+    report: Row = {**about(gpus[0]), "parts": {}}
+    path = folder / "-".join(gpus[0].replace("/", " ").split())
+    for name, part in parts.items():
+        result = run(part, name, scope)
+        report["parts"][name] = {"ok": verdict(part, result), **result}
+        write(path.with_name(path.name + ".json"), json.dumps(report, indent=1) + "\n")
+        write(path.with_name(path.name + ".md"), markdown(report))
+        print(f"{name}: {report['parts'][name]['ok']}  {result['error'].splitlines()[-1] if result['error'] else ''}")
+    print(f"written to {path}.json and .md")
+    return 1 if any(part["ok"] is False for part in report["parts"].values()) else 0
+
+
+def main(arguments: Sequence[str] | None = None, parts: Mapping[str, Part] = PARTS) -> int:
+    """The command line of ``parts``; the exit code."""
+    parser = argparse.ArgumentParser(description="Checks the GPU backends on the first GPU and writes a report.")
+    parser.add_argument("--folder", type=Path, default=Path("gpu-report"), help="of the reports")
+    parser.add_argument("--part", choices=list(parts), help="only this one, here in this process")
+    parser.add_argument("--out", type=Path, help="file for the rows of --part; by default they are printed")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--cases", type=int, default=Scope.cases, help="random calls of each kind")
+    parser.add_argument("--largest", type=int, default=Scope.largest, help="size in them")
+    options = parser.parse_args(arguments)
+    scope = Scope(options.device, options.cases, options.largest)
+    if options.part is None:
+        return check(names_of_gpus(), options.folder, scope, parts)
+    with options.out.open("w") if options.out else sys.stdout as out:
+        for row in parts[options.part].rows(scope):
+            print(json.dumps(row), file=out, flush=True)
+    return 0
 
 
 if __name__ == "__main__":
