@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from .triton import tuned
@@ -46,7 +47,7 @@ class LinearShape:
     def candidates(self, target: Target, dtype: torch.dtype) -> Iterator[Tile]:
         """Tiles whose operands fit in shared memory and whose accumulators fit in registers."""
         shared = 64 if target.vendor == "hip" else SHARED_KIB.get(int(target.arch), 99)
-        for m, n, k, warps, stages in product((16, 32, 64, 128), (32, 64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4)):
+        for m, n, k, warps, stages in product((16, 32, 64, 128), (32, 64, 128, 256), (32, 64), (4, 8), (2, 3, 4)):
             fits = (m + n) * k * stages * dtype.itemsize <= shared * 1024
             if fits and m * n <= 128 * 32 * warps and m <= max(16, 2 * self.rows) and k <= max(32, self.inputs):
                 yield Tile(m, n, k, warps, stages)
@@ -137,7 +138,7 @@ def best(shape: Shape, target: Target, dtype: torch.dtype, device: torch.device,
     for tile in shape.candidates(target, dtype):
         try:
             milliseconds = time(run(tile))
-        except OutOfResources:  # the estimate of what fits is coarse
+        except (OutOfResources, CompilationError):  # the estimate of what fits is coarse
             continue
         if milliseconds < least:
             fastest, least = tile, milliseconds
@@ -145,8 +146,8 @@ def best(shape: Shape, target: Target, dtype: torch.dtype, device: torch.device,
 
 
 def milliseconds(run: Run) -> float:
-    """Median of some 100 ms of calls, with the caches cleared before each."""
-    return float(triton.testing.do_bench(run, return_mode="median"))
+    """Median of some 20 ms of calls, with the caches cleared before each: short, as there are thousands of tiles."""
+    return float(triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median"))
 
 
 def tune(
@@ -156,7 +157,7 @@ def tune(
     time: Callable[[Run], float] = milliseconds,
     write: Callable[[str], object] = print,
 ) -> None:
-    """Measure every shape and save the fastest tiles.
+    """Measure every shape and save its fastest tile, one after the other.
 
     Args:
         todo: shapes; of those that share a key the first is measured.
@@ -166,14 +167,12 @@ def tune(
         write: takes a line for each shape.
     """
     target = Target.of(device)
-    entries: dict[str, dict[str, int]] = {}
+    about = {"triton": triton.__version__, "torch": torch.__version__}
     for dtype in dtypes:
         for key, shape in distinct(todo, dtype).items():
             tile = best(shape, target, dtype, device, time)
-            entries[key] = asdict(tile)
-            write(f"{key}: {tile}")
-    about = {"triton": triton.__version__, "torch": torch.__version__}
-    write(f"written to {tuned.save(target.name, entries, about)}")
+            path = tuned.save(target.name, {key: asdict(tile)}, about)  # at once: the rest may take an hour
+            write(f"{key}: {tile}, in {path.name}")
     linear_tile.cache_clear()
     attention_tile.cache_clear()
 
