@@ -25,10 +25,14 @@ from .config import cdiv
 
 
 @triton.jit
-def probabilities(q, k, log_sum, key, tokens, query_ok, scale_log2, PRECISION: tl.constexpr):
-    """exp(scores) / sum, as the forward pass had it; zero where there is no query or no key."""
+def probabilities(q, k, log_sum, key, tokens, scale_log2, PRECISION: tl.constexpr):
+    """exp(scores) / sum, as the forward pass had it; zero where there is no key.
+
+    A query that is not there has zeros for q, log-sum, delta and dO: its 1 adds nothing. A key that is not there has a
+    score of 0, which may be so far above the log-sum that the exponential overflows.
+    """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
-    return tl.where(query_ok & (key < tokens)[None, :], tl.exp2(scores - log_sum[:, None]), 0.0)
+    return tl.where((key < tokens)[None, :], tl.exp2(scores - log_sum[:, None]), 0.0)
 
 
 @triton.jit
@@ -80,7 +84,7 @@ def query_gradient(
         key_ok = (key < tokens)[:, None]
         k = load_head(qkv_batch, key64, key_ok, k_start, qk_width, qkv_stride, WIDTH)
         v = load_head(qkv_batch, key64, key_ok, v_start, v_width, qkv_stride, WIDTH)
-        p = probabilities(q, k, log_sum, key, tokens, row_ok, scale_log2, PRECISION)
+        p = probabilities(q, k, log_sum, key, tokens, scale_log2, PRECISION)
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     c = tl.arange(0, WIDTH)[None, :]
@@ -134,7 +138,7 @@ def key_value_gradient(
         at = (batch.to(tl.int64) * heads + head) * queries + row
         log_sum = tl.load(log_sums + at, row < queries, 0.0)
         delta = tl.load(deltas + at, row < queries, 0.0)
-        p = probabilities(q, k, log_sum, key, tokens, row_ok, scale_log2, PRECISION)
+        p = probabilities(q, k, log_sum, key, tokens, scale_log2, PRECISION)
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision=PRECISION)
         ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision=PRECISION)

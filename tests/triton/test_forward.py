@@ -88,6 +88,15 @@ def test_no_bias_no_norm_no_scale() -> None:
     check(Call("mlp_sublayer", (x, None, None, fc1_weight, None, fc2_weight, None), call.kwargs))
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_norms_on_q_and_k(biased: bool) -> None:
+    """With an eps that shows, of a width that is padded."""
+    maker = Maker(12)
+    norms = {name: norm for name, norm in maker.qk_norm(5).items() if biased or name.endswith("weight")}
+    check(maker.attention(2, 20, [5, 5], [8, 3], eps=0.5, **norms))
+    check(maker.attention_sublayer(2, 20, 16, [5, 5], [8, 3], qk_eps=0.5, **norms))
+
+
 @pytest.mark.parametrize("name", samples())
 def test_non_contiguous_input(name: str) -> None:
     call = samples()[name]
