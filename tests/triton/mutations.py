@@ -174,13 +174,14 @@ def killer(mutation: Mutation, folder: Path) -> str:
     path.write_text(original.replace(mutation.old, mutation.new))
     try:
         run = pytest(folder, mutation.tests)
-        if run.returncode < 0:  # it wrote where it should not: the test of that stops it before
+        died = run.returncode < 0
+        if died:  # it wrote where it should not; the test of that stops it before
             run = pytest(folder, ("test_bounds.py",))
     finally:
         path.write_text(original)
     assert run.returncode in (0, 1), run.stdout[-2000:] + run.stderr[-2000:]
     failed = re.findall(r"^FAILED tests/triton/\S+::(\w+)", run.stdout, re.MULTILINE)
-    return failed[0] if failed else ""
+    return failed[0] if failed else "the interpreter dies of it" if died else ""
 
 
 def pytest(folder: Path, files: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
