@@ -10,7 +10,7 @@ Three yardsticks for the bytes. *Least* counts each tensor that crosses a launch
 once for each that reads it, in the sizes that the mask leaves. It is the least for a block cut into these launches (a
 launch a matrix product and one for attention, or the MLP as one): what they move above it is padding, column lists and
 what a cache is too small to hold. It says nothing against another cut. *In and out* does: a sublayer as one launch that
-keeps everything between on chip, so weights, x in, x out; nobody has built that for these widths. *Unfused* is the same
+keeps everything between on chip, so weights, x in, x out; that is not built here. *Unfused* is the same
 mask run by library kernels: LayerNorm, a gather, cuBLAS, flash attention for each width, pointwise kernels for GELU and
 residual; for a mask that slices evenly, that is the sliced model. It is charged its own least, as if nothing were ever
 read twice.

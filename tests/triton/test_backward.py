@@ -71,7 +71,13 @@ DTYPES = [torch.float32, torch.float16]
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_calls(operator: str, dtype: torch.dtype, data: st.DataObject) -> None:
-    check(data.draw(calls(operator)), dtype)
+    call = data.draw(calls(operator))
+    norm = call.kwargs.get("q_norm_weight")
+    if norm is not None and norm.numel() == 1:
+        # Over one channel the gradient is zero, and PyTorch's layer_norm, which is that of training, multiplies the
+        # rounding of that zero by 1 / sqrt(eps): by 1000 with the default.
+        call.kwargs["eps" if operator == "ragged_attention" else "qk_eps"] = 1.0
+    check(call, dtype)
 
 
 @pytest.mark.parametrize("edge", EDGES)
