@@ -126,11 +126,11 @@ def test_a_run_that_is_over_is_not_trained_again(call: Call, recipe: Path, tmp_p
 
 def test_options_override_the_recipe_and_are_remembered(call: Call, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    arguments = ("--target", "macs=0.8", "--groups", "hidden", "--images", 16, "--seed", 3, "--method", "magnitude")
+    arguments = ("--target", "macs=0.8", "--groups", "hidden", "--images", 16, "--seed", 3, "--method", "l2")
     done(call("prune", "--recipe", recipe, "--out", out, *arguments))
     kept = read_recipe(out / "recipe.yaml")
     assert (kept.prune.target, kept.prune.groups, kept.prune.images) == ({"macs": 0.8}, ("hidden",), 16)
-    assert (kept.seed, kept.prune.method) == (3, "magnitude")
+    assert (kept.seed, kept.prune.method) == (3, "l2")
     assert all(block.heads.all() for block in gohsp.ModelMask.load(out / "mask.json").blocks)
 
 
