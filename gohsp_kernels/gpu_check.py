@@ -8,6 +8,7 @@ claims nothing and exits with 0.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
@@ -22,6 +23,8 @@ from . import dispatch, ops
 
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """Largest relative norm of the error; float32 allows tf32 products."""
+
+BACKENDS = ("cuda", "triton")
 
 OPERATORS: dict[str, Callable[..., Tensor]] = {
     "attention_sublayer": ops.attention_sublayer,
@@ -125,7 +128,7 @@ def main(
         print("no GPU here: nothing was checked, and nothing is claimed")
         return 0
     with torch.no_grad():
-        rows = [run(operator, "triton", dtype) for operator in OPERATORS for dtype in TOLERANCES]
+        rows = [run(*check) for check in itertools.product(OPERATORS, BACKENDS, TOLERANCES)]
     path = folder / f"{gpus[0].replace(' ', '-').replace('/', '-')}.json"
     write(path, gpus[0], rows)
     for row in rows:

@@ -27,7 +27,7 @@ def test_report_of_a_pretended_gpu(tmp_path: Path, fails: bool) -> None:
     assert gpu_check.main(["Some GPU/80"], tmp_path, run) == int(fails)
     report = json.loads((tmp_path / "Some-GPU-80.json").read_text())
     assert report["device"] == "Some GPU/80"
-    assert len(report["rows"]) == len(gpu_check.OPERATORS) * len(gpu_check.TOLERANCES)
+    assert len(report["rows"]) == len(gpu_check.OPERATORS) * len(gpu_check.BACKENDS) * len(gpu_check.TOLERANCES)
     assert not list(tmp_path.glob("*.part"))
 
 
