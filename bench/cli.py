@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
-from bench import contenders, contention, end_to_end, environment, kernels, roofline, sublayers
+from bench import contenders, contention, end_to_end, environment, gpu_static, kernels, roofline, sublayers
 from bench.cases import Case
 from bench.environment import Settings, available_cores
 from bench.store import DEFAULT_PATH
@@ -64,6 +64,7 @@ BackendList = Annotated[bool, typer.Option("--backend-list", help="List the cont
 MODEL, PRESET, BATCH, ROUNDS = ["deit_small_patch16_224"], ["4x960"], [1, 8], 20
 THREADS = available_cores()
 CONTENDERS = list(contenders.CONTENDERS)
+TARGETS = list(gpu_static.SHARED_BYTES)
 console = Console()
 
 
@@ -137,6 +138,15 @@ def contention_command(
 ) -> None:
     """Whole models beside another process that spins on one core."""
     _finish(contention.run(_cases(model, preset, image_size), batch, names, _settings(threads, rounds, out)))
+
+
+@app.command("gpu-static", cls=SpreadCommand)
+def gpu_static_command(
+    target: Annotated[list[str], typer.Option(help="GPUs, of sm_80, sm_90 and sm_100.")] = TARGETS,
+    triton: Annotated[bool, typer.Option(help="Compile Triton's kernels too; takes minutes the first time.")] = True,
+) -> None:
+    """Registers, shared memory and occupancy of the GPU kernels, read from the binaries; needs no GPU."""
+    raise typer.Exit(gpu_static.run(target, triton, console))
 
 
 @app.command("plot")

@@ -2,8 +2,10 @@
 // The one place that starts a kernel: on a stream of the GPU, or in the emulation.
 #pragma once
 
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "device.cuh"
 #include "kernels.h"
@@ -64,13 +66,15 @@ void launch(int64_t blocks, int threads, int shared_bytes, const Params& params,
 #else
 
 namespace emulate {
-inline int64_t pretended_processors = 108;  // the tests set it to reach every tile
-}
+inline int64_t pretended_processors = 108;                   // the tests set it to reach every tile
+inline std::map<std::string, std::pair<int, int>> launched;  // threads and shared bytes of a block, by kernel
+}  // namespace emulate
 
 inline int64_t processors() { return emulate::pretended_processors; }
 
 template <auto kernel, class Params>
 void launch(int64_t blocks, int threads, int shared_bytes, const Params& params, Stream) {
+  emulate::launched[__PRETTY_FUNCTION__] = {threads, shared_bytes};
   emulate::launch(blocks, threads, shared_bytes, [&params] { kernel(params); });
 }
 

@@ -231,6 +231,8 @@ PYBIND11_MODULE(_checks_cuda, m) {
   m.def("load_matrices", &load, py::arg("rows"), py::arg("transposed"));
   m.def("round_to", &round_to, py::arg("precision"), py::arg("x"));
   m.def(
+      "launched", [] { return emulate::launched; }, "Threads and shared bytes of a block, by kernel launched so far.");
+  m.def(
       "pretend_processors",
       [](int64_t count) {
         std::swap(count, emulate::pretended_processors);
