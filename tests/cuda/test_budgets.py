@@ -70,9 +70,7 @@ def test_blocks_are_what_the_launches_ask_for(costs: list[gpu_static.Cost]) -> N
     checks.pretend_processors(before)
     launched = {}
     for text, block in checks.launched().items():
-        found = re.search(
-            r"(linear|attention)_kernel<\S*?(?:Linear|Attention)Tile<gohsp::cuda::(\w+), ([\d, ]+)>", text
-        )
+        found = re.search(r"(linear|attention)_kernel<[\w:]*Tile<(?:gohsp::cuda::)?(\w+), ([\d, ]+)>", text)
         if found:
             launched[f"{found[1]} {found[2]} {found[3].replace(',', '')}"] = block
     table = {c.kernel: (c.threads, c.shared_bytes) for c in costs}
