@@ -11,7 +11,7 @@ namespace {
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// A row of fewer bytes is no multiple of 16, or the tensor does not begin at one.
+// Whether every row begins at a multiple of 16 bytes, and so can be read 16 bytes at a time.
 bool rows_aligned(const void* x, int64_t row_bytes) {
   return reinterpret_cast<uintptr_t>(x) % kChunkBytes == 0 && row_bytes % kChunkBytes == 0;
 }
@@ -57,7 +57,7 @@ struct Run {
 
   int64_t per_chunk() const { return kChunkBytes / element_bytes(precision); }
 
-  // The side of a product that reads x [rows, features].
+  // What the product of `weight` with x needs to know; rows of x are x_stride elements apart.
   LinearParams product(const Matrix& weight, const void* x, int64_t x_stride, int64_t rows) const {
     LinearParams p{};
     p.x = x;
@@ -73,7 +73,8 @@ struct Run {
     return p;
   }
 
-  // The same where columns are left out and, if there is an eps, rows are normalised.
+  // The same for an input with columns left out: launches what must run before it. With `normalise` a copy holds
+  // normalised rows; in the other forms the product normalises by itself if the weight has row sums.
   LinearParams prepare(const Matrix& weight, const Input& in, const Prepared& room, const void* x, int64_t rows,
                        int64_t features, float eps, bool normalise) const {
     RowsParams r{};
@@ -104,6 +105,7 @@ struct Run {
     return p;
   }
 
+  // Adds where the results go, and launches the product.
   void finish(LinearParams p, const Output& out, void* y, const void* residual, int64_t out_features) const {
     const int64_t bytes = element_bytes(precision);
     p.out = y;
@@ -116,6 +118,8 @@ struct Run {
     launch_linear(precision, p, stream);
   }
 
+  // y [images, queries, features] = x + the sublayer of x [images, tokens, features]; y may be x. In three launches: q, k
+  // and v of all tokens, attention for the first `queries`, proj. The workspace is a copy: each sublayer begins anew.
   void attention(const Attention& a, const void* x, void* y, const Shape& shape, int64_t queries, Workspace w) const {
     const int64_t rows = shape.images * shape.tokens, channels = a.qkv.n;
     const int64_t width = a.proj.chunks * per_chunk();
@@ -146,6 +150,7 @@ struct Run {
     finish(proj, a.out, y, x, shape.features);
   }
 
+  // y = x + the sublayer of x [rows, features]; y may be x. In two launches.
   void mlp(const Mlp& m, const void* x, void* y, int64_t rows, int64_t features, Workspace w) const {
     const Prepared room = room_for_rows(w, m.in, m.fc1, rows);
     void* hidden = w.take(rows * m.fc1.n * element_bytes(precision));

@@ -133,6 +133,7 @@ class Packed {
   const float* floats(int64_t count) { return vectors_.take(count); }
   const int32_t* table(int64_t count) { return tables_.take(count); }
 
+  // Numbers: outputs, chunks of depth, and which of the three vectors follow.
   gohsp::cuda::Matrix matrix() {
     enum { kBias = 1, kRowSum = 2, kScale = 4 };
     gohsp::cuda::Matrix m{};
@@ -149,7 +150,7 @@ class Packed {
     return m;
   }
 
-  // Of the product with `m`.
+  // How the product with `m` reads its input. Numbers: form, columns, and whether there is a list.
   gohsp::cuda::Input input(const gohsp::cuda::Matrix& m) {
     gohsp::cuda::Input in{};
     in.form = static_cast<gohsp::cuda::Form>(number());
@@ -181,6 +182,7 @@ void check_features(int64_t packed, int64_t features) {
   STD_TORCH_CHECK(packed == features, "x: wanted ", packed, " features, for which it was packed; got ", features);
 }
 
+// Numbers of the layout: features of x and of the result, activation, matrix, input, output.
 Tensor cuda_linear(Tensor x, Tensor weights, Tensor vectors, Tensor tables, Tensor layout, int64_t out_features,
                    bool tf32) {
   const OnDevice device(x);
@@ -210,6 +212,7 @@ Tensor cuda_linear(Tensor x, Tensor weights, Tensor vectors, Tensor tables, Tens
   return y;
 }
 
+// For qkv of any layout: its table of heads comes from Python, and was made from widths that are checked there.
 Tensor cuda_attention(Tensor qkv, Tensor heads, std::optional<Tensor> qk_norm, int64_t widest, bool aligned,
                       double scale, double eps, int64_t v_total, int64_t num_queries, bool tf32) {
   const OnDevice device(qkv);
@@ -242,6 +245,7 @@ Tensor cuda_attention(Tensor qkv, Tensor heads, std::optional<Tensor> qk_norm, i
 enum Kind : int64_t { kAttention, kMlp };
 constexpr size_t kConstants = 3;  // of each sublayer: eps, eps of the q and k norms, softmax scale
 
+// Order of the numbers: heads, widest head, width of the q and k norms or 0, qkv, proj, input, output.
 gohsp::cuda::Attention read_attention(Packed& packed, const double* constants, int64_t features) {
   gohsp::cuda::Attention a{};
   a.head_count = packed.number();
@@ -259,6 +263,7 @@ gohsp::cuda::Attention read_attention(Packed& packed, const double* constants, i
   return a;
 }
 
+// Order of the numbers: activation, fc1, fc2, input, output.
 gohsp::cuda::Mlp read_mlp(Packed& packed, const double* constants, int64_t features) {
   gohsp::cuda::Mlp m{};
   m.activation = activation_of(packed.number());

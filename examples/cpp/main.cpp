@@ -1,28 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs a pruned model without Python: loads a directory that gohsp.save wrote and prints the logits of images.
 //
-//   gohsp_example MODEL_DIRECTORY IMAGES.safetensors      images: float32 [images, 3, height, width], normalised
+//   gohsp_example_cpu MODEL_DIRECTORY IMAGES.safetensors      images: float32 [images, 3, height, width], normalised
 //
-// The default build makes build/native/gohsp_example. A program of your own links libgohsp_kernels_cpu.a of the same
-// folder and includes csrc/cpu/kernels.h.
-#include <algorithm>
+// The default build makes it in build/native and, where nvcc is, gohsp_example_cuda beside it. A program of your own
+// includes csrc/cpu/kernels.h or csrc/cuda/kernels.h and links libgohsp_kernels_cpu.a or libgohsp_kernels_cuda.a.
 #include <cstdio>
 #include <exception>
-#include <thread>
-#include <vector>
 
-#include "model.h"
-
-namespace {
-
-void run_in_threads(int64_t workers, void (*body)(void*, int64_t), void* context) {
-  std::vector<std::thread> threads;
-  for (int64_t worker = 1; worker < workers; ++worker) threads.emplace_back(body, context, worker);
-  body(context, 0);
-  for (std::thread& thread : threads) thread.join();
-}
-
-}  // namespace
+#ifdef GOHSP_EXAMPLE_CUDA
+#include "cuda_encoder.h"
+using Encoder = example::CudaEncoder;
+#else
+#include "cpu_encoder.h"
+using Encoder = example::CpuEncoder;
+#endif
 
 int main(int count, char** arguments) {
   if (count != 3) {
@@ -31,9 +23,9 @@ int main(int count, char** arguments) {
   }
   try {
     const example::Model model(arguments[1]);
+    const Encoder encoder(model);
     const example::Tensor images = example::Tensors(arguments[2]).get("images");
-    const int64_t cores = std::max<int64_t>(1, std::thread::hardware_concurrency());
-    const example::Tensor logits = model(images, gohsp::Parallel{cores, run_in_threads});
+    const example::Tensor logits = model.logits(images, encoder);
     for (size_t i = 0; i < logits.data.size(); ++i)
       std::printf("%.6f%c", logits.data[i], (i + 1) % logits.shape[1] == 0 ? '\n' : ' ');
   } catch (const std::exception& error) {

@@ -1,15 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// A pruned Vision Transformer as gohsp.save writes it, packed for the CPU kernels.
+// A pruned Vision Transformer as gohsp.save writes it: its files, the constants folded into its matrices, and all that
+// stands outside the encoder.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <deque>
 #include <fstream>
 #include <map>
+#include <numeric>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../../csrc/cpu/kernels.h"
@@ -124,41 +127,76 @@ struct Affine {
   }
 };
 
-class Model {
- public:
-  explicit Model(const std::string& directory) : file_(directory + "/model.safetensors") {
+inline void run_in_threads(int64_t workers, void (*body)(void*, int64_t), void* context) {
+  std::vector<std::thread> threads;
+  for (int64_t worker = 1; worker < workers; ++worker) threads.emplace_back(body, context, worker);
+  body(context, 0);
+  for (std::thread& thread : threads) thread.join();
+}
+
+inline gohsp::Parallel all_cores() {
+  return {std::max<int64_t>(1, std::thread::hardware_concurrency()), run_in_threads};
+}
+
+// Outputs `first` to `first + count` of a matrix as panels of the CPU kernels.
+inline std::vector<float> panels(const Affine& m, size_t first, size_t count) {
+  const auto begin = m.weight.begin() + first * m.k;
+  const std::vector<float> weight(begin, begin + count * m.k);
+  const std::vector<float> bias(m.bias.begin() + first, m.bias.begin() + first + count);
+  const int64_t n = static_cast<int64_t>(count), k = static_cast<int64_t>(m.k);
+  std::vector<float> packed(gohsp::kernels().packed_size(n, k));
+  gohsp::kernels().pack(weight.data(), bias.data(), n, k, packed.data());
+  return packed;
+}
+
+// x W^T + b for `rows` rows, on the CPU.
+inline Tensor linear(const Affine& m, const std::vector<float>& x, size_t rows) {
+  const std::vector<float> packed = panels(m, 0, m.n);
+  const int64_t n = static_cast<int64_t>(m.n), k = static_cast<int64_t>(m.k);
+  Tensor y{{rows, m.n}, std::vector<float>(rows * m.n)};
+  gohsp::kernels().linear({packed.data(), n, k}, {k, nullptr, true}, {n, nullptr, true}, gohsp::Activation::identity,
+                          x.data(), static_cast<int64_t>(rows), k, y.data.data(), n, all_cores());
+  return y;
+}
+
+// What is kept of one block, its constants folded.
+struct Block {
+  Affine qkv, proj, fc1, fc2;
+  std::vector<int64_t> attn_in, attn_out, mlp_in, mlp_out;
+  std::vector<int64_t> qk_widths, v_widths;  // of the heads that are left
+
+  int64_t qk_channels() const { return std::accumulate(qk_widths.begin(), qk_widths.end(), int64_t{0}); }
+  int64_t v_channels() const { return std::accumulate(v_widths.begin(), v_widths.end(), int64_t{0}); }
+};
+
+struct Model {
+  Tensors file;
+  size_t dim, heads, head_dim;
+  float eps;
+  gohsp::Activation activation;
+  std::vector<Block> blocks;
+
+  explicit Model(const std::string& directory) : file(directory + "/model.safetensors") {
     const json::Value plan = json::parse(read_file(directory + "/plan.json"));
     const json::Value &made = plan.at("model").at("arguments"), &mask = plan.at("mask");
     refuse_what_is_not_read_here(plan.at("model").at("class"), made);
     const json::Value& geometry = mask.at("geometry");
-    dim_ = geometry.at("dim").size();
-    heads_ = geometry.at("num_heads").size();
-    head_dim_ = geometry.at("head_dim").size();
-    eps_ = static_cast<float>(made.at("norm_eps").number());
-    activation_ = activation(made.at("activation").text);
-    embed_ = pack(Affine(file_, "patch_embed.proj"));
-    head_ = pack(Affine(file_, "head"));
-    const auto& blocks = mask.at("blocks").items;
-    for (size_t i = 0; i < blocks.size(); ++i) add_block("blocks." + std::to_string(i) + ".", blocks[i]);
-    for (size_t i = 0; i < attentions_.size(); ++i) {
-      layers_.push_back({&attentions_[i], nullptr});
-      layers_.push_back({nullptr, &mlps_[i]});
-    }
+    dim = geometry.at("dim").size();
+    heads = geometry.at("num_heads").size();
+    head_dim = geometry.at("head_dim").size();
+    eps = static_cast<float>(made.at("norm_eps").number());
+    activation = activation_of(made.at("activation").text);
+    for (const json::Value& block : mask.at("blocks").items) add_block(block);
   }
 
-  // Logits [images, classes] of images [images, 3, height, width].
-  Tensor operator()(const Tensor& images, const gohsp::Parallel& parallel) const {
-    const Tensor x = tokens(images, parallel);
-    const int64_t count = static_cast<int64_t>(x.shape[0]), features = static_cast<int64_t>(dim_);
-    const gohsp::Shape shape{count, static_cast<int64_t>(x.shape[1]), features, 1};  // the class token is enough
-    std::vector<float> out(count * dim_);
-    gohsp::kernels().sublayers(layers_.data(), layers_.size(), x.data.data(), out.data(), shape, parallel);
-    const Tensor gain = file_.get("norm.weight"), shift = file_.get("norm.bias");
-    for (int64_t i = 0; i < count; ++i) normalise(out.data() + i * dim_, gain, shift);
-    Tensor logits{{static_cast<size_t>(count), static_cast<size_t>(head_.n)}, {}};
-    logits.data.resize(count * head_.n);
-    linear(head_, out.data(), count, logits.data.data(), parallel);
-    return logits;
+  // Logits [images, classes] of images [images, 3, height, width]. The encoder takes [images, tokens, features] and gives
+  // the class tokens [images, features].
+  template <class Encoder>
+  Tensor logits(const Tensor& images, const Encoder& encoder) const {
+    Tensor x = encoder(tokens(images));
+    const Tensor gain = file.get("norm.weight"), shift = file.get("norm.bias");
+    for (size_t i = 0; i < x.rows(); ++i) normalise(x.data.data() + i * dim, gain, shift);
+    return linear(Affine(file, "head"), x.data, x.rows());
   }
 
  private:
@@ -173,96 +211,48 @@ class Model {
         throw std::runtime_error("plan.json: this example reads models with " + key + " = " + value);
   }
 
-  static gohsp::Activation activation(const std::string& name) {
+  static gohsp::Activation activation_of(const std::string& name) {
     const char* names[] = {"identity", "gelu", "gelu_tanh", "relu", "silu", "quick_gelu"};
     for (int64_t i = 0; i < gohsp::kActivations; ++i)
       if (name == names[i]) return static_cast<gohsp::Activation>(i);
     throw std::runtime_error("plan.json: unknown activation " + name);
   }
 
-  // Rows `first` to `first + count` as panels; they live as long as the model.
-  gohsp::Matrix pack(const Affine& m, size_t first, size_t count) {
-    const auto begin = m.weight.begin() + first * m.k;
-    const std::vector<float> weight(begin, begin + count * m.k);
-    const std::vector<float> bias(m.bias.begin() + first, m.bias.begin() + first + count);
-    const int64_t n = static_cast<int64_t>(count), k = static_cast<int64_t>(m.k);
-    panels_.emplace_back(gohsp::kernels().packed_size(n, k));
-    gohsp::kernels().pack(weight.data(), bias.data(), n, k, panels_.back().data());
-    return {panels_.back().data(), n, k};
-  }
-
-  gohsp::Matrix pack(const Affine& m) { return pack(m, 0, m.n); }
-
-  const std::vector<int64_t>& keep(std::vector<int64_t> numbers) {
-    lists_.push_back(std::move(numbers));
-    return lists_.back();
-  }
-
-  gohsp::Columns columns(const std::vector<int64_t>& kept) const {
-    return {static_cast<int64_t>(kept.size()), kept.data(), kept.size() == dim_};
-  }
-
-  void add_block(const std::string& name, const json::Value& mask) {
-    const auto kept = [&](const char* part) -> const std::vector<int64_t>& {
-      return keep(ranges(mask.at(part).text, dim_));
-    };
-    std::vector<int64_t> qk_widths, v_widths;
-    for (int64_t head : ranges(mask.at("heads").text, heads_)) {
-      qk_widths.push_back(static_cast<int64_t>(ranges(mask.at("qk").items.at(head).text, head_dim_).size()));
-      v_widths.push_back(static_cast<int64_t>(ranges(mask.at("v").items.at(head).text, head_dim_).size()));
+  void add_block(const json::Value& mask) {
+    const std::string name = "blocks." + std::to_string(blocks.size()) + ".";
+    const auto kept = [&](const char* part) { return ranges(mask.at(part).text, dim); };
+    Block b{Affine(file, name + "attn.qkv"),
+            Affine(file, name + "attn.proj"),
+            Affine(file, name + "mlp.fc1"),
+            Affine(file, name + "mlp.fc2"),
+            kept("attn_in"),
+            kept("attn_out"),
+            kept("mlp_in"),
+            kept("mlp_out"),
+            {},
+            {}};
+    for (int64_t head : ranges(mask.at("heads").text, heads)) {
+      b.qk_widths.push_back(static_cast<int64_t>(ranges(mask.at("qk").items.at(head).text, head_dim).size()));
+      b.v_widths.push_back(static_cast<int64_t>(ranges(mask.at("v").items.at(head).text, head_dim).size()));
     }
-    size_t n_qk = 0;
-    for (int64_t width : qk_widths) n_qk += width;
-
-    gohsp::Attention a{};
-    const auto &attn_in = kept("attn_in"), &attn_out = kept("attn_out");
-    Affine qkv(file_, name + "attn.qkv"), proj(file_, name + "attn.proj");
-    qkv.fold_norm(file_, name + "norm1", attn_in);
-    qkv.scale(0, n_qk, 1.0 / std::sqrt(static_cast<double>(head_dim_)));  // of the width before pruning
-    proj.fold_layer_scale(file_, name + "ls1");
-    a.q = pack(qkv, 0, n_qk);
-    a.k = pack(qkv, n_qk, n_qk);
-    a.v = pack(qkv, 2 * n_qk, qkv.n - 2 * n_qk);
-    a.proj = pack(proj);
-    a.heads.count = static_cast<int64_t>(qk_widths.size());
-    a.heads.qk_widths = keep(std::move(qk_widths)).data();
-    a.heads.v_widths = keep(std::move(v_widths)).data();
-    a.heads.scale = 1.0f;
-    a.in = columns(attn_in);
-    a.out = columns(attn_out);
-    a.eps = eps_;
-    attentions_.push_back(a);
-
-    gohsp::Mlp m{};
-    const auto &mlp_in = kept("mlp_in"), &mlp_out = kept("mlp_out");
-    Affine fc1(file_, name + "mlp.fc1"), fc2(file_, name + "mlp.fc2");
-    fc1.fold_norm(file_, name + "norm2", mlp_in);
-    fc2.fold_layer_scale(file_, name + "ls2");
-    m.fc1 = pack(fc1);
-    m.fc2 = pack(fc2);
-    m.in = columns(mlp_in);
-    m.out = columns(mlp_out);
-    m.activation = activation_;
-    m.eps = eps_;
-    mlps_.push_back(m);
-  }
-
-  void linear(const gohsp::Matrix& weight, const float* x, int64_t rows, float* y,
-              const gohsp::Parallel& parallel) const {
-    const gohsp::Columns in{weight.k, nullptr, true}, out{weight.n, nullptr, true};
-    gohsp::kernels().linear(weight, in, out, gohsp::Activation::identity, x, rows, weight.k, y, weight.n, parallel);
+    b.qkv.fold_norm(file, name + "norm1", b.attn_in);
+    b.qkv.scale(0, b.qk_channels(), 1.0 / std::sqrt(static_cast<double>(head_dim)));  // of the width before pruning
+    b.proj.fold_layer_scale(file, name + "ls1");
+    b.fc1.fold_norm(file, name + "norm2", b.mlp_in);
+    b.fc2.fold_layer_scale(file, name + "ls2");
+    blocks.push_back(std::move(b));
   }
 
   // Class token and patches, each with its position: [images, tokens, features].
-  Tensor tokens(const Tensor& images, const gohsp::Parallel& parallel) const {
-    const std::vector<size_t> kernel = file_.get("patch_embed.proj.weight").shape;  // [features, 3, side, side]
-    const Tensor position = file_.get("pos_embed"), token = file_.get("cls_token");
+  Tensor tokens(const Tensor& images) const {
+    const std::vector<size_t> kernel = file.get("patch_embed.proj.weight").shape;  // [features, 3, side, side]
+    const Tensor position = file.get("pos_embed"), token = file.get("cls_token");
     if (images.shape.size() != 4 || images.shape[1] != kernel[1]) throw std::runtime_error("images: wanted 4 axes");
     const size_t count = images.shape[0], channels = kernel[1], height = images.shape[2], width = images.shape[3];
     const size_t side = kernel[2], across = width / side, patches = height / side * across;
     if (position.shape[1] != patches + 1) throw std::runtime_error("images: wanted the size of the saved model");
 
-    std::vector<float> pixels, embedded(count * patches * dim_);
+    std::vector<float> pixels;
     pixels.reserve(count * patches * channels * side * side);
     for (size_t i = 0; i < count; ++i)
       for (size_t p = 0; p < patches; ++p)
@@ -272,39 +262,26 @@ class Model {
             const auto first = images.data.begin() + row * width + p % across * side;
             pixels.insert(pixels.end(), first, first + side);
           }
-    linear(embed_, pixels.data(), count * patches, embedded.data(), parallel);
+    const Tensor embedded = linear(Affine(file, "patch_embed.proj"), pixels, count * patches);
 
-    Tensor x{{count, patches + 1, dim_}, {}};
-    x.data.resize(count * (patches + 1) * dim_);
+    Tensor x{{count, patches + 1, dim}, {}};
+    x.data.resize(count * (patches + 1) * dim);
     for (size_t i = 0; i < count; ++i)
       for (size_t t = 0; t <= patches; ++t) {
-        const float* from = t == 0 ? token.data.data() : embedded.data() + (i * patches + t - 1) * dim_;
-        float* to = x.data.data() + (i * (patches + 1) + t) * dim_;
-        for (size_t d = 0; d < dim_; ++d) to[d] = from[d] + position.data[t * dim_ + d];
+        const float* from = t == 0 ? token.data.data() : embedded.data.data() + (i * patches + t - 1) * dim;
+        float* to = x.data.data() + (i * (patches + 1) + t) * dim;
+        for (size_t d = 0; d < dim; ++d) to[d] = from[d] + position.data[t * dim + d];
       }
     return x;
   }
 
   void normalise(float* row, const Tensor& gain, const Tensor& shift) const {
     double mean = 0, variance = 0;
-    for (size_t d = 0; d < dim_; ++d) mean += row[d] / static_cast<double>(dim_);
-    for (size_t d = 0; d < dim_; ++d) variance += (row[d] - mean) * (row[d] - mean) / static_cast<double>(dim_);
-    const double rstd = 1.0 / std::sqrt(variance + eps_);
-    for (size_t d = 0; d < dim_; ++d)
-      row[d] = static_cast<float>((row[d] - mean) * rstd * gain.data[d] + shift.data[d]);
+    for (size_t d = 0; d < dim; ++d) mean += row[d] / static_cast<double>(dim);
+    for (size_t d = 0; d < dim; ++d) variance += (row[d] - mean) * (row[d] - mean) / static_cast<double>(dim);
+    const double rstd = 1.0 / std::sqrt(variance + eps);
+    for (size_t d = 0; d < dim; ++d) row[d] = static_cast<float>((row[d] - mean) * rstd * gain.data[d] + shift.data[d]);
   }
-
-  Tensors file_;
-  size_t dim_ = 0, heads_ = 0, head_dim_ = 0;
-  float eps_ = 0;
-  gohsp::Activation activation_{};
-  gohsp::Matrix embed_{}, head_{};
-  // Deques: what the sublayers point to stays where it is.
-  std::deque<std::vector<float>> panels_;
-  std::deque<std::vector<int64_t>> lists_;
-  std::deque<gohsp::Attention> attentions_;
-  std::deque<gohsp::Mlp> mlps_;
-  std::vector<gohsp::Sublayer> layers_;
 };
 
 }  // namespace example

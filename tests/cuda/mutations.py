@@ -135,8 +135,8 @@ def build(mutation: Mutation, folder: Path, module: Path) -> None:
     words[words.index("-o") + 1] = str(folder / "mutant.o")
     words[words.index("-c") + 1] = str(folder / "csrc/cuda/emulate/emulated.cpp")
     subprocess.run(words, cwd=TREE, check=True, capture_output=True)
-    objects = sorted((TREE / "CMakeFiles" / "_checks_cuda.dir").rglob("*.o"))
-    others = [str(o) for o in objects if o.name != compiled.name]
+    built = (TREE / "CMakeFiles" / f"{target}.dir" for target in ("_checks_cuda", "gohsp_kernels_emulated"))
+    others = [str(o) for folder in built for o in sorted(folder.rglob("*.o")) if o.name != compiled.name]
     torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     link = ["g++", "-shared", "-o", str(module), str(folder / "mutant.o"), *others, str(torch_library)]
     subprocess.run(link, check=True, capture_output=True)

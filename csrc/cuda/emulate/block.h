@@ -55,7 +55,7 @@ constexpr size_t kWord = 2;  // bytes that remember their accesses together: the
 struct Range {
   const char* begin;
   const char* end;
-  std::vector<uint32_t> writers;  // of each word, thread of the launch + 1
+  std::vector<uint32_t> writers;  // of each word, thread of the launch + 1; empty until one writes
 };
 
 inline std::vector<Range>& ranges() {
@@ -66,7 +66,7 @@ inline std::vector<Range>& ranges() {
 // Lets kernels use these bytes, until forget(). Called for every tensor that an operator hands to a kernel.
 inline void allow(const void* begin, size_t bytes) {
   const char* first = static_cast<const char*>(begin);
-  ranges().push_back({first, first + bytes, std::vector<uint32_t>((bytes + kWord - 1) / kWord, 0)});
+  ranges().push_back({first, first + bytes, {}});
 }
 
 inline void forget() { ranges().clear(); }
@@ -235,6 +235,8 @@ class Block {
     const uint32_t me = static_cast<uint32_t>(index * static_cast<int64_t>(fibers_.size()) + running_ + 1);
     for (Range& range : ranges()) {
       if (p < range.begin || p + bytes > range.end) continue;
+      if (!writes && range.writers.empty()) return;
+      range.writers.resize((range.end - range.begin + kWord - 1) / kWord, 0);
       for (size_t w = (p - range.begin) / kWord; w < (p - range.begin + bytes + kWord - 1) / kWord; ++w) {
         uint32_t& writer = range.writers[w];
         if (writer != 0 && writer != me)
@@ -382,7 +384,7 @@ class Block {
 // A launch: one block after another.
 inline void launch(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& body) {
   static thread_local Block block;
-  for (Range& range : ranges()) std::fill(range.writers.begin(), range.writers.end(), 0);
+  for (Range& range : ranges()) range.writers.clear();
   for (int64_t i = 0; i < blocks; ++i) block.run(i, threads, shared_bytes, body);
 }
 
