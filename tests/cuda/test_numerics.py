@@ -46,7 +46,7 @@ def one_processor() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operator", OPERATORS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_calls(operator: str, dtype: torch.dtype, data: st.DataObject) -> None:
     check(data.draw(calls(operator)), dtype)
@@ -186,7 +186,7 @@ def run_chain(x: Tensor, calls: list[Call], queries: int) -> Tensor:
         return chain._on_cuda(x, queries)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(calls=chains(), batch=st.sampled_from([0, 1, 3]), tokens=st.sampled_from([1, 7, 30]), data=st.data())
 def test_random_chains(calls: list[Call], batch: int, tokens: int, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
