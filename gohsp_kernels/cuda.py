@@ -17,6 +17,7 @@ rows of x are no multiples of 16 bytes, and for a LayerNorm in float32, whose me
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -231,54 +232,64 @@ def _pack_linear(
     return parts.packed()
 
 
+def _starts(widths: Sequence[int]) -> list[int]:
+    """First channel of each head."""
+    return list(itertools.accumulate(widths, initial=0))[:-1]
+
+
+_Channels = tuple[list[int], list[int]]  # where channels are in compact weights, and where they go
+
+
+def _channels(heads: Sequence[tuple[int, int, int]], base: int = 0, new_base: int = 0) -> _Channels:
+    """Channels of heads given as (first channel, new first channel, width)."""
+    old = [base + start + c for start, _, width in heads for c in range(width)]
+    new = [new_base + start + c for _, start, width in heads for c in range(width)]
+    return old, new
+
+
 @dataclass(frozen=True)
 class _Heads:
-    """Where the channels of heads lie, the heads without V channels left out: they add nothing.
+    """Where the channels of heads go in packed weights. Heads without V channels add nothing and are left out.
 
     Attributes:
-        table: [heads, 6]: first q, k, v and output channel, QK width, V width.
-        rows: those of a compact qkv weight, and where they go.
-        columns: the same for the columns of proj.
-        channels: of qkv and of the output.
+        table: [heads, 6]: first q, k, v and output channel, QK width, V width with its padding.
+        rows: of the qkv weight.
+        columns: of the proj weight.
+        qkv_channels, out_channels: of the packed weights.
         widest: most channels of a head.
     """
 
-    table: list[tuple[int, ...]]
-    rows: tuple[list[int], list[int]]
-    columns: tuple[list[int], list[int]]
-    channels: tuple[int, int]
+    table: tuple[tuple[int, ...], ...]
+    rows: _Channels
+    columns: _Channels
+    qkv_channels: int
+    out_channels: int
     widest: int
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
-    def of(qk_widths: tuple[int, ...], v_widths: tuple[int, ...], align: int) -> _Heads:
-        """Heads that begin at multiples of ``align`` channels."""
+    def of(qk_widths: tuple[int, ...], v_widths: tuple[int, ...]) -> _Heads:
         kept = [h for h, width in enumerate(v_widths) if width > 0]
-        starts = [(sum(qk_widths[:h]), sum(v_widths[:h])) for h in kept]
-        qk = [round_up(qk_widths[h], align) for h in kept]
-        v = [round_up(v_widths[h], align) for h in kept]
-        n_qk = sum(qk) if align > 1 else sum(qk_widths)
-        old_k, old_v = sum(qk_widths), 2 * sum(qk_widths)
-        table: list[tuple[int, ...]] = []
-        rows: tuple[list[int], list[int]] = ([], [])
-        columns: tuple[list[int], list[int]] = ([], [])
-        for i, h in enumerate(kept):
-            q_start, v_start = (sum(qk[:i]), sum(v[:i])) if align > 1 else starts[i]
-            table.append((q_start, n_qk + q_start, 2 * n_qk + v_start, v_start, qk_widths[h], v[i]))
-            for old, new, width in (
-                (starts[i][0], q_start, qk_widths[h]),
-                (old_k + starts[i][0], n_qk + q_start, qk_widths[h]),
-                (old_v + starts[i][1], 2 * n_qk + v_start, v_widths[h]),
-            ):
-                rows[0].extend(range(old, old + width))
-                rows[1].extend(range(new, new + width))
-            columns[0].extend(range(starts[i][1], starts[i][1] + v_widths[h]))
-            columns[1].extend(range(v_start, v_start + v_widths[h]))
+        qk, v = ([round_up(widths[h], CHANNELS) for h in kept] for widths in (qk_widths, v_widths))
+        n_qk, new_n_qk = sum(qk_widths), sum(qk)
+        qk_old, v_old, qk_new, v_new = map(_starts, (qk_widths, v_widths, qk, v))
+        qk_moves = [(qk_old[h], qk_new[i], qk_widths[h]) for i, h in enumerate(kept)]
+        v_moves = [(v_old[h], v_new[i], v_widths[h]) for i, h in enumerate(kept)]
+        parts = (
+            _channels(qk_moves),
+            _channels(qk_moves, n_qk, new_n_qk),
+            _channels(v_moves, 2 * n_qk, 2 * new_n_qk),
+        )
+        table = tuple(
+            (qk_new[i], new_n_qk + qk_new[i], 2 * new_n_qk + v_new[i], v_new[i], qk_widths[h], v[i])
+            for i, h in enumerate(kept)
+        )
         widest = max((max(qk_widths[h], v[i]) for i, h in enumerate(kept)), default=0)
-        return _Heads(table, rows, columns, (2 * n_qk + sum(v), sum(v)), widest)
+        rows = [c for old, _ in parts for c in old], [c for _, new in parts for c in new]
+        return _Heads(table, rows, _channels(v_moves), 2 * new_n_qk + sum(v), sum(v), widest)
 
 
-def _moved(tensor: Tensor, dim: int, channels: tuple[list[int], list[int]], size: int) -> Tensor:
+def _moved(tensor: Tensor, dim: int, channels: _Channels, size: int) -> Tensor:
     """Entries ``channels[0]`` of ``tensor`` along ``dim`` at ``channels[1]`` of ``size``, zeros elsewhere."""
     source, target = (torch.tensor(c, dtype=torch.int64, device=tensor.device) for c in channels)
     shape = list(tensor.shape)
@@ -311,16 +322,16 @@ def pack_attention(
     features = x.shape[-1]
     _check_columns("in_cols", in_cols, features)
     _check_columns("out_cols", out_cols, features)
-    heads = _Heads.of(tuple(qk_widths), tuple(v_widths), CHANNELS)
+    heads = _Heads.of(tuple(qk_widths), tuple(v_widths))
     qkv, bias = _fold_norm(qkv_weight, qkv_bias, norm_weight, norm_bias, in_cols)
-    qkv = _moved(qkv, 0, heads.rows, heads.channels[0])
-    bias = _moved(bias, 0, heads.rows, heads.channels[0])
+    qkv = _moved(qkv, 0, heads.rows, heads.qkv_channels)
+    bias = _moved(bias, 0, heads.rows, heads.qkv_channels)
     source = _arrange(qkv, in_cols, features, x.dtype, norm=True)
     norm = _qk_norm_table(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias) if heads.table else None
     norm_width = 0 if norm is None else norm.shape[1]
     parts = _Parts(x.dtype, x.device, [_ATTENTION, features, len(heads.table), heads.widest, norm_width])
     parts.matrix(source.weight, bias, None, row_sum=source.form != _COPY)
-    parts.matrix(_moved(_double(proj_weight), 1, heads.columns, heads.channels[1]), proj_bias, layer_scale)
+    parts.matrix(_moved(_double(proj_weight), 1, heads.columns, heads.out_channels), proj_bias, layer_scale)
     parts.layout += [source.form, source.count]
     parts.table(source.table)
     parts.table(_kept_first(out_cols, features))
@@ -417,7 +428,11 @@ def packed_linear(
 
 @functools.lru_cache(maxsize=1024)
 def _head_table(qk_widths: tuple[int, ...], v_widths: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(_Heads.of(qk_widths, v_widths, 1).table, dtype=torch.int32, device=device).reshape(-1, 6)
+    """int32 [heads with V channels, 6], as in :class:`_Heads`, of qkv whose channels follow one another."""
+    n_qk = sum(qk_widths)
+    heads = zip(_starts(qk_widths), _starts(v_widths), qk_widths, v_widths, strict=True)
+    table = [(q, n_qk + q, 2 * n_qk + v, v, qk_width, v_width) for q, v, qk_width, v_width in heads if v_width > 0]
+    return torch.tensor(table, dtype=torch.int32, device=device).reshape(-1, 6)
 
 
 def ragged_attention(

@@ -63,6 +63,10 @@ MUTATIONS = {
         LINEAR, "i * 16 + lane % 16, 2 * half + lane / 16", "i * 16 + lane / 2, 2 * half + lane % 2",
         "test_every_form_of_input",
     ),
+    "linear: chunks lie in the order of their rows": Mutation(
+        LINEAR, "row * 64 + ((chunk ^ ((row >> 1) & 3)) << 4)", "row * 64 + (chunk << 4)",
+        "test_fragments_are_read_without_bank_conflicts",
+    ),
     "linear: rows past the end are read": Mutation(LINEAR, "a_ok[i] = r < p.rows;", "a_ok[i] = true;", "test_edges"),
     "linear: weights past the end are read": Mutation(LINEAR, "b_ok[i] = n < p.n;", "b_ok[i] = true;", "test_edges"),
     "linear: depth past the end is read": Mutation(
@@ -108,6 +112,9 @@ MUTATIONS = {
     ),
     "attention: both rows of a lane rescaled alike": Mutation(
         ATTENTION, "acc[j][2] *= rescale.y", "acc[j][2] *= rescale.x", "test_the_tokens_of_an_image"
+    ),
+    "attention: chunks lie in the order of their rows": Mutation(
+        ATTENTION, "((chunk ^ (row & 7)) << 4)", "(chunk << 4)", "test_fragments_are_read_without_bank_conflicts"
     ),
     "attention: fragments of the weights changed over": Mutation(
         ATTENTION, "pack2<T>(p[0][2], p[0][3]), pack2<T>(p[1][0], p[1][1])",

@@ -66,6 +66,13 @@ def test_a_correct_kernel_passes_and_computes() -> None:
         assert np.array_equal(checks.run_kernel("correct"), copied + sums)
 
 
+def test_bank_conflicts_are_counted() -> None:
+    checks.bank_conflicts()
+    checks.run_kernel("rows_in_the_same_banks")
+    assert checks.bank_conflicts() == 2 * 2 * 4  # blocks, warps, matrices
+    assert checks.bank_conflicts() == 0
+
+
 # --- fragments: the formulas of the PTX manual, written down once more ------------------------------------------------
 def a_place(lane: int, i: int, per_register: int) -> tuple[int, int]:
     """Row and column of number ``i`` of a lane's fragment of A (mma.m16n8k16 and m16n8k8)."""

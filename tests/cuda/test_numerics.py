@@ -117,6 +117,18 @@ def test_rows_far_from_zero(dtype: torch.dtype) -> None:
     assert_close(result.double() - x, truth - x, 5 * TOLERANCE[dtype])
 
 
+@pytest.mark.usefixtures("one_processor")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fragments_are_read_without_bank_conflicts(dtype: torch.dtype) -> None:
+    maker = Maker(23)
+    calls = [maker.linear((130,), 96, None, 130, None, "relu"), maker.attention(1, 70, [64, 24], [40, 64])]
+    calls.append(maker.attention(1, 70, [128], [72]))
+    checks.bank_conflicts()
+    for call in calls:
+        run(call.to(dtype))
+        assert checks.bank_conflicts() == 0
+
+
 def test_no_bias_no_norm_no_scale() -> None:
     call = Maker(10).attention_sublayer(2, 7, 16, [4, 4], [4, 4], layer_scale=None)
     x, _, _, qkv_weight, _, proj_weight, _ = call.args

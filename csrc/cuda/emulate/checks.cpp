@@ -9,6 +9,7 @@
 #include <array>
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../launch.cuh"
@@ -112,6 +113,15 @@ void reads_what_another_block_wrote(const Memory& m) {
   if (block_index() == 1) load_global(m.out + thread_index());
 }
 
+void rows_in_the_same_banks(const Memory&) {
+  const int lane = thread_index() % 32;
+  if (thread_index() < 32)
+    for (int i = 0; i < 4; ++i) store_shared(lane * 32 + i * 4, 0.0f);
+  barrier();
+  uint32_t to[4];
+  load_matrices(to, lane * 32);  // rows r and r + 4 of a matrix
+}
+
 // --- what must not be ------------------------------------------------------------------------------------------------
 void correct(const Memory& m) {
   for (int round = 0; round < 3; ++round) {
@@ -151,6 +161,7 @@ const std::map<std::string, Kernel> kKernels = {
     {"copy_over_what_is_read", copy_over_what_is_read},
     {"two_writers", two_writers},
     {"reads_what_another_block_wrote", reads_what_another_block_wrote},
+    {"rows_in_the_same_banks", rows_in_the_same_banks},
     {"correct", correct},
 };
 
@@ -230,6 +241,9 @@ PYBIND11_MODULE(_checks_cuda, m) {
   m.def("multiply", &multiply, py::arg("precision"), py::arg("a"), py::arg("b"));
   m.def("load_matrices", &load, py::arg("rows"), py::arg("transposed"));
   m.def("round_to", &round_to, py::arg("precision"), py::arg("x"));
+  m.def(
+      "bank_conflicts", [] { return std::exchange(emulate::bank_conflicts, 0); },
+      "Matrices read by ldmatrix with conflicts since the last call.");
   m.def(
       "launched", [] { return emulate::launched; }, "Threads and shared bytes of a block, by kernel launched so far.");
   m.def(

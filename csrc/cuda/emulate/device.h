@@ -149,6 +149,10 @@ struct LoadMatrix {
   uint32_t address;
 };
 
+// Matrices of which two rows wanted the same banks: shared memory gives 128 bytes at a time, so the 8 rows of 16 bytes
+// should lie in different eighths of it. That is not wrong, but slow; so it is counted.
+inline int64_t bank_conflicts = 0;
+
 // ldmatrix.x4: lane 8 m + r has the address of row r of matrix m, 8 numbers of 16 bits. Lane l gets of each matrix
 // numbers 2 (l % 4) and the next of row l / 4; transposed, number l / 4 of rows 2 (l % 4) and the next.
 inline void load_matrices(uint32_t to[4], uint32_t address, bool transposed, Place place) {
@@ -158,11 +162,14 @@ inline void load_matrices(uint32_t to[4], uint32_t address, bool transposed, Pla
       [transposed, place](LoadMatrix** lanes, int first) {
         for (int m = 0; m < 4; ++m) {
           uint16_t rows[8][8];
+          uint32_t eighths = 0;
           for (int r = 0; r < 8; ++r) {
             const uint32_t from = lanes[8 * m + r]->address;
             if (from % 16 != 0) Block::current()->fail("misaligned row of a matrix, at " + place.text());
             Block::current()->read(from, rows[r], 16, first + 8 * m + r, place);
+            eighths |= 1u << from / 16 % 8;
           }
+          bank_conflicts += eighths != 0xff;
           for (int l = 0; l < kWarp; ++l) {
             const int a = l / 4, b = 2 * (l % 4);
             const uint32_t low = transposed ? rows[b][a] : rows[a][b],
