@@ -33,6 +33,7 @@ GOHSP_DEVICE uint32_t attention_chunk(int row, int chunk) {
   return row * Tile::ROW_BYTES + ((chunk ^ (row & 7)) << 4);
 }
 
+// Where one channel of a row lies.
 template <class Tile>
 GOHSP_DEVICE uint32_t attention_channel(int row, int channel) {
   return attention_chunk<Tile>(row, channel / Tile::PER_CHUNK) +
@@ -48,9 +49,11 @@ template <class Tile>
 GOHSP_DEVICE void load_head(uint32_t base, const typename Tile::T* first, int64_t stride, int count, int rows,
                             int width, bool aligned) {
   using T = typename Tile::T;
+  // A thread keeps to one chunk of the rows, so that no index needs a division; those past a narrow head rest.
   const int chunk = thread_index() % Tile::CHUNKS;
   if (chunk >= 2 * fragments(width, 2 * Tile::PER_CHUNK)) return;
   for (int row = thread_index() / Tile::CHUNKS; row < rows; row += kAttentionThreads / Tile::CHUNKS) {
+    // Of a row that is not there the address is that of the first: one that may be named, if not read.
     const T* source = first + (row < count ? row : 0) * stride + chunk * Tile::PER_CHUNK;
     const uint32_t to = base + attention_chunk<Tile>(row, chunk);
     if (aligned) {
@@ -58,6 +61,7 @@ GOHSP_DEVICE void load_head(uint32_t base, const typename Tile::T* first, int64_
       copy_async(to, inside ? source : first, inside);
       continue;
     }
+    // qkv of a user may put a head anywhere: number by number, and here at once.
     for (int i = 0; i < Tile::PER_CHUNK; ++i) {
       const bool inside = row < count && chunk * Tile::PER_CHUNK + i < width;
       store_shared(to + i * static_cast<int>(sizeof(T)), inside ? load_global(source + i) : T{});
@@ -165,6 +169,7 @@ GOHSP_DEVICE Float2 update_softmax(Softmax& s, float scores[Tile::KEYS / 8][4], 
       high[i / 2] = max_of(high[i / 2], scores[j][i]);
     }
   }
+  // The four lanes of a row agree on its maximum. It is finite: each step has a key that is there.
   float rescale[2];
   GOHSP_UNROLL
   for (int r = 0; r < 2; ++r) {
@@ -191,10 +196,14 @@ GOHSP_DEVICE void store_heads(const AttentionParams& p, float acc[Tile::WIDTH / 
                               int first_query, int out_start, int v_width) {
   using T = typename Tile::T;
   const int lane = thread_index() % 32;
+  // The four lanes of a row have summed two keys of eight each; all lanes take part before any has nothing to store.
   GOHSP_UNROLL
   for (int r = 0; r < 2; ++r) {
     s.total[r] += shuffle_xor(s.total[r], 1);
     s.total[r] += shuffle_xor(s.total[r], 2);
+  }
+  GOHSP_UNROLL
+  for (int r = 0; r < 2; ++r) {
     const int query = first_query + lane / 4 + 8 * r;
     if (query >= p.queries) continue;
     const float share = 1.0f / s.total[r];
@@ -203,7 +212,7 @@ GOHSP_DEVICE void store_heads(const AttentionParams& p, float acc[Tile::WIDTH / 
     for (int j = 0; j < Tile::WIDTH / 8; ++j) {
       const int channel = 8 * j + lane % 4 * 2;
       const T x = from_float<T>(acc[j][2 * r] * share), y = from_float<T>(acc[j][2 * r + 1] * share);
-      if (p.aligned && channel < v_width) {
+      if (p.aligned && channel < v_width) {  // then widths are even, and so are the places
         store_global(reinterpret_cast<Pair<T>*>(out + channel), Pair<T>{x, y});
         continue;
       }
@@ -217,6 +226,7 @@ template <class Tile>
 GOHSP_KERNEL(kAttentionThreads, Tile::BLOCKS)
 attention_kernel(const AttentionParams p) {
   using T = typename Tile::T;
+  // Tiles of one head are neighbours, so they run together and share its keys and values in the L2 cache.
   const int tiles = divide_up(p.queries, kAttentionQueries);
   const int first_query = static_cast<int>(block_index() % tiles) * kAttentionQueries;
   const int head = static_cast<int>(block_index() / tiles % p.head_count);
@@ -236,6 +246,7 @@ attention_kernel(const AttentionParams p) {
                     p.aligned);
     commit();
   };
+  // The queries belong to the first group of copies, with the first keys.
   load_head<Tile>(Tile::Q, qkv + first_query * p.qkv_stride + q_start, p.qkv_stride, queries, query_rows, qk_width,
                   p.aligned);
   load_keys(Tile::K, 0, k_start, qk_width);
@@ -253,6 +264,7 @@ attention_kernel(const AttentionParams p) {
       barrier();
     }
     load_keys(Tile::V, first, v_start, v_width);
+    // Zeros are also the scores of a head without QK channels, which takes no step of the product.
     float scores[Tile::KEYS / 8][4] = {};
     Float2 rescale{1.0f, 1.0f};
     if (works) {

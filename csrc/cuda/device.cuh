@@ -20,11 +20,13 @@
 
 namespace gohsp::cuda {
 
+// Dynamic shared memory, whose size a launch sets. The type makes it begin at a multiple of 16 bytes.
 extern __shared__ Bytes16 shared_memory[];
 
 GOHSP_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 GOHSP_DEVICE int64_t block_index() { return static_cast<int64_t>(blockIdx.x); }
 
+// Of the block, and of the warp; each also orders what its threads wrote to shared memory.
 GOHSP_DEVICE void barrier() { __syncthreads(); }
 GOHSP_DEVICE void warp_barrier() { __syncwarp(); }
 
@@ -69,12 +71,14 @@ GOHSP_DEVICE float from_float<float>(float x) {
   return x;
 }
 
+// The nearest number of tf32. Without it the tensor core would cut the lowest 13 bits off, which is biased.
 GOHSP_DEVICE uint32_t to_tf32(float x) {
   uint32_t y;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
 }
 
+// One instruction, good to 2 units in the last place; subnormal results become 0, which is what a softmax wants.
 GOHSP_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -113,6 +117,7 @@ GOHSP_DEVICE void store_shared(uint32_t address, T value) {
   *shared_pointer<T>(address) = value;
 }
 
+// The address that instructions on shared memory take, which is not that of a pointer.
 GOHSP_DEVICE uint32_t in_shared_window(uint32_t address) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory)) + address;
 }
@@ -124,6 +129,7 @@ GOHSP_DEVICE void copy_async(uint32_t address, const void* source, bool valid) {
                : "memory");
 }
 
+// Closes a group of copies, which may be empty.
 GOHSP_DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits for this thread's copies, but for the last `groups_left` commits.
@@ -143,6 +149,7 @@ GOHSP_DEVICE void load_matrices(uint32_t to[4], uint32_t address) {
                : "memory");
 }
 
+// The same, each matrix transposed: for an operand that lies in memory by rows and is wanted by columns.
 GOHSP_DEVICE void load_matrices_transposed(uint32_t to[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])

@@ -61,10 +61,12 @@ class OnDevice {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
+// Where a tensor lies. The size is for the emulation.
 void* pointer(const Tensor& t, size_t) { return t.data_ptr(); }
 
 #endif
 
+// Whether float32 may be multiplied as tf32 is torch's setting, which Python reads.
 Precision precision_of(const Tensor& x, bool tf32) {
   switch (x.scalar_type()) {
     case ScalarType::Half: return Precision::f16;
@@ -84,6 +86,7 @@ Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape) {
   return torch::stable::new_empty(like, {shape.data(), shape.size()});
 }
 
+// From torch's allocator, which reuses it in the order of the stream: it may be dropped before the kernels have run.
 Tensor new_bytes(const Tensor& like, size_t bytes) {
   const std::vector<int64_t> shape{static_cast<int64_t>(bytes)};
   return torch::stable::new_empty(like, {shape.data(), shape.size()}, ScalarType::Byte);
@@ -275,6 +278,8 @@ gohsp::cuda::Mlp read_mlp(Packed& packed, const double* constants, int64_t featu
   return m;
 }
 
+// All sublayers in one call. What is checked here is what C++ can see without waiting for the GPU; the contents of the
+// tables were checked when they were packed.
 Tensor cuda_sublayers(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> vectors, std::vector<Tensor> tables,
                       std::vector<Tensor> layouts, std::vector<double> constants, bool tf32, int64_t num_queries) {
   const OnDevice device(x);

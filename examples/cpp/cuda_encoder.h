@@ -123,6 +123,7 @@ class CudaEncoder {
     return numbers;
   }
 
+  // A head without V channels adds nothing, but costs little: it stays, so that this example stays simple.
   void add_attention(const Block& block, float eps) {
     // Heads move to channels that are multiples of 8.
     const size_t count = block.qk_widths.size();
@@ -133,6 +134,7 @@ class CudaEncoder {
       widest =
           std::max<size_t>({widest, static_cast<size_t>(block.qk_widths[h]), round_up(block.v_widths[h], kChannels)});
     }
+    // Where each channel goes among the rows of qkv (all of q, all of k, all of v) and the columns of proj.
     std::vector<int32_t> table;
     std::vector<size_t> q_rows, k_rows, v_rows, v_columns;
     size_t qk_start = 0, v_start = 0;

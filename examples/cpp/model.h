@@ -189,8 +189,8 @@ struct Model {
     for (const json::Value& block : mask.at("blocks").items) add_block(block);
   }
 
-  // Logits [images, classes] of images [images, 3, height, width]. The encoder takes [images, tokens, features] and gives
-  // the class tokens [images, features].
+  // Logits [images, classes] of images [images, 3, height, width]. The encoder takes [images, tokens, features] and
+  // gives the class tokens [images, features].
   template <class Encoder>
   Tensor logits(const Tensor& images, const Encoder& encoder) const {
     Tensor x = encoder(tokens(images));
