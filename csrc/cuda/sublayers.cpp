@@ -1,13 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sublayers as sequences of launches. Nothing here knows CUDA: the same file drives the GPU and the emulation.
+// Sublayers as sequences of launches. Nothing here knows CUDA: the same file drives the GPU and the emulation, which only
+// wants to know where scratch buffers end.
 #include <algorithm>
 #include <stdexcept>
 
 #include "kernels.h"
 
+#ifdef GOHSP_EMULATED
+#include "emulate/block.h"
+#endif
+
 namespace gohsp::cuda {
 
 namespace {
+
+#ifdef GOHSP_EMULATED
+constexpr int64_t kGap = 4096;  // behind a buffer, so that a kernel that runs past it is found
+void allow(void* buffer, int64_t bytes) { emulate::allow(buffer, bytes); }
+#else
+constexpr int64_t kGap = 0;
+void allow(void*, int64_t) {}
+#endif
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -23,7 +36,8 @@ class Workspace {
 
   void* take(int64_t bytes) {
     void* place = base_ == nullptr ? nullptr : base_ + used_;
-    used_ += static_cast<size_t>(round_up(bytes, 256));
+    used_ += static_cast<size_t>(round_up(bytes + kGap, 256));
+    if (place != nullptr) allow(place, bytes);
     return place;
   }
 
@@ -118,8 +132,8 @@ struct Run {
     launch_linear(precision, p, stream);
   }
 
-  // y [images, queries, features] = x + the sublayer of x [images, tokens, features]; y may be x. In three launches: q, k
-  // and v of all tokens, attention for the first `queries`, proj. The workspace is a copy: each sublayer begins anew.
+  // y [images, queries, features] = x + the sublayer of x [images, tokens, features]; y may be x. In three launches: q,
+  // k and v of all tokens, attention for the first `queries`, proj. The workspace is a copy: each sublayer begins anew.
   void attention(const Attention& a, const void* x, void* y, const Shape& shape, int64_t queries, Workspace w) const {
     const int64_t rows = shape.images * shape.tokens, channels = a.qkv.n;
     const int64_t width = a.proj.chunks * per_chunk();
@@ -193,7 +207,9 @@ int64_t stream_bytes(Precision precision, const Sublayer* layers, int64_t count,
 size_t workspace_bytes(Precision precision, const Sublayer* layers, int64_t count, const Shape& shape) {
   size_t most = 0;
   for (int64_t i = 0; i < count; ++i) most = std::max(most, sublayer_bytes(precision, layers[i], shape));
-  return most + static_cast<size_t>(round_up(stream_bytes(precision, layers, count, shape), 256));
+  Workspace between(nullptr);
+  between.take(stream_bytes(precision, layers, count, shape));
+  return most + between.used();
 }
 
 void run_sublayers(Precision precision, const Sublayer* layers, int64_t count, const void* x, void* y,

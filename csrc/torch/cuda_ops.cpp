@@ -211,7 +211,7 @@ Tensor cuda_linear(Tensor x, Tensor weights, Tensor vectors, Tensor tables, Tens
   Tensor workspace = new_bytes(x, bytes);
   const size_t element = gohsp::cuda::element_bytes(precision);
   gohsp::cuda::run_linear(precision, weight, in, out, activation, pointer(x, x.numel() * element), rows, features,
-                          pointer(y, y.numel() * element), out_features, pointer(workspace, bytes), device.stream());
+                          pointer(y, y.numel() * element), out_features, workspace.data_ptr(), device.stream());
   return y;
 }
 
@@ -322,7 +322,7 @@ Tensor cuda_sublayers(Tensor x, std::vector<Tensor> weights, std::vector<Tensor>
   const size_t element = gohsp::cuda::element_bytes(precision);
   Tensor workspace = new_bytes(x, bytes);
   gohsp::cuda::run_sublayers(precision, layers.data(), n, pointer(x, x.numel() * element),
-                             pointer(y, y.numel() * element), shape, pointer(workspace, bytes), device.stream());
+                             pointer(y, y.numel() * element), shape, workspace.data_ptr(), device.stream());
   return y;
 }
 

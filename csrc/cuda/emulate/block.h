@@ -63,9 +63,11 @@ inline std::vector<Range>& ranges() {
   return all;
 }
 
-// Lets kernels use these bytes, until forget(). Called for every tensor that an operator hands to a kernel.
+// Lets kernels use these bytes, until forget(), or until something else is to lie there. Called for every tensor that an
+// operator hands to a kernel, and for every buffer in its scratch memory.
 inline void allow(const void* begin, size_t bytes) {
   const char* first = static_cast<const char*>(begin);
+  std::erase_if(ranges(), [&](const Range& r) { return r.begin < first + bytes && first < r.end; });
   ranges().push_back({first, first + bytes, {}});
 }
 
