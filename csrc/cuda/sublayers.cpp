@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sublayers as sequences of launches. Nothing here knows CUDA: the same file drives the GPU and the emulation, which only
-// wants to know where scratch buffers end.
+// Sublayers as sequences of launches. Nothing here knows CUDA: the same file drives the GPU and the emulation, which
+// only wants to know where scratch buffers end.
 #include <algorithm>
 #include <stdexcept>
 

@@ -63,8 +63,8 @@ inline std::vector<Range>& ranges() {
   return all;
 }
 
-// Lets kernels use these bytes, until forget(), or until something else is to lie there. Called for every tensor that an
-// operator hands to a kernel, and for every buffer in its scratch memory.
+// Lets kernels use these bytes, until forget(), or until something else is to lie there. Called for every tensor that
+// an operator hands to a kernel, and for every buffer in its scratch memory.
 inline void allow(const void* begin, size_t bytes) {
   const char* first = static_cast<const char*>(begin);
   std::erase_if(ranges(), [&](const Range& r) { return r.begin < first + bytes && first < r.end; });
