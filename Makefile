@@ -27,8 +27,8 @@ BENCH_ARGS ?= end-to-end --model deit_small_patch16_224 --preset 4x960 --batch 1
 
 PACKAGES := python/gohsp gohsp_kernels
 BUILD_TOOLS := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
-NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null)
-CXX_SOURCES = find csrc -type f -regex '.*\.\(h\|cpp\|inl\|cu\|cuh\)'
+NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc examples -type f 2>/dev/null)
+CXX_SOURCES = find csrc examples -type f -regex '.*\.\(h\|cpp\|inl\|cu\|cuh\)'
 
 say = @printf '\033[1m== %s\033[0m\n' "$(1)"
 

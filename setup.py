@@ -4,6 +4,7 @@
 Environment variables
     GOHSP_NATIVE=OFF            no native library: a pure Python install with the reference and Triton backends
     GOHSP_CUDA=AUTO|ON|OFF      CUDA kernels: where nvcc is found (default), required, left out
+    GOHSP_CUDA_ARCHS=LIST       GPUs that they are compiled for, as CMake names them; by default 80-real;90-real;100
     GOHSP_CHECKS=ON|OFF         the pybind11 module that the tests use; by default only in builds inside the source tree
     MAX_JOBS=N                  parallel compile jobs; by default the number of cores
     CXX                         the C++ compiler, as CMake reads it
@@ -87,6 +88,8 @@ class BuildNative(build_ext):
             f"-DGOHSP_CUDA={switch('GOHSP_CUDA', 'AUTO', ('AUTO', 'ON', 'OFF'))}",
             f"-DGOHSP_CHECKS={switch('GOHSP_CHECKS', 'ON' if self.inplace else 'OFF')}",
         ]
+        if archs := os.environ.get("GOHSP_CUDA_ARCHS"):
+            configure.append(f"-DGOHSP_CUDA_ARCHS={archs}")
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         for command in (
             configure,

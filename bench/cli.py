@@ -20,6 +20,7 @@ from bench import (
     end_to_end,
     environment,
     gpu_model,
+    gpu_static,
     kernels,
     proportion,
     roofline,
@@ -77,6 +78,7 @@ MODEL, PRESET, BATCH, ROUNDS = ["deit_small_patch16_224"], ["4x960"], [1, 8], 20
 TRAINING_BATCH = [8]
 THREADS = available_cores()
 CONTENDERS = list(contenders.CONTENDERS)
+TARGETS = list(gpu_static.SHARED_BYTES)
 console = Console()
 
 
@@ -206,6 +208,15 @@ def gpu_model_command(
 ) -> None:
     """Bytes and times of the Triton launches on GPUs that are not here: modelled from data sheets, not measured."""
     gpu_model.run(model, batch)
+
+
+@app.command("gpu-static", cls=SpreadCommand)
+def gpu_static_command(
+    target: Annotated[list[str], typer.Option(help="GPUs, of sm_80, sm_90 and sm_100.")] = TARGETS,
+    triton: Annotated[bool, typer.Option(help="Compile Triton's kernels too; takes minutes the first time.")] = True,
+) -> None:
+    """Registers, shared memory and occupancy of the GPU kernels, read from the binaries; needs no GPU."""
+    raise typer.Exit(gpu_static.run(target, triton, console))
 
 
 @app.command("plot")

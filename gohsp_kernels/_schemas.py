@@ -2,8 +2,8 @@
 """Schemas of all torch operators, in one place, each with the function that computes its result's shape.
 
 Two layers. The *public* operators take compact parameters and mean the same on every backend: they are what
-``torch.compile`` and ``torch.export`` see. The *native* operators (``cpu_*``) take packed weights, belong to the
-compiled library and have no meaning without it; public calls reach them.
+``torch.compile`` and ``torch.export`` see. The *native* operators (``cpu_*``, ``cuda_*``) take packed weights, belong
+to the compiled libraries and have no meaning without them; public calls reach them.
 """
 
 from __future__ import annotations
@@ -51,6 +51,19 @@ NATIVE = {
         "(Tensor qkv, Tensor widths, Tensor? qk_norm, float scale, float eps, int v_total, int num_queries) -> Tensor"
     ),
     "cpu_sublayers": ("(Tensor x, Tensor[] panels, Tensor[] layouts, float[] constants, int num_queries) -> Tensor"),
+    # The packed tensors are those of cuda.Packed; heads is int32 [heads, 6], as in csrc/cuda/kernels.h.
+    "cuda_linear": (
+        "(Tensor x, Tensor weights, Tensor vectors, Tensor tables, Tensor layout, int out_features, bool tf32) "
+        "-> Tensor"
+    ),
+    "cuda_attention": (
+        "(Tensor qkv, Tensor heads, Tensor? qk_norm, int widest, bool aligned, float scale, float eps, int v_total, "
+        "int num_queries, bool tf32) -> Tensor"
+    ),
+    "cuda_sublayers": (
+        "(Tensor x, Tensor[] weights, Tensor[] vectors, Tensor[] tables, Tensor[] layouts, float[] constants, "
+        "bool tf32, int num_queries) -> Tensor"
+    ),
 }
 
 SCHEMAS = {**PUBLIC, **NATIVE}
@@ -79,7 +92,7 @@ def _ragged_attention(qkv: Tensor, *rest: Any) -> Tensor:
     return qkv.new_empty(qkv.shape[0], num_queries, sum(v_widths))
 
 
-@_fake("attention_sublayer", "cpu_sublayers")
+@_fake("attention_sublayer", "cpu_sublayers", "cuda_sublayers")
 def _attention_sublayer(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], rest[-1], x.shape[2])
 
@@ -89,7 +102,7 @@ def _mlp_sublayer(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@_fake("cpu_linear")
+@_fake("cpu_linear", "cuda_linear")
 def _cpu_linear(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], rest[-2])
 
@@ -97,6 +110,12 @@ def _cpu_linear(x: Tensor, *rest: Any) -> Tensor:
 @_fake("cpu_attention")
 def _cpu_attention(qkv: Tensor, *rest: Any) -> Tensor:
     v_total, num_queries = rest[-2:]
+    return qkv.new_empty(qkv.shape[0], num_queries, v_total)
+
+
+@_fake("cuda_attention")
+def _cuda_attention(qkv: Tensor, *rest: Any) -> Tensor:
+    v_total, num_queries = rest[-3:-1]
     return qkv.new_empty(qkv.shape[0], num_queries, v_total)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, dispatch
+from . import cpu, cuda, dispatch
 from .ops import attention_sublayer, check_attention, check_mlp, check_queries, mlp_sublayer, wrong
 
 # Tensor arguments of the sublayers but for x, in the order of their schemas.
@@ -26,9 +26,10 @@ _MLP_TENSORS = (
 
 
 class SublayerChain:
-    """Sublayers applied one after another; the CPU backend runs them in one parallel region.
+    """Sublayers applied one after another; the CPU and CUDA backends run them in one call.
 
-    There the workers wait for each other once a block instead of three times, and images of a batch not at all. Build
+    On the CPU the workers wait for each other once a block instead of three times, and images of a batch not at all; on
+    a GPU the kernels follow each other without Python between them. Build
     the chain once and call it often: a call then costs a look at the parameters' version counters.
 
     Args:
@@ -48,6 +49,9 @@ class SublayerChain:
         attentions = [i for i, sublayer in enumerate(sublayers) if sublayer.func is attention_sublayer]
         self._last_attention = attentions[-1] if attentions else -1
         self._packed: cpu.PackedChain | None = None
+        self._packed_cuda: cuda.PackedChain | None = None
+        widths = ("qk_widths", "v_widths")
+        self._widest = max((w for s in sublayers for name in widths for w in s.keywords.get(name, ())), default=0)
         self._tensors = [t for s in sublayers for t in s.keywords.values() if isinstance(t, Tensor)]
 
     def __call__(self, x: Tensor, *, num_queries: int | None = None, backend: str | None = None) -> Tensor:
@@ -70,8 +74,12 @@ class SublayerChain:
         queries = check_queries(num_queries, x.shape[1])
         if self._sublayers and not torch.compiler.is_compiling():
             needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in self._tensors))
-            if dispatch.choose(backend, x.device, x.dtype, needs_grad) == "cpu":
+            rows = x.shape[0] * x.shape[1]
+            chosen = dispatch.choose(backend, x.device, x.dtype, needs_grad, self._widest, rows)
+            if chosen == "cpu":
                 return self._on_cpu(x, queries)
+            if chosen == "cuda":
+                return self._on_cuda(x, queries)
         return self._one_by_one(x, queries, backend)
 
     def frozen(self, features: int, weights: str = "float32") -> FrozenChain:
@@ -101,6 +109,11 @@ class SublayerChain:
 
     def _on_cpu(self, x: Tensor, queries: int) -> Tensor:
         return self._pack(x.shape[2])(x, queries)
+
+    def _on_cuda(self, x: Tensor, queries: int) -> Tensor:
+        if self._packed_cuda is None or not self._packed_cuda.fits(x):
+            self._packed_cuda = cuda.PackedChain(x, [_describe(x.shape[2], s) for s in self._sublayers])
+        return self._packed_cuda(x, queries)
 
     def _one_by_one(self, x: Tensor, queries: int, backend: str | None) -> Tensor:
         for i, sublayer in enumerate(self._sublayers):

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _native
+from . import _native, cuda
 from .triton import support as triton_support
 
 log = logging.getLogger("gohsp_kernels")
 
-PREFERENCE = ("cpu", "triton", "reference")
-"""Backends, the one that "auto" would rather take first."""
+PREFERENCE = ("cpu", "cuda", "triton", "reference")
+"""Backends, the one that "auto" would rather take first; cuda and triton change places as :func:`_preference` says."""
 
 WEIGHTS = ("float32", "int8")
 """Forms that the weights of a frozen chain can have. int8: see :func:`gohsp_kernels.reference.int8_linear`."""
@@ -64,7 +64,7 @@ def can_run(
     """Tell whether ``backend`` can run a call on tensors of this device and dtype.
 
     Args:
-        backend: "reference", "cpu" or "triton".
+        backend: "reference", "cpu", "cuda" or "triton".
         device: where the tensors are.
         dtype: of the activations and weights.
         needs_grad: whether the result must be differentiable.
@@ -84,6 +84,9 @@ def can_run(
         return Support(True)
     if backend == "triton":
         reason = triton_support.missing(torch.device(device), dtype, compute_capability, widest_head)
+        return Support(not reason, reason)
+    if backend == "cuda":
+        reason = cuda.missing(torch.device(device), dtype, needs_grad, compute_capability, widest_head)
         return Support(not reason, reason)
     native = _native.load()
     if not native:
@@ -117,10 +120,22 @@ def use_backend(name: str) -> Iterator[None]:
         _selected = previous
 
 
+def _preference(device: torch.device, rows: int) -> tuple[str, ...]:
+    """The order in which "auto" tries the backends for a call on ``rows`` rows of activations."""
+    if device.type == "cuda" and not cuda.goes_first(device, rows):
+        return ("cpu", "triton", "cuda", "reference")
+    return PREFERENCE
+
+
 def choose(
-    backend: str | None, device: torch.device, dtype: torch.dtype, needs_grad: bool, widest_head: int = 0
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    needs_grad: bool,
+    widest_head: int = 0,
+    rows: int = 0,
 ) -> str:
-    """The backend that runs a call.
+    """The backend that runs a call on ``rows`` rows of activations.
 
     Raises:
         ValueError: if the named backend does not exist.
@@ -132,9 +147,9 @@ def choose(
         if not support:
             raise RuntimeError(f"backend {wanted!r}: {support.reason}")
         return wanted
-    for name in PREFERENCE:
-        if name == "triton" and device.type == "cpu":
-            continue  # its interpreter is for tests: it is there to be named
+    for name in _preference(device, rows):
+        if name in ("cuda", "triton") and device.type == "cpu":
+            continue  # what runs there is for tests, to be named: Triton's interpreter
         support = can_run(name, device, dtype, needs_grad=needs_grad, widest_head=widest_head)
         if support:
             return name

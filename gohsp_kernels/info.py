@@ -37,11 +37,12 @@ def int8_activations() -> str:
 
 def report() -> str:
     """Versions, processor, backends with reasons, and operators, as lines of text."""
-    native = _native.load()
+    native, cuda = _native.load(), _native.load_cuda()
     lines = [
         f"torch             {torch.__version__}, {torch.get_num_threads()} threads",
         f"processor         {cpu_name()} ({platform.machine()})",
         f"native library    {native.path.name if native.path else native.reason}",
+        f"CUDA library      {cuda.path.name if cuda.path else cuda.reason}",
         f"instruction set   {instruction_set()}",
         f"int8 activations  {int8_activations()}",
         f"selected backend  {dispatch._selected} ({dispatch.ENVIRONMENT_VARIABLE} or use_backend)",

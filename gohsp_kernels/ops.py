@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _schemas, cpu, dispatch, reference
+from . import _schemas, cpu, cuda, dispatch, reference
 
 
 def _on_triton(name: str) -> Callable[..., Tensor]:
@@ -27,7 +27,12 @@ def _on_triton(name: str) -> Callable[..., Tensor]:
 
 
 _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Tensor]]] = {
-    name: {"reference": getattr(reference, name), "cpu": getattr(cpu, name), "triton": _on_triton(name)}
+    name: {
+        "reference": getattr(reference, name),
+        "cpu": getattr(cpu, name),
+        "cuda": getattr(cuda, name),
+        "triton": _on_triton(name),
+    }
     for name in _schemas.PUBLIC
 }
 
@@ -41,6 +46,10 @@ def _widest_head(arguments: Iterable[Any]) -> int:
     return max((width for a in arguments if isinstance(a, tuple) for width in a), default=0)
 
 
+def _rows(x: Tensor) -> int:
+    return x.numel() // max(x.shape[-1], 1)
+
+
 def _run(name: str, arguments: tuple[Any, ...], backend: str | None) -> Tensor:
     x = arguments[0]
     needs_grad = _needs_grad(arguments)
@@ -50,7 +59,7 @@ def _run(name: str, arguments: tuple[Any, ...], backend: str | None) -> Tensor:
             return _IMPLEMENTATIONS[name]["reference"](*arguments)
         # One node in the graph; the backend is chosen, and weights are packed, when it runs.
         return getattr(torch.ops.gohsp_kernels, name)(*arguments)
-    chosen = dispatch.choose(backend, x.device, x.dtype, needs_grad, _widest_head(arguments))
+    chosen = dispatch.choose(backend, x.device, x.dtype, needs_grad, _widest_head(arguments), _rows(x))
     return _IMPLEMENTATIONS[name][chosen](*arguments)
 
 
@@ -58,10 +67,11 @@ def _graph_node(name: str) -> Callable[..., Tensor]:
     def run(*arguments: Any) -> Tensor:
         # Torch hands lists of ints over; the functions compare layouts as tuples.
         plain: Any = tuple(tuple(a) if isinstance(a, list) else a for a in arguments)
-        chosen = dispatch.choose(None, plain[0].device, plain[0].dtype, False, _widest_head(plain))
+        x = plain[0]
+        chosen = dispatch.choose(None, x.device, x.dtype, False, _widest_head(plain), _rows(x))
         result = _IMPLEMENTATIONS[name][chosen](*plain)
         # A torch operator may not return one of its inputs, as an empty sublayer of the reference would.
-        return result.clone() if result.data_ptr() == plain[0].data_ptr() else result.contiguous()
+        return result.clone() if result.data_ptr() == x.data_ptr() else result.contiguous()
 
     return run
 

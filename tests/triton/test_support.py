@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gohsp_kernels as gk
-from gohsp_kernels import dispatch
+from gohsp_kernels import _native, dispatch
 from tests.kernels.cases import Maker, samples
 
 FP16, FP32, BF16 = torch.float16, torch.float32, torch.bfloat16
@@ -79,6 +79,7 @@ def test_auto_takes_it_on_a_gpu(monkeypatch: pytest.MonkeyPatch, no_interpreter:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(_native, "load_cuda", lambda: _native.Library(None, "was not built"))
     for needs_grad in (False, True):
         assert dispatch.choose("auto", torch.device("cuda", 0), BF16, needs_grad) == "triton"
     assert dispatch.choose("auto", torch.device("cuda", 0), BF16, False, widest_head=256) == "reference"

@@ -1,0 +1,5 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels and their launches, built by the host's compiler.
+#include "../attention.cu"
+#include "../linear.cu"
+#include "../rows.cu"

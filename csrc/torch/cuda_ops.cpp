@@ -1,0 +1,339 @@
+// SPDX-License-Identifier: Apache-2.0
+// Checks of arguments and registration of the native CUDA operators, on the LibTorch stable ABI. The schemas are in
+// gohsp_kernels/_schemas.py; gohsp_kernels/cuda.py writes what is read here.
+//
+// Compiled with GOHSP_EMULATED the same file registers the emulated kernels, for tensors on the CPU: the module that
+// the tests load.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+#include "../cuda/kernels.h"
+
+#ifdef GOHSP_EMULATED
+#include "../cuda/emulate/block.h"
+#else
+extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
+
+namespace {
+
+using gohsp::cuda::Precision;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#ifdef GOHSP_EMULATED
+
+// The emulation lets kernels use the tensors of the running call, and no other memory.
+struct OnDevice {
+  explicit OnDevice(const Tensor&) {}
+  ~OnDevice() { gohsp::cuda::emulate::forget(); }
+  gohsp::cuda::Stream stream() const { return nullptr; }
+};
+
+void* pointer(const Tensor& t, size_t bytes) {
+  void* data = t.data_ptr();
+  gohsp::cuda::emulate::allow(data, bytes);
+  return data;
+}
+
+#else
+
+// Makes the device of a tensor the current one, as long as it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& t) : device_(t.get_device()), guard_(device_) {}
+
+  gohsp::cuda::Stream stream() const {
+    void* stream = nullptr;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream) == 0, "no current stream");
+    return stream;
+  }
+
+ private:
+  int32_t device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+// Where a tensor lies. The size is for the emulation.
+void* pointer(const Tensor& t, size_t) { return t.data_ptr(); }
+
+#endif
+
+// Whether float32 may be multiplied as tf32 is torch's setting, which Python reads.
+Precision precision_of(const Tensor& x, bool tf32) {
+  switch (x.scalar_type()) {
+    case ScalarType::Half: return Precision::f16;
+    case ScalarType::BFloat16: return Precision::bf16;
+    case ScalarType::Float: return tf32 ? Precision::tf32 : Precision::f32;
+    default: STD_TORCH_CHECK(false, "x: wanted float16, bfloat16 or float32; got another dtype");
+  }
+}
+
+// Contiguous, and beginning at a multiple of 16 bytes.
+Tensor readable(const Tensor& x) {
+  Tensor t = torch::stable::contiguous(x);
+  return reinterpret_cast<uintptr_t>(t.data_ptr()) % gohsp::cuda::kChunkBytes == 0 ? t : torch::stable::clone(t);
+}
+
+Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape) {
+  return torch::stable::new_empty(like, {shape.data(), shape.size()});
+}
+
+// From torch's allocator, which reuses it in the order of the stream: it may be dropped before the kernels have run.
+Tensor new_bytes(const Tensor& like, size_t bytes) {
+  const std::vector<int64_t> shape{static_cast<int64_t>(bytes)};
+  return torch::stable::new_empty(like, {shape.data(), shape.size()}, ScalarType::Byte);
+}
+
+// Hands out the contents of a tensor, one part behind the other.
+template <class T>
+class Parts {
+ public:
+  Parts(const Tensor& t, ScalarType dtype, const char* name) : name_(name) {
+    STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous(), name, ": wanted another dtype, or contiguous");
+    next_ = static_cast<const T*>(pointer(t, t.numel() * sizeof(T)));
+    end_ = next_ + t.numel();
+  }
+
+  const T* take(int64_t count) {
+    STD_TORCH_CHECK(count >= 0 && count <= end_ - next_, name_, ": too short");
+    const T* place = next_;
+    next_ += count;
+    return place;
+  }
+
+  bool empty() const { return next_ == end_; }
+
+ private:
+  const char* name_;
+  const T* next_;
+  const T* end_;
+};
+
+// One packed sublayer or linear layer, read in the order in which gohsp_kernels/cuda.py wrote it.
+class Packed {
+ public:
+  Packed(Precision precision, const Tensor& x, const Tensor& weights, const Tensor& vectors, const Tensor& tables,
+         const Tensor& layout)
+      : chunk_(gohsp::cuda::kChunkBytes / gohsp::cuda::element_bytes(precision)),
+        weights_(static_cast<const char*>(pointer(weights, weights.numel() * gohsp::cuda::element_bytes(precision)))),
+        chunks_(weights.numel() / chunk_),
+        vectors_(vectors, ScalarType::Float, "vectors"),
+        tables_(tables, ScalarType::Int, "tables"),
+        numbers_(layout, ScalarType::Long, "layouts") {
+    STD_TORCH_CHECK(weights.scalar_type() == x.scalar_type() && weights.is_contiguous(),
+                    "weights: wanted the dtype of x, contiguous");
+  }
+
+  int64_t number() { return *numbers_.take(1); }
+  const float* floats(int64_t count) { return vectors_.take(count); }
+  const int32_t* table(int64_t count) { return tables_.take(count); }
+
+  // Numbers: outputs, chunks of depth, and which of the three vectors follow.
+  gohsp::cuda::Matrix matrix() {
+    enum { kBias = 1, kRowSum = 2, kScale = 4 };
+    gohsp::cuda::Matrix m{};
+    m.n = number();
+    m.chunks = number();
+    const int64_t parts = number();
+    STD_TORCH_CHECK(m.n >= 0 && m.chunks >= 0 && m.n * m.chunks <= chunks_, "weights: too short");
+    m.weight = weights_;
+    weights_ += m.n * m.chunks * gohsp::cuda::kChunkBytes;
+    chunks_ -= m.n * m.chunks;
+    if (parts & kBias) m.bias = floats(m.n);
+    if (parts & kRowSum) m.row_sum = floats(m.n);
+    if (parts & kScale) m.scale = floats(m.n);
+    return m;
+  }
+
+  // How the product with `m` reads its input. Numbers: form, columns, and whether there is a list.
+  gohsp::cuda::Input input(const gohsp::cuda::Matrix& m) {
+    gohsp::cuda::Input in{};
+    in.form = static_cast<gohsp::cuda::Form>(number());
+    in.count = number();
+    const bool listed = number() != 0;
+    if (listed) in.list = table(in.form == gohsp::cuda::Form::chunks ? m.chunks : in.count);
+    return in;
+  }
+
+  gohsp::cuda::Output output(int64_t features) { return {number() != 0 ? table(features) : nullptr}; }
+
+  bool empty() const { return chunks_ == 0 && vectors_.empty() && tables_.empty() && numbers_.empty(); }
+
+ private:
+  int64_t chunk_;
+  const char* weights_;
+  int64_t chunks_;
+  Parts<float> vectors_;
+  Parts<int32_t> tables_;
+  Parts<int64_t> numbers_;
+};
+
+gohsp::Activation activation_of(int64_t id) {
+  STD_TORCH_CHECK(id >= 0 && id < gohsp::kActivations, "activation: unknown number ", id);
+  return static_cast<gohsp::Activation>(id);
+}
+
+void check_features(int64_t packed, int64_t features) {
+  STD_TORCH_CHECK(packed == features, "x: wanted ", packed, " features, for which it was packed; got ", features);
+}
+
+// Numbers of the layout: features of x and of the result, activation, matrix, input, output.
+Tensor cuda_linear(Tensor x, Tensor weights, Tensor vectors, Tensor tables, Tensor layout, int64_t out_features,
+                   bool tf32) {
+  const OnDevice device(x);
+  x = readable(x);
+  const Precision precision = precision_of(x, tf32);
+  Packed packed(precision, x, weights, vectors, tables, layout);
+  const int64_t features = x.size(x.dim() - 1);
+  check_features(packed.number(), features);
+  STD_TORCH_CHECK(packed.number() == out_features, "out_features: wanted that for which it was packed");
+  const gohsp::Activation activation = activation_of(packed.number());
+  const gohsp::cuda::Matrix weight = packed.matrix();
+  const gohsp::cuda::Input in = packed.input(weight);
+  const gohsp::cuda::Output out = packed.output(out_features);
+  STD_TORCH_CHECK(packed.empty(), "layout: does not fit the packed weights");
+
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = out_features;
+  int64_t rows = 1;
+  for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
+  Tensor y = new_tensor(x, shape);
+  if (y.numel() == 0) return y;
+  const size_t bytes = gohsp::cuda::linear_workspace_bytes(precision, in, weight, rows);
+  Tensor workspace = new_bytes(x, bytes);
+  const size_t element = gohsp::cuda::element_bytes(precision);
+  gohsp::cuda::run_linear(precision, weight, in, out, activation, pointer(x, x.numel() * element), rows, features,
+                          pointer(y, y.numel() * element), out_features, workspace.data_ptr(), device.stream());
+  return y;
+}
+
+// For qkv of any layout: its table of heads comes from Python, and was made from widths that are checked there.
+Tensor cuda_attention(Tensor qkv, Tensor heads, std::optional<Tensor> qk_norm, int64_t widest, bool aligned,
+                      double scale, double eps, int64_t v_total, int64_t num_queries, bool tf32) {
+  const OnDevice device(qkv);
+  qkv = readable(qkv);
+  const Precision precision = precision_of(qkv, tf32);
+  STD_TORCH_CHECK(qkv.dim() == 3, "qkv: wanted 3 dimensions; got ", qkv.dim());
+  STD_TORCH_CHECK(heads.scalar_type() == ScalarType::Int && heads.is_contiguous(), "heads: wanted contiguous int32");
+  STD_TORCH_CHECK(num_queries >= 0 && num_queries <= qkv.size(1), "num_queries: wanted 0 to ", qkv.size(1));
+  gohsp::cuda::AttentionParams p{};
+  p.images = qkv.size(0);
+  p.tokens = static_cast<int32_t>(qkv.size(1));
+  p.queries = static_cast<int32_t>(num_queries);
+  p.qkv_stride = qkv.size(2);
+  p.out_stride = v_total;
+  p.head_count = static_cast<int32_t>(heads.size(0));
+  p.scale = static_cast<float>(scale);
+  p.eps = static_cast<float>(eps);
+  p.aligned = aligned;
+  Tensor y = new_tensor(qkv, {p.images, num_queries, v_total});
+  if (y.numel() == 0) return y;
+  const size_t element = gohsp::cuda::element_bytes(precision);
+  if (qk_norm.has_value()) p.qk_norm = Parts<float>(*qk_norm, ScalarType::Float, "qk_norm").take(qk_norm->numel());
+  p.heads = static_cast<const int32_t*>(pointer(heads, heads.numel() * sizeof(int32_t)));
+  p.qkv = pointer(qkv, qkv.numel() * element);
+  p.out = pointer(y, y.numel() * element);
+  gohsp::cuda::launch_attention(precision, widest, p, device.stream());
+  return y;
+}
+
+enum Kind : int64_t { kAttention, kMlp };
+constexpr size_t kConstants = 3;  // of each sublayer: eps, eps of the q and k norms, softmax scale
+
+// Order of the numbers: heads, widest head, width of the q and k norms or 0, qkv, proj, input, output.
+gohsp::cuda::Attention read_attention(Packed& packed, const double* constants, int64_t features) {
+  gohsp::cuda::Attention a{};
+  a.head_count = packed.number();
+  a.widest = packed.number();
+  const int64_t qk_norm = packed.number();
+  a.qkv = packed.matrix();
+  a.proj = packed.matrix();
+  a.in = packed.input(a.qkv);
+  a.out = packed.output(features);
+  a.heads = packed.table(6 * a.head_count);
+  if (qk_norm > 0) a.qk_norm = packed.floats(4 * qk_norm);
+  a.eps = static_cast<float>(constants[0]);
+  a.qk_eps = static_cast<float>(constants[1]);
+  a.scale = static_cast<float>(constants[2]);
+  return a;
+}
+
+// Order of the numbers: activation, fc1, fc2, input, output.
+gohsp::cuda::Mlp read_mlp(Packed& packed, const double* constants, int64_t features) {
+  gohsp::cuda::Mlp m{};
+  m.activation = activation_of(packed.number());
+  m.fc1 = packed.matrix();
+  m.fc2 = packed.matrix();
+  m.in = packed.input(m.fc1);
+  m.out = packed.output(features);
+  m.eps = static_cast<float>(constants[0]);
+  return m;
+}
+
+// All sublayers in one call. What is checked here is what C++ can see without waiting for the GPU; the contents of the
+// tables were checked when they were packed.
+Tensor cuda_sublayers(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> vectors, std::vector<Tensor> tables,
+                      std::vector<Tensor> layouts, std::vector<double> constants, bool tf32, int64_t num_queries) {
+  const OnDevice device(x);
+  STD_TORCH_CHECK(x.dim() == 3, "x: wanted 3 dimensions; got ", x.dim());
+  STD_TORCH_CHECK(num_queries >= 0 && num_queries <= x.size(1), "num_queries: wanted 0 to ", x.size(1));
+  const size_t count = weights.size();
+  STD_TORCH_CHECK(count > 0 && vectors.size() == count && tables.size() == count && layouts.size() == count &&
+                      constants.size() == kConstants * count,
+                  "weights, vectors, tables, layouts, constants: wanted the same number of sublayers, at least one");
+  const Precision precision = precision_of(x, tf32);
+  const int64_t features = x.size(2);
+  // Reserved, so that the sublayers' pointers into them stay true.
+  std::vector<gohsp::cuda::Attention> attentions;
+  std::vector<gohsp::cuda::Mlp> mlps;
+  std::vector<gohsp::cuda::Sublayer> layers;
+  attentions.reserve(count);
+  mlps.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    Packed packed(precision, x, weights[i], vectors[i], tables[i], layouts[i]);
+    const int64_t kind = packed.number();
+    check_features(packed.number(), features);
+    const double* own = constants.data() + kConstants * i;
+    if (kind == kAttention) {
+      attentions.push_back(read_attention(packed, own, features));
+      layers.push_back({&attentions.back(), nullptr});
+    } else {
+      mlps.push_back(read_mlp(packed, own, features));
+      layers.push_back({nullptr, &mlps.back()});
+    }
+    STD_TORCH_CHECK(packed.empty(), "layouts: do not fit the packed weights of sublayer ", i);
+  }
+  // Without an attention no token needs another.
+  if (attentions.empty()) x = torch::stable::narrow(x, 1, 0, num_queries);
+  x = readable(x);
+  const gohsp::cuda::Shape shape{x.size(0), x.size(1), features, num_queries};
+  Tensor y = new_tensor(x, {shape.images, num_queries, features});
+  if (y.numel() == 0) return y;
+  const int64_t n = static_cast<int64_t>(count);
+  const size_t bytes = gohsp::cuda::workspace_bytes(precision, layers.data(), n, shape);
+  const size_t element = gohsp::cuda::element_bytes(precision);
+  Tensor workspace = new_bytes(x, bytes);
+  gohsp::cuda::run_sublayers(precision, layers.data(), n, pointer(x, x.numel() * element),
+                             pointer(y, y.numel() * element), shape, workspace.data_ptr(), device.stream());
+  return y;
+}
+
+}  // namespace
+
+#ifdef GOHSP_EMULATED
+STABLE_TORCH_LIBRARY_IMPL(gohsp_kernels, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(gohsp_kernels, CUDA, m) {
+#endif
+  m.impl("cuda_linear", TORCH_BOX(&cuda_linear));
+  m.impl("cuda_attention", TORCH_BOX(&cuda_attention));
+  m.impl("cuda_sublayers", TORCH_BOX(&cuda_sublayers));
+}

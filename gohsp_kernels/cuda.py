@@ -1,0 +1,511 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA backend: constants folded, weights packed for the kernels in csrc/cuda, and the calls of the operators.
+
+Inference on NVIDIA GPUs, in float16, bfloat16 and float32. Packing happens on first use and again when a parameter has
+changed; packed weights live in a cache beside the parameters, as those of the CPU backend do.
+
+LayerNorm's affine part folds into the matrix after it, in float64; layer scale and the softmax scale stay factors. The
+kernels copy 16 bytes at a time, so packing pads: hidden neurons, the channels of each head and the depth of each matrix
+to whole chunks of 16 bytes, with zeros that change no result. Tensors of the user are never padded.
+
+Pruned input columns are left out in one of three forms (csrc/cuda/kernels.h): *direct*, where the weight is zero at
+them; *chunks*, where chunks of 16 bytes without a kept column are skipped; *copy*, where the kept ones are first moved
+together. The last costs a launch and a pass over x, and is taken where chunks would more than double the depth, where
+rows of x are no multiples of 16 bytes, and for a LayerNorm in float32, whose mean would not survive a product in tf32.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _native, cpu
+from ._cache import PackedCache
+from .cpu import ACTIVATION_IDS, _double, _fold_norm, _qk_norm_table
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OLDEST_CAPABILITY = (8, 0)
+WIDEST_HEAD = 128
+CHUNK_BYTES = 16
+CHANNELS = 8  # heads begin at multiples of so many channels, and hidden neurons are padded to it
+MANY_ROWS = 16384
+
+_ATTENTION, _MLP = 0, 1  # kinds of sublayer in a layout
+_DIRECT, _CHUNKS, _COPY = 0, 1, 2  # forms of an input
+_BIAS, _ROW_SUM, _SCALE = 1, 2, 4  # parts of a matrix
+
+
+def missing(
+    device: torch.device,
+    dtype: torch.dtype,
+    needs_grad: bool = False,
+    capability: tuple[int, int] | None = None,
+    widest_head: int = 0,
+) -> str:
+    """Why the backend cannot run a call, or the empty string if it can.
+
+    Args:
+        device: where the tensors are.
+        dtype: of the activations.
+        needs_grad: whether the result must be differentiable.
+        capability: compute capability to judge by; None for that of ``device``.
+        widest_head: most channels that a head has.
+    """
+    library = _native.load_cuda()
+    if not library:
+        return library.reason
+    if dtype not in DTYPES:
+        return f"runs in float32, float16 and bfloat16; got {dtype}"
+    if widest_head > WIDEST_HEAD:
+        return f"takes heads of at most {WIDEST_HEAD} channels; got {widest_head}"
+    if needs_grad:
+        return "has no backward; call under torch.no_grad() or use the backend 'triton' or 'reference'"
+    if device.type != "cuda" or torch.version.hip:
+        return f"runs on NVIDIA GPUs; got a tensor on {'hip' if device.type == 'cuda' else device.type}"
+    if capability is None:
+        if not torch.cuda.is_available():
+            return "needs a GPU, and PyTorch finds none"
+        capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY:
+        wanted, got = (".".join(map(str, c)) for c in (OLDEST_CAPABILITY, capability))
+        return f"needs compute capability {wanted} or newer; the GPU has {got}"
+    return ""
+
+
+def goes_first(device: torch.device, rows: int, capability: tuple[int, int] | None = None) -> bool:
+    """Whether "auto" prefers this backend to Triton for a call on ``rows`` rows; docs/cuda.md gives the reasons.
+
+    On paper, not measured: these kernels use the tensor cores as the generation of the A100 has them, which is all that
+    compute capability 8 has. Later GPUs have faster instructions, which Triton uses; there this backend goes first only
+    while a call is so short that starting its kernels takes longest.
+    """
+    if capability is None:
+        capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else OLDEST_CAPABILITY
+    return capability < (9, 0) or rows <= MANY_ROWS
+
+
+def _uses_tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A sublayer or a linear layer ready for the kernels.
+
+    Attributes:
+        weights: its matrices one behind the other, in the dtype of the activations.
+        vectors: float32: bias, sums of rows and scale of each matrix, then the affine parts of the q and k norms.
+        tables: int32: input chunks or columns, output columns, heads.
+        layout: int64 on the CPU, kind and sizes; csrc/torch/cuda_ops.cpp reads it in this order.
+        constants: eps, eps of the q and k norms, softmax scale.
+    """
+
+    weights: Tensor
+    vectors: Tensor
+    tables: Tensor
+    layout: Tensor
+    constants: tuple[float, float, float] = (0.0, 0.0, 1.0)
+
+
+@dataclass
+class _Parts:
+    """Collects what goes into a :class:`Packed`, in the order in which it is read."""
+
+    dtype: torch.dtype
+    device: torch.device
+    layout: list[int] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
+    vectors: list[Tensor] = field(default_factory=list)
+    tables: list[Tensor] = field(default_factory=list)
+
+    def matrix(self, weight: Tensor, bias: Tensor | None, scale: Tensor | None, row_sum: bool = False) -> None:
+        """``weight`` [outputs, inputs], its depth padded to whole chunks."""
+        rows, columns = weight.shape
+        per_chunk = CHUNK_BYTES // self.dtype.itemsize
+        stored = weight.new_zeros(rows, round_up(columns, per_chunk), dtype=self.dtype)
+        stored[:, :columns] = weight.detach()
+        self.weights.append(stored.flatten())
+        parts = (_BIAS if bias is not None else 0) | (_ROW_SUM if row_sum else 0) | (_SCALE if scale is not None else 0)
+        self.layout += [rows, stored.shape[1] // per_chunk, parts]
+        # Sums of the weights as they are rounded: only those cancel against the product.
+        sums = stored.double().sum(1) if row_sum else None
+        self.vectors += [v.detach().float() for v in (bias, sums, scale) if v is not None]
+
+    def table(self, numbers: Tensor | None) -> None:
+        """A list that the layout says is there or not."""
+        self.layout.append(int(numbers is not None))
+        if numbers is not None:
+            self.tables.append(numbers.flatten())
+
+    def packed(self, *constants: float) -> Packed:
+        def joined(parts: list[Tensor], dtype: torch.dtype) -> Tensor:
+            return torch.cat([torch.empty(0, dtype=dtype, device=self.device), *(p.to(dtype) for p in parts)])
+
+        return Packed(
+            joined(self.weights, self.dtype),
+            joined(self.vectors, torch.float32),
+            joined(self.tables, torch.int32),
+            torch.tensor(self.layout, dtype=torch.int64),
+            (*constants, *(0.0, 0.0, 1.0)[len(constants) :]),  # type: ignore[arg-type]
+        )
+
+
+@dataclass(frozen=True)
+class _Input:
+    """How a product reads its input, and the weight that fits: see the head of the file."""
+
+    form: int
+    count: int
+    table: Tensor | None
+    weight: Tensor
+
+
+def _arrange(weight: Tensor, in_cols: Tensor | None, features: int, dtype: torch.dtype, norm: bool) -> _Input:
+    per_chunk = CHUNK_BYTES // dtype.itemsize
+    kept = weight.shape[1]
+    if features % per_chunk or (norm and dtype == torch.float32):
+        return _Input(_COPY, kept, in_cols, weight)
+    if in_cols is None:
+        return _Input(_DIRECT, kept, None, weight)
+    chunks = torch.unique(in_cols // per_chunk)
+    if len(chunks) * per_chunk > 2 * kept:
+        return _Input(_COPY, kept, in_cols, weight)
+    places = torch.searchsorted(chunks, in_cols // per_chunk) * per_chunk + in_cols % per_chunk
+    spread = weight.new_zeros(weight.shape[0], len(chunks) * per_chunk).index_copy(1, places, weight)
+    if len(chunks) * per_chunk == features:
+        return _Input(_DIRECT, features, None, spread)
+    return _Input(_CHUNKS, spread.shape[1], chunks, spread)
+
+
+def _kept_first(cols: Tensor | None, features: int) -> Tensor | None:
+    """The columns ``cols``, then the others; None for all."""
+    if cols is None:
+        return None
+    other = torch.ones(features, dtype=torch.bool, device=cols.device)
+    other[cols] = False
+    return torch.cat([cols, other.nonzero()[:, 0]])
+
+
+def _check_columns(argument: str, cols: Tensor | None, features: int) -> None:
+    """The kernels trust the lists, so what is in them is looked at once, when they are packed."""
+    if cols is not None and len(cols):
+        ascending = bool((cols[1:] > cols[:-1]).all())
+        if not ascending or int(cols[0]) < 0 or int(cols[-1]) >= features:
+            raise ValueError(f"{argument}: wanted ascending columns in [0, {features}); got {cols.tolist()}")
+
+
+def _check_weights(x: Tensor, tensors: Sequence[Tensor | None]) -> None:
+    for tensor in tensors:
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"weights: wanted tensors on {x.device}, as x; got one on {tensor.device}")
+
+
+def _pack_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_cols: Tensor | None,
+    out_cols: Tensor | None,
+    out_features: int,
+    activation: str,
+) -> Packed:
+    features = x.shape[-1]
+    _check_weights(x, (weight, bias, in_cols, out_cols))
+    _check_columns("in_cols", in_cols, features)
+    _check_columns("out_cols", out_cols, out_features)
+    parts = _Parts(x.dtype, x.device, [features, out_features, ACTIVATION_IDS[activation]])
+    source = _arrange(weight.detach(), in_cols, features, x.dtype, norm=False)
+    parts.matrix(source.weight, bias, None)
+    parts.layout += [source.form, source.count]
+    parts.table(source.table)
+    parts.table(_kept_first(out_cols, out_features))
+    return parts.packed()
+
+
+def _starts(widths: Sequence[int]) -> list[int]:
+    """First channel of each head."""
+    return list(itertools.accumulate(widths, initial=0))[:-1]
+
+
+_Channels = tuple[list[int], list[int]]  # where channels are in compact weights, and where they go
+
+
+def _channels(heads: Sequence[tuple[int, int, int]], base: int = 0, new_base: int = 0) -> _Channels:
+    """Channels of heads given as (first channel, new first channel, width)."""
+    old = [base + start + c for start, _, width in heads for c in range(width)]
+    new = [new_base + start + c for _, start, width in heads for c in range(width)]
+    return old, new
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Where the channels of heads go in packed weights. Heads without V channels add nothing and are left out.
+
+    Attributes:
+        table: [heads, 6]: first q, k, v and output channel, QK width, V width with its padding.
+        rows: of the qkv weight.
+        columns: of the proj weight.
+        qkv_channels, out_channels: of the packed weights.
+        widest: most channels of a head.
+    """
+
+    table: tuple[tuple[int, ...], ...]
+    rows: _Channels
+    columns: _Channels
+    qkv_channels: int
+    out_channels: int
+    widest: int
+
+    @staticmethod
+    @functools.lru_cache(maxsize=1024)
+    def of(qk_widths: tuple[int, ...], v_widths: tuple[int, ...]) -> _Heads:
+        kept = [h for h, width in enumerate(v_widths) if width > 0]
+        qk, v = ([round_up(widths[h], CHANNELS) for h in kept] for widths in (qk_widths, v_widths))
+        n_qk, new_n_qk = sum(qk_widths), sum(qk)
+        qk_old, v_old, qk_new, v_new = map(_starts, (qk_widths, v_widths, qk, v))
+        qk_moves = [(qk_old[h], qk_new[i], qk_widths[h]) for i, h in enumerate(kept)]
+        v_moves = [(v_old[h], v_new[i], v_widths[h]) for i, h in enumerate(kept)]
+        parts = (
+            _channels(qk_moves),
+            _channels(qk_moves, n_qk, new_n_qk),
+            _channels(v_moves, 2 * n_qk, 2 * new_n_qk),
+        )
+        table = tuple(
+            (qk_new[i], new_n_qk + qk_new[i], 2 * new_n_qk + v_new[i], v_new[i], qk_widths[h], v[i])
+            for i, h in enumerate(kept)
+        )
+        widest = max((max(qk_widths[h], v[i]) for i, h in enumerate(kept)), default=0)
+        rows = [c for old, _ in parts for c in old], [c for _, new in parts for c in new]
+        return _Heads(table, rows, _channels(v_moves), 2 * new_n_qk + sum(v), sum(v), widest)
+
+
+def _moved(tensor: Tensor, dim: int, channels: _Channels, size: int) -> Tensor:
+    """Entries ``channels[0]`` of ``tensor`` along ``dim`` at ``channels[1]`` of ``size``, zeros elsewhere."""
+    source, target = (torch.tensor(c, dtype=torch.int64, device=tensor.device) for c in channels)
+    shape = list(tensor.shape)
+    shape[dim] = size
+    return tensor.new_zeros(shape).index_copy(dim, target, tensor.index_select(dim, source))
+
+
+def pack_attention(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    in_cols: Tensor | None,
+    out_cols: Tensor | None,
+    q_norm_weight: Tensor | None,
+    q_norm_bias: Tensor | None,
+    k_norm_weight: Tensor | None,
+    k_norm_bias: Tensor | None,
+    qk_widths: tuple[int, ...],
+    v_widths: tuple[int, ...],
+    scale: float,
+    eps: float,
+    qk_eps: float,
+) -> Packed:
+    """An attention sublayer for activations like ``x`` [..., features]. Other arguments as attention_sublayer."""
+    features = x.shape[-1]
+    _check_columns("in_cols", in_cols, features)
+    _check_columns("out_cols", out_cols, features)
+    heads = _Heads.of(tuple(qk_widths), tuple(v_widths))
+    qkv, bias = _fold_norm(qkv_weight, qkv_bias, norm_weight, norm_bias, in_cols)
+    qkv = _moved(qkv, 0, heads.rows, heads.qkv_channels)
+    bias = _moved(bias, 0, heads.rows, heads.qkv_channels)
+    source = _arrange(qkv, in_cols, features, x.dtype, norm=True)
+    norm = _qk_norm_table(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias) if heads.table else None
+    norm_width = 0 if norm is None else norm.shape[1]
+    parts = _Parts(x.dtype, x.device, [_ATTENTION, features, len(heads.table), heads.widest, norm_width])
+    parts.matrix(source.weight, bias, None, row_sum=source.form != _COPY)
+    parts.matrix(_moved(_double(proj_weight), 1, heads.columns, heads.out_channels), proj_bias, layer_scale)
+    parts.layout += [source.form, source.count]
+    parts.table(source.table)
+    parts.table(_kept_first(out_cols, features))
+    parts.tables.append(torch.tensor(heads.table, dtype=torch.int32, device=x.device).flatten())
+    if norm is not None:
+        parts.vectors.append(norm.flatten())
+    return parts.packed(eps, qk_eps, scale)
+
+
+def pack_mlp(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    layer_scale: Tensor | None,
+    in_cols: Tensor | None,
+    out_cols: Tensor | None,
+    activation: str,
+    eps: float,
+) -> Packed:
+    """An MLP sublayer for activations like ``x`` [..., features]. Other arguments as mlp_sublayer."""
+    features = x.shape[-1]
+    _check_columns("in_cols", in_cols, features)
+    _check_columns("out_cols", out_cols, features)
+    fc1, bias = _fold_norm(fc1_weight, fc1_bias, norm_weight, norm_bias, in_cols)
+    added = -fc1.shape[0] % CHANNELS  # neurons of zero: every activation keeps zero
+    fc1, bias = (torch.cat([t, t.new_zeros(added, *t.shape[1:])]) for t in (fc1, bias))
+    source = _arrange(fc1, in_cols, features, x.dtype, norm=True)
+    parts = _Parts(x.dtype, x.device, [_MLP, features, ACTIVATION_IDS[activation]])
+    parts.matrix(source.weight, bias, None, row_sum=source.form != _COPY)
+    parts.matrix(torch.nn.functional.pad(fc2_weight.detach(), (0, added)), fc2_bias, layer_scale)
+    parts.layout += [source.form, source.count]
+    parts.table(source.table)
+    parts.table(_kept_first(out_cols, features))
+    return parts.packed(eps)
+
+
+_cache = PackedCache()
+_PACK: dict[str, Callable[..., Packed]] = {"attention_sublayer": pack_attention, "mlp_sublayer": pack_mlp}
+
+
+def packed_sublayer(name: str, x: Tensor, tensors: Sequence[Tensor | None], constants: tuple[Any, ...]) -> Packed:
+    """The packed form of a sublayer for activations like ``x``, from the cache or made now.
+
+    Args:
+        name: "attention_sublayer" or "mlp_sublayer".
+        x: [..., features].
+        tensors: the tensor arguments of that operator but for x, in the order of its schema.
+        constants: its other arguments in that order, but for num_queries.
+    """
+
+    def pack() -> Packed:
+        _check_weights(x, tensors)
+        return _PACK[name](x, *tensors, *constants)
+
+    key = tensors[2]  # qkv_weight or fc1_weight: of all the tensors the one that is never None
+    assert key is not None
+    return _cache.get(key, tensors, (x.dtype, x.shape[-1], *constants), pack)
+
+
+def run_packed(x: Tensor, sublayers: Sequence[Packed], num_queries: int) -> Tensor:
+    """The native operator on packed sublayers, one after another. ``x``: [batch, tokens, features]."""
+    return torch.ops.gohsp_kernels.cuda_sublayers(
+        x,
+        [s.weights for s in sublayers],
+        [s.vectors for s in sublayers],
+        [s.tables for s in sublayers],
+        [s.layout for s in sublayers],
+        [c for s in sublayers for c in s.constants],
+        _uses_tf32(),
+        num_queries,
+    )
+
+
+def packed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_cols: Tensor | None,
+    out_cols: Tensor | None,
+    out_features: int,
+    activation: str,
+) -> Tensor:
+    arguments = (weight, bias, in_cols, out_cols, out_features, activation)
+    constants = (x.dtype, x.shape[-1], out_features, activation)
+    packed = _cache.get(weight, arguments[:4], constants, lambda: _pack_linear(x, *arguments))
+    return torch.ops.gohsp_kernels.cuda_linear(
+        x, packed.weights, packed.vectors, packed.tables, packed.layout, out_features, _uses_tf32()
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _head_table(qk_widths: tuple[int, ...], v_widths: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32 [heads with V channels, 6], as in :class:`_Heads`, of qkv whose channels follow one another."""
+    n_qk = sum(qk_widths)
+    heads = zip(_starts(qk_widths), _starts(v_widths), qk_widths, v_widths, strict=True)
+    table = [(q, n_qk + q, 2 * n_qk + v, v, qk_width, v_width) for q, v, qk_width, v_width in heads if v_width > 0]
+    return torch.tensor(table, dtype=torch.int32, device=device).reshape(-1, 6)
+
+
+def ragged_attention(
+    qkv: Tensor,
+    q_norm_weight: Tensor | None,
+    q_norm_bias: Tensor | None,
+    k_norm_weight: Tensor | None,
+    k_norm_bias: Tensor | None,
+    qk_widths: tuple[int, ...],
+    v_widths: tuple[int, ...],
+    scale: float,
+    eps: float,
+    num_queries: int,
+) -> Tensor:
+    qk_widths, v_widths = tuple(qk_widths), tuple(v_widths)
+    per_chunk = CHUNK_BYTES // qkv.element_size()
+    return torch.ops.gohsp_kernels.cuda_attention(
+        qkv,
+        _head_table(qk_widths, v_widths, qkv.device),
+        _qk_norm_table(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias) if any(v_widths) else None,
+        max((*qk_widths, *v_widths), default=0),
+        all(width % per_chunk == 0 for width in (*qk_widths, *v_widths)),
+        scale,
+        eps,
+        sum(v_widths),
+        num_queries,
+        _uses_tf32(),
+    )
+
+
+def attention_sublayer(x: Tensor, *arguments: Any) -> Tensor:
+    """Arguments in the order of the schema: 13 tensors, then qk_widths, v_widths, scale, eps, qk_eps, num_queries."""
+    packed = packed_sublayer("attention_sublayer", x, arguments[:13], arguments[13:18])
+    return run_packed(x, [packed], arguments[18])
+
+
+def mlp_sublayer(x: Tensor, *arguments: Any) -> Tensor:
+    """Arguments in the order of the schema: 9 tensors, then activation and eps."""
+    # Rows are independent here, so the whole batch is one image of many tokens.
+    rows = x.reshape(1, -1, x.shape[-1]) if x.numel() else x.new_empty(1, 0, x.shape[-1])
+    return run_packed(rows, [packed_sublayer("mlp_sublayer", x, arguments[:9], arguments[9:])], rows.shape[1]).view(
+        x.shape
+    )
+
+
+@dataclass(frozen=True)
+class _Sublayer(cpu.Sublayer):
+    """A sublayer of a chain, packed for activations like ``like`` [0, features]."""
+
+    like: Tensor
+
+    def packed(self) -> Any:
+        self.check()
+        return packed_sublayer(self.name, self.like, self.tensors, self.constants)
+
+
+class PackedChain(cpu.PackedChain):
+    """Packed sublayers of a chain, packed again when one of their tensors has changed.
+
+    Args:
+        x: [batch, tokens, features], of the dtype and device that it will be called with.
+        sublayers: in their order.
+    """
+
+    def __init__(self, x: Tensor, sublayers: Sequence[cpu.Sublayer]) -> None:
+        self._like = x.new_empty(0, x.shape[2])
+        own = [_Sublayer(s.name, s.tensors, s.constants, s.check, self._like) for s in sublayers]
+        super().__init__(x.shape[2], own)
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether it was packed for such an ``x``."""
+        return (x.shape[2], x.dtype, x.device) == (self.features, self._like.dtype, self._like.device)
+
+    def __call__(self, x: Tensor, num_queries: int) -> Tensor:
+        packed: list[Any] = list(self.current())
+        return run_packed(x, packed, num_queries)

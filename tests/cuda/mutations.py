@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts one fault at a time into the CUDA kernels and sees which test finds it.
+
+    python -m tests.cuda.mutations [NAME ...]       builds and tests each mutant; some 20 seconds for one
+
+Needs the build tree that `make setup` leaves. tests/cuda/test_mutations.py sees that each fault still fits the source.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+TREE = ROOT / "build" / "native"
+SOURCES = ROOT / "csrc" / "cuda"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault: ``old`` in ``file`` becomes ``new``; ``test`` of test_numerics.py must fail."""
+
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+LINEAR, ATTENTION, ROWS = "linear.cuh", "attention.cuh", "rows.cuh"
+MUTATIONS = {
+    "linear: no barrier in the main loop": Mutation(
+        LINEAR, "    barrier();  // this step has", "    // this step has", "test_every_form_of_input"
+    ),
+    "linear: no barrier before the way out": Mutation(
+        LINEAR, "  wait_copies<0>();\n  barrier();\n", "  wait_copies<0>();\n", "test_every_form_of_input"
+    ),
+    "linear: waits for one copy too few": Mutation(
+        LINEAR, "wait_copies<Tile::STAGES - 2>", "wait_copies<Tile::STAGES - 1>", "test_every_form_of_input"
+    ),
+    "linear: fills the stage that is being read": Mutation(
+        LINEAR, "loader.bring(next, next % Tile::STAGES)", "loader.bring(next, step % Tile::STAGES)",
+        "test_every_form_of_input",
+    ),
+    "linear: no barrier of the warp after its results": Mutation(
+        LINEAR, "    warp_barrier();\n    for (int r", "    for (int r", "test_every_form_of_input"
+    ),
+    "linear: no barrier of the warp before the next results": Mutation(
+        LINEAR, "    }\n    warp_barrier();\n  }\n}", "    }\n  }\n}", "test_the_large_tile"
+    ),
+    "linear: fragments of the weight shifted": Mutation(
+        LINEAR, "2 * half + lane / 8 % 2", "2 * half + lane / 16", "test_every_form_of_input"
+    ),
+    "linear: halves of the rows' fragment changed over": Mutation(
+        LINEAR, "i * 16 + lane % 16, 2 * half + lane / 16", "i * 16 + lane / 2, 2 * half + lane % 2",
+        "test_every_form_of_input",
+    ),
+    "linear: chunks lie in the order of their rows": Mutation(
+        LINEAR, "row * 64 + ((chunk ^ ((row >> 1) & 3)) << 4)", "row * 64 + (chunk << 4)",
+        "test_fragments_are_read_without_bank_conflicts",
+    ),
+    "linear: rows past the end are read": Mutation(LINEAR, "a_ok[i] = r < p.rows;", "a_ok[i] = true;", "test_edges"),
+    "linear: weights past the end are read": Mutation(LINEAR, "b_ok[i] = n < p.n;", "b_ok[i] = true;", "test_edges"),
+    "linear: depth past the end is read": Mutation(
+        LINEAR, "const bool inside = place < p.chunks;", "const bool inside = true;", "test_edges"
+    ),
+    "linear: rows past the end are written": Mutation(LINEAR, "if (row >= p.rows) break;", "", "test_edges"),
+    "linear: the mean is not taken off": Mutation(
+        LINEAR, "(x - statistics.x * row_sum)", "x", "test_statistics_in_the_product_and_before_it"
+    ),
+    "linear: residual rows of other tokens": Mutation(
+        LINEAR, "row / p.queries * p.tokens + row % p.queries", "row", "test_edges"
+    ),
+    "attention: no barrier before the scores": Mutation(
+        ATTENTION, "    barrier();  // the keys have", "    // the keys have", "test_the_tokens_of_an_image"
+    ),
+    "attention: no barrier before the values": Mutation(
+        ATTENTION, "    barrier();  // the values have", "    // the values have", "test_the_tokens_of_an_image"
+    ),
+    "attention: no wait for the values": Mutation(
+        ATTENTION, "    wait_copies<0>();\n    barrier();  // the values", "    barrier();  // the values",
+        "test_the_tokens_of_an_image",
+    ),
+    "attention: no barrier after the norms of q and k": Mutation(
+        ATTENTION, "p.eps);\n      barrier();\n", "p.eps);\n", "test_random_calls"
+    ),
+    "attention: keys past the end count": Mutation(
+        ATTENTION, "key < keys ? scores[j][i] * scale_log2 : minus_infinity()", "scores[j][i] * scale_log2",
+        "test_edges",
+    ),
+    "attention: rows past the last key are not zeroed": Mutation(
+        ATTENTION, "count, 16 * fragments(count, 16), width", "count, count, width", "test_edges"
+    ),
+    "attention: channels past the last are not zeroed": Mutation(
+        ATTENTION, "chunk >= 2 * fragments(width, 2 * Tile::PER_CHUNK)", "chunk * Tile::PER_CHUNK >= width",
+        "test_edges",
+    ),
+    "attention: channels of the next head are read": Mutation(
+        ATTENTION, "row < count && chunk * Tile::PER_CHUNK + i < width", "row < count",
+        "test_tensor_cores_do_not_mix_the_heads_padding_in",
+    ),
+    "attention: channels past the last are written": Mutation(
+        ATTENTION, "if (channel + 1 < v_width) store", "if (channel < v_width) store", "test_edges"
+    ),
+    "attention: both rows of a lane rescaled alike": Mutation(
+        ATTENTION, "acc[j][2] *= rescale.y", "acc[j][2] *= rescale.x", "test_the_tokens_of_an_image"
+    ),
+    "attention: chunks lie in the order of their rows": Mutation(
+        ATTENTION, "((chunk ^ (row & 7)) << 4)", "(chunk << 4)", "test_fragments_are_read_without_bank_conflicts"
+    ),
+    "attention: fragments of the weights changed over": Mutation(
+        ATTENTION, "pack2<T>(p[0][2], p[0][3]), pack2<T>(p[1][0], p[1][1])",
+        "pack2<T>(p[1][0], p[1][1]), pack2<T>(p[0][2], p[0][3])", "test_edges",
+    ),
+    "attention: values of float32 in another order": Mutation(
+        ATTENTION, "attention_channel<Tile>(row + 1, channel)", "attention_channel<Tile>(row + 4, channel)",
+        "test_edges",
+    ),
+    "rows: columns past the last are copied": Mutation(ROWS, "if (c < p.count) {", "{", "test_every_form_of_input"),
+}  # fmt: skip
+
+
+def build(mutation: Mutation, folder: Path, module: Path) -> None:
+    """Compile the mutated kernels and link them with the rest of the module as it was built."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    target = folder / "csrc" / "cuda" / mutation.file
+    text = target.read_text()
+    assert text.count(mutation.old) == 1, mutation
+    target.write_text(text.replace(mutation.old, mutation.new))
+    commands = json.loads((TREE / "compile_commands.json").read_text())
+    (command,) = (c["command"] for c in commands if c["file"].endswith("emulate/emulated.cpp"))
+    words = shlex.split(command)
+    compiled = Path(words[words.index("-o") + 1])
+    words[words.index("-o") + 1] = str(folder / "mutant.o")
+    words[words.index("-c") + 1] = str(folder / "csrc/cuda/emulate/emulated.cpp")
+    subprocess.run(words, cwd=TREE, check=True, capture_output=True)
+    outputs = [words_of[words_of.index("-o") + 1] for words_of in (shlex.split(c["command"]) for c in commands)]
+    parts = ("CMakeFiles/_checks_cuda.dir/", "CMakeFiles/gohsp_kernels_emulated.dir/")
+    others = [str(TREE / o) for o in outputs if o.startswith(parts) and not o.endswith(compiled.name)]
+    torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    link = ["g++", "-shared", "-o", str(module), str(folder / "mutant.o"), *others, str(torch_library)]
+    subprocess.run(link, check=True, capture_output=True)
+
+
+def first_failure(mutation: Mutation) -> str:
+    """The line of pytest about the test that found the mutant; the empty string if it lives."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("tests", "python", "bench"):  # not links, through which pytest would find the sound module
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        shutil.copytree(ROOT / "gohsp_kernels", folder / "gohsp_kernels", ignore=shutil.ignore_patterns("_C_cuda*"))
+        (module,) = (folder / "gohsp_kernels").glob("_checks_cuda*.so")
+        module.unlink()
+        build(mutation, folder, module)
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/cuda/test_numerics.py", "-k", mutation.test]
+        environment = {**os.environ, "PYTHONPATH": f"{folder}:{folder / 'python'}"}
+        options = ["-p", "no:cacheprovider", "--hypothesis-seed=0"]
+        run = subprocess.run([*command, *options], cwd=folder, env=environment, capture_output=True, text=True)
+        assert run.returncode in (0, 1), run.stdout + run.stderr
+        failed = [line for line in run.stdout.splitlines() if line.startswith("FAILED")]
+        return failed[0] if failed else ""
+
+
+def main(names: list[str]) -> int:
+    alive = 0
+    for name in names or MUTATIONS:
+        failure = first_failure(MUTATIONS[name])
+        alive += not failure
+        print(f"{'found' if failure else 'LIVES':6} {name:58} {failure.removeprefix('FAILED ')[:140]}", flush=True)
+    return alive
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

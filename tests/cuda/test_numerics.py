@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel and whole sublayers in emulation against the reference in float64: random calls and every edge.
+
+A race, an access out of bounds, a read of what nobody wrote: each ends the run with the emulation's Fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import gohsp_kernels as gk
+from gohsp_kernels import cuda
+from tests.kernels.cases import OPERATORS, Call, Maker, calls, samples
+from tests.kernels.test_chain import bound, chains, one_by_one
+from tests.triton.helpers import assert_close, flat
+from tests.triton.test_forward import EDGES
+
+from .helpers import DTYPES, TOLERANCE, check, checks, run
+
+HALF = torch.float16
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs() -> Iterator[None]:
+    """New tensors are filled with NaN, so that an element that is never written, or read too early, shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def one_processor() -> Iterator[None]:
+    """With one multiprocessor even a small product takes the large tile."""
+    before = checks.pretend_processors(1)
+    yield
+    checks.pretend_processors(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("operator", OPERATORS)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_calls(operator: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    check(data.draw(calls(operator)), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("edge", EDGES)
+def test_edges(edge: str, dtype: torch.dtype) -> None:
+    method, args, kwargs = EDGES[edge]
+    check(getattr(Maker(7), method)(*args, **kwargs), dtype)
+
+
+def test_the_tokens_of_an_image() -> None:
+    """197 tokens, ragged, in the sizes of DeiT-Tiny: the only call here of full length."""
+    maker = Maker(8)
+    check(maker.attention_sublayer(1, 197, 192, [64, 24, 0], [64, 40, 16], 170, 181))
+    check(maker.mlp_sublayer((1, 197), 192, 400, 170, 181))
+
+
+@pytest.mark.usefixtures("one_processor")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("features", [160, 149])
+def test_the_large_tile(features: int, dtype: torch.dtype) -> None:
+    """More rows, columns and depth than one tile has, and remainders of each."""
+    maker = Maker(15)
+    check(maker.linear((150,), features, 137, 149, 140, "gelu"), dtype)
+    check(maker.linear((130,), features, None, 260, None, "silu"), dtype)
+    check(maker.mlp_sublayer((2, 67), features, 200, 100, 131), dtype)
+
+
+@pytest.mark.parametrize("form", ["direct", "zeros", "chunks", "copy"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_form_of_input(form: str, dtype: torch.dtype) -> None:
+    """Depths of many steps, so that the pipeline turns over, in each form in which columns are left out."""
+    maker = Maker(16)
+    call = maker.linear((70,), 416, None if form == "direct" else 300, 72, None, "identity")
+    chunks = {"zeros": 52, "chunks": 20, "copy": 52}
+    if form != "direct":
+        cols = {
+            "zeros": torch.arange(416)[torch.arange(416) % 8 < 6],  # every chunk has kept columns
+            "chunks": torch.cat([torch.arange(96), torch.arange(320, 384)]),
+            "copy": torch.arange(3, 416, 8),  # one column a chunk
+        }[form]
+        call.kwargs["in_cols"] = cols
+        call = Call(call.operator, (call.args[0], maker.weight(72, len(cols)), call.args[2]), call.kwargs)
+    check(call, dtype)
+    if dtype == HALF:
+        x, weight, bias, *rest = flat(call.to(dtype))
+        layout = cuda._pack_linear(x, weight, bias, *rest).layout
+        depth, found = int(layout[4]), int(layout[6])
+        assert found == {"direct": 0, "zeros": 0, "chunks": 1, "copy": 2}[form]
+        assert depth == (7 if form == "copy" else chunks.get(form, 52))
+
+
+@pytest.mark.parametrize("rows", [(3, 17), (2049,)])
+def test_statistics_in_the_product_and_before_it(rows: tuple[int, ...]) -> None:
+    check(Maker(17).mlp_sublayer(rows, 24, 8, 17))
+    check(Maker(17).mlp_sublayer(rows, 24, 8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_far_from_zero(dtype: torch.dtype) -> None:
+    """LayerNorm on the results cancels; at 8 standard deviations from zero nothing may be lost but a few roundings."""
+    call = Maker(18).mlp_sublayer((20,), 64, 32, layer_scale=None)
+    call.args[0].add_(8.0)
+    result, truth = run(call.to(dtype)), call.to(dtype).to(torch.float64).run("reference")
+    x = call.to(dtype).args[0].double()
+    assert_close(result.double() - x, truth - x, 5 * TOLERANCE[dtype])
+
+
+@pytest.mark.usefixtures("one_processor")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fragments_are_read_without_bank_conflicts(dtype: torch.dtype) -> None:
+    maker = Maker(23)
+    calls = [maker.linear((130,), 96, None, 130, None, "relu"), maker.attention(1, 70, [64, 24], [40, 64])]
+    calls.append(maker.attention(1, 70, [128], [72]))
+    checks.bank_conflicts()
+    for call in calls:
+        run(call.to(dtype))
+        assert checks.bank_conflicts() == 0
+
+
+def test_no_bias_no_norm_no_scale() -> None:
+    call = Maker(10).attention_sublayer(2, 7, 16, [4, 4], [4, 4], layer_scale=None)
+    x, _, _, qkv_weight, _, proj_weight, _ = call.args
+    check(Call("attention_sublayer", (x, None, None, qkv_weight, None, proj_weight, None), call.kwargs))
+    call = Maker(10).mlp_sublayer((2, 7), 16, 12, layer_scale=None)
+    x, _, _, fc1_weight, _, fc2_weight, _ = call.args
+    check(Call("mlp_sublayer", (x, None, None, fc1_weight, None, fc2_weight, None), call.kwargs))
+
+
+@pytest.mark.parametrize("name", samples())
+def test_strided_and_unaligned_inputs(name: str) -> None:
+    call = samples()[name].to(HALF)
+    strided = call.args[0].transpose(0, 1).contiguous().transpose(0, 1)
+    assert not strided.is_contiguous()
+    check(Call(call.operator, (strided, *call.args[1:]), call.kwargs))
+    room = torch.zeros(call.args[0].numel() + 1, dtype=HALF)
+    unaligned = room[1:].view(call.args[0].shape)
+    unaligned.copy_(call.args[0])
+    check(Call(call.operator, (unaligned, *call.args[1:]), call.kwargs))
+
+
+def test_nan_in_one_image_stays_there() -> None:
+    call = Maker(11).attention_sublayer(3, 7, 16, [4, 4], [4, 4]).to(HALF)
+    truth = run(call)
+    call.args[0][1, 3] = float("nan")
+    result = run(call)
+    assert result[1].isnan().all()
+    assert torch.equal(result[[0, 2]], truth[[0, 2]])
+
+
+def test_large_scores_do_not_overflow() -> None:
+    call = Maker(13).attention(1, 80, [8], [8])
+    check(Call(call.operator, (call.args[0] * 100, *call.args[1:]), call.kwargs), torch.float32, tolerance=1e-5)
+
+
+def test_tiny_layer_scale_survives_float16() -> None:
+    """1e-5 on weights of 0.1 is below float16's smallest normal number: it must not be folded into them."""
+    call = Maker(14).mlp_sublayer((4, 9), 16, 24)
+    call.kwargs["layer_scale"] *= 1e-5
+    call.args[0].mul_(1e-5)  # so that the residual does not hide the branch; LayerNorm takes the factor out again
+    call.kwargs["eps"] = 1e-20
+    check(call)
+
+
+def test_tf32_rounds_where_torch_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = Maker(19).linear((40,), 64, None, 32, None, "identity")
+    truth = call.to(torch.float64).run("reference")
+    monkeypatch.setattr(cuda, "_uses_tf32", lambda: True)
+    result = run(call)
+    assert_close(result, truth, 1e-3)
+    with pytest.raises(AssertionError):
+        assert_close(result, truth, 1e-5)
+    check(Maker(19).attention(1, 40, [24, 8], [16, 24]), torch.float32, tolerance=1e-3)
+
+
+def test_tensor_cores_do_not_mix_the_heads_padding_in() -> None:
+    """Heads that begin anywhere, next to channels of other heads that would spoil them."""
+    call = Maker(20).attention(2, 37, [3, 7, 1], [5, 1, 9]).to(HALF)
+    call.args[0][..., 3:11] *= 1e3  # other heads' queries and the first head's keys
+    check(call)
+
+
+# --- chains -----------------------------------------------------------------------------------------------------------
+def run_chain(x: Tensor, calls: list[Call], queries: int) -> Tensor:
+    chain = gk.SublayerChain([bound(call) for call in calls])
+    with torch.no_grad():
+        return chain._on_cuda(x, queries)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(calls=chains(), batch=st.sampled_from([0, 1, 3]), tokens=st.sampled_from([1, 7, 30]), data=st.data())
+def test_random_chains(calls: list[Call], batch: int, tokens: int, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from(DTYPES))
+    queries = data.draw(st.sampled_from([tokens, 1, 0]))
+    calls = [call.to(dtype) for call in calls]
+    x = Maker(batch).normal(batch, tokens, 40).to(dtype)
+    truth = one_by_one(x.double(), calls)[:, :queries]
+    # Each sublayer rounds the residual stream once more.
+    assert_close(run_chain(x, calls, queries), truth, len(calls) * TOLERANCE[dtype])
+
+
+def test_chain_follows_its_parameters_and_its_input() -> None:
+    maker = Maker(3)
+    calls = [maker.attention_sublayer(0, 0, 40, [8], [8]).to(HALF), maker.mlp_sublayer((0,), 40, 50).to(HALF)]
+    x = maker.normal(2, 5, 40).to(HALF)
+    chain = gk.SublayerChain([bound(call) for call in calls])
+    with torch.no_grad():
+        for call in calls:
+            chain._on_cuda(x, 5)
+            call.args[3].mul_(2)
+            assert_close(chain._on_cuda(x, 5), one_by_one(x.double(), calls), 2 * TOLERANCE[HALF])
+        assert chain._on_cuda(x.float(), 5).dtype == torch.float32
+
+
+def test_a_sublayer_leaves_its_input_alone() -> None:
+    for call in (Maker(21).mlp_sublayer((1, 9), 24, 16, 17, 20), Maker(21).attention_sublayer(1, 9, 24, [8], [8])):
+        before = call.to(HALF)
+        run(before)
+        assert torch.equal(before.args[0], call.to(HALF).args[0])
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+WRONG: dict[str, Any] = {
+    "in_cols: wanted ascending columns in [0, 24)": {"in_cols": torch.arange(17).flip(0)},
+    "out_cols: wanted ascending columns in [0, 24)": {"out_cols": torch.arange(5, 25)},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_columns_give_one_clear_error(message: str) -> None:
+    call = Maker(22).mlp_sublayer((2, 5), 24, 8, 17, 20)
+    call.kwargs.update(WRONG[message])
+    with pytest.raises(ValueError) as error:
+        run(call)
+    assert message in str(error.value)
+
+
+def test_the_operators_check_what_they_are_given() -> None:
+    call = samples()["mlp_sublayer"].to(HALF)
+    x, *rest = flat(call)
+    packed = cuda.pack_mlp(x, *rest)
+    wrong = partial(cuda.run_packed, num_queries=9)
+    with pytest.raises(RuntimeError, match="x: wanted 24 features, for which it was packed; got 23"):
+        wrong(x[..., :23], [packed])
+    with pytest.raises(RuntimeError, match="x: wanted float16, bfloat16 or float32"):
+        wrong(x.double(), [packed])
+    with pytest.raises(RuntimeError, match="weights: wanted the dtype of x"):
+        wrong(x.bfloat16(), [packed])
+    with pytest.raises(RuntimeError, match="num_queries: wanted 0 to 9"):
+        cuda.run_packed(x, [packed], 10)
+    shorter = cuda.Packed(packed.weights[:-8], packed.vectors, packed.tables, packed.layout, packed.constants)
+    with pytest.raises(RuntimeError, match="weights: too short"):
+        wrong(x, [shorter])
+    longer = cuda.Packed(packed.weights, packed.vectors.repeat(2), packed.tables, packed.layout, packed.constants)
+    with pytest.raises(RuntimeError, match="layouts: do not fit the packed weights of sublayer 0"):
+        wrong(x, [longer])
