@@ -178,9 +178,10 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def gpu_backends(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dispatch.Support]]:
-    """What gohsp_kernels offers but for the CPU's own backend and the reference, which needs no check."""
+    """What gohsp_kernels offers for GPUs; on the CPU that is Triton's interpreter alone."""
+    skipped = ("cpu", "reference") if device.type != "cpu" else ("cpu", "reference", "cuda")
     for name, support in dispatch.backends(device, dtype).items():
-        if name not in ("cpu", "reference"):
+        if name not in skipped:
             yield name, support
 
 
