@@ -22,8 +22,9 @@ def run(code: str, folder: Path) -> str:
 
 
 def test_examples_run_as_printed(tmp_path: Path) -> None:
-    first, second = python_blocks()
+    first, *others = python_blocks()
     assert "params" in run(first, tmp_path)
-    assert {p.name for p in (tmp_path / "deit-pruned").iterdir()} == {"plan.json", "model.safetensors"}
-    setup = "import timm, gohsp\nmodel = timm.create_model('deit_tiny_patch16_224').eval()\n"
-    run(setup + second, tmp_path)
+    for example in others:
+        run(example if "import" in example else "import timm, gohsp\n" + example, tmp_path)
+    for folder in ("deit-pruned", "deit-pruned-and-tuned"):
+        assert {p.name for p in (tmp_path / folder).iterdir()} == {"plan.json", "model.safetensors"}
