@@ -10,7 +10,6 @@ what a block keeps, in numbers, stands in the row and is all that they depend on
 from __future__ import annotations
 
 import csv
-import os
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +27,7 @@ from gohsp.count import Count
 from gohsp.demo import weights
 from gohsp.demo.data import Images, load_folder
 from gohsp.demo.head import collect, fit_ridge, pool, top1
+from gohsp.files import replacing
 from gohsp.scores import CRITERIA
 from gohsp.survey import CHANNEL_TILE
 from gohsp.timing import interleave
@@ -320,12 +320,10 @@ def _runner(model: nn.Module, image: Tensor) -> Callable[[], None]:
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(partial, path)
 
 
 def _as_text(options: dict[str, Any]) -> str:

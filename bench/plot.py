@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from matplotlib.figure import Figure
 
 from bench.compare import BASELINE
 from bench.store import Row, read
+from gohsp.files import replacing
 
 OWN_COLOUR, OTHER_COLOUR = "#c1440e", "#8a9ba8"
 
@@ -147,7 +147,5 @@ def _provenance(row: Row) -> str:
 
 def _save(figure: Figure, path: Path) -> None:
     """Write an SVG that is the same file for the same numbers; it appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with matplotlib.rc_context({"svg.hashsalt": "gohsp", "svg.fonttype": "none"}):
+    with replacing(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "gohsp", "svg.fonttype": "none"}):
         figure.savefig(temporary, format="svg", metadata={"Date": None})
-    os.replace(temporary, path)

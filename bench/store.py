@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+from gohsp.files import replacing
 
 DEFAULT_PATH = Path("bench/results/results.csv")
 
@@ -75,12 +76,8 @@ def append(path: Path, rows: Sequence[Row]) -> None:
     new = {row.key: row for row in rows}
     kept = [row for row in read(path) if row.key not in new] if path.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         _write(temporary, [*kept, *new.values()])
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> list[Row]:

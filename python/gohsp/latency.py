@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from gohsp import vit
 from gohsp.budget import BlockBudget
 from gohsp.compress import compress
+from gohsp.files import read_json, write_json
 from gohsp.freeze import freeze
 from gohsp.mask import ModelMask
 from gohsp.timing import interleave
@@ -128,19 +128,17 @@ class LatencyTable(BaseModel):
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(self.model_dump_json(indent=1) + "\n")
-        os.replace(partial, path)
+        write_json(Path(path), self.model_dump())
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:
         """Read a table that :meth:`save` wrote.
 
         Raises:
-            pydantic.ValidationError: The file does not hold one.
+            FileNotFoundError: There is no such file.
+            ValueError: It does not hold one.
         """
-        return cls.model_validate_json(Path(path).read_text())
+        return cls.model_validate(read_json(Path(path)))
 
 
 def _without_blocks(model: nn.Module) -> nn.Module:

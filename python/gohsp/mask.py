@@ -8,8 +8,6 @@ set to zero, and LayerNorm still over all features. :meth:`ModelMask.apply_` mak
 from __future__ import annotations
 
 import io
-import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -24,6 +22,7 @@ from torch import Tensor, nn
 
 from gohsp import vit
 from gohsp.count import count
+from gohsp.files import read_json, write_json
 from gohsp.vit import Geometry
 
 FORMAT = 1
@@ -351,26 +350,6 @@ class ModelMask:
             ValueError: The file is not JSON, or see :meth:`from_dict`.
         """
         return cls.from_dict(read_json(Path(path)))
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON to a temporary file beside ``path`` and rename it, so that no reader sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON, naming the file in the error.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: wanted JSON, but {error}") from error
 
 
 def _shapes(size: Geometry) -> dict[str, tuple[int, ...]]:

@@ -133,6 +133,9 @@ def prune(
             not), there are no images, or the model cannot be pruned.
     """
     kind, share = parse_target(target)
+    layers = sublayers(model)
+    if budgets is not None and 2 * len(budgets) != len(layers):
+        raise ValueError(f"budgets: wanted one for each of {len(layers) // 2} blocks, got {len(budgets)}")
     settings = Settings(
         method, tuple(groups), optimiser, refine, similarity, teleport, high_is, float(guidance), float(ridge)
     )
@@ -140,7 +143,6 @@ def prune(
     _check(settings, floors, size)
     if kind == "ms":
         _check_latency(latency, settings, size)
-    layers = sublayers(model)
     pruned = copy.deepcopy(model)
     mask = ModelMask.full(model)
     generator = torch.Generator().manual_seed(seed)

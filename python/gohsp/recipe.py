@@ -9,7 +9,6 @@ everything about ADMM is ours.
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from gohsp.files import write_text
 from gohsp.prune import DEFAULT_TARGET, prune
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -88,6 +88,7 @@ class Pruning(Section):
     def _known(cls, options: dict[str, Any]) -> dict[str, Any]:
         parameters = inspect.signature(prune).parameters.values()
         own = {*cls.model_fields, "max_images", "on_progress"}
+        own |= {"budgets", "latency"}  # objects, which a file cannot name
         known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in own]
         if unknown := sorted(options.keys() - set(known)):
             raise ValueError(f"wanted some of {', '.join(known)}; got {', '.join(unknown)}")
@@ -261,8 +262,5 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def write_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write a recipe with all its values, beside its place first and then renamed."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-    os.replace(temporary, target)
+    """Write a recipe with all its values."""
+    write_text(Path(path), yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))

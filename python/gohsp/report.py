@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,8 @@ from torch import nn
 
 from gohsp import io
 from gohsp.artefacts import Run, open_model
-from gohsp.mask import check_keys, read_json
+from gohsp.files import read_json, replacing, write_text
+from gohsp.mask import check_keys
 from gohsp.recipe import read_recipe
 from gohsp.timing import interleave
 
@@ -123,10 +123,8 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def write_markdown(rows: Sequence[Row], path: Path) -> None:
-    """Write :func:`markdown` beside its place and rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(markdown(rows), encoding="utf-8")
-    os.replace(temporary, path)
+    """Write :func:`markdown`."""
+    write_text(path, markdown(rows))
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -148,6 +146,5 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.annotate(row.name, (x, 100 * row.top1), xytext=(5, 4), textcoords="offset points")
     axes.set_xlabel("ms for one image" if timed else "GMACs")
     axes.set_ylabel("top-1, %")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    figure.savefig(temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary)

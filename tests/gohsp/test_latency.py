@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import pytest
-from pydantic import ValidationError
 
 from gohsp.budget import BlockBudget
 from gohsp.latency import LatencyTable
@@ -58,5 +57,5 @@ def test_a_file_and_back(measured: LatencyTable, tmp_path) -> None:
 
 def test_a_file_that_is_no_table_is_refused(tmp_path) -> None:
     (tmp_path / "latency.json").write_text('{"dim": 48, "speed": "fast"}')
-    with pytest.raises(ValidationError, match="speed"):
+    with pytest.raises(ValueError, match="speed"):
         LatencyTable.load(tmp_path / "latency.json")

@@ -294,7 +294,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Any, monkeypatch: pytest.Mo
     def fail(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("gohsp.mask.os.replace", fail)
+    monkeypatch.setattr("gohsp.files.os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         changed.save(path)
     assert path.read_text() == old

@@ -367,6 +367,7 @@ def test_max_images_is_heeded(make_model, images) -> None:
         ({"method": "best"}, "method: wanted one of gohsp, obs, random, l1, l2, taylor, activation, information, got"),
         ({"optimiser": "sgd"}, "optimiser: wanted one of ridge, admm, drop, got 'sgd'"),
         ({"groups": ("heads", "mlp")}, "groups: wanted some of heads, qk, v, attn_in, attn_out, hidden, mlp_in"),
+        ({"budgets": []}, "budgets: wanted one for each of 2 blocks, got 0"),
         ({"refine": -1}, "refine: wanted a number of steps, 0 or more, got -1"),
         ({"floors": {"v": 0.5}}, "floors: wanted shares from 0 to 1 of heads, hidden, got 'v': 0.5"),
         ({"floors": {"heads": 1.5}}, "floors: wanted shares from 0 to 1 of heads, hidden, got 'heads': 1.5"),

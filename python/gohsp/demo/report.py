@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from gohsp.files import write_text
 
 KEPT = ("QK", "V", "MLP")
 PALE, DEEP = (236, 241, 250), (22, 62, 138)  # ends of the colour scale for importance
@@ -55,13 +56,6 @@ def scientific(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.1e}" if 0 < value < 1e-3 else f"{value:.3g}"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name and rename, so that a reader never meets half a file."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def render(results: dict[str, Any]) -> str:

@@ -23,6 +23,7 @@ from gohsp.demo.data import LARGE_BATCH, Images, Splits, load_digits, load_folde
 from gohsp.demo.head import Classifier, collect, fit_ridge, pool
 from gohsp.demo.measure import DENSE, GOHSP, INT8, MASKED, SLICED, compare, relative_distance
 from gohsp.demo.progress import Steps, each
+from gohsp.files import replacing
 
 LARGEST_DISTANCE = 1e-4  # that gohsp's float32 logits may have from the masked dense model's
 SAMPLES = 12
@@ -63,9 +64,8 @@ def train_head(backbone: nn.Module, images: Images, steps: Steps) -> nn.Linear:
 def store(backbone: nn.Module, head: nn.Linear, directory: Path) -> None:
     """Save a compressed backbone and its head into one folder."""
     gohsp.save(backbone, directory)
-    partial = directory / ".head.partial"
-    save_file(head.state_dict(), partial)
-    partial.replace(directory / "head.safetensors")
+    with replacing(directory / "head.safetensors") as temporary:
+        save_file(head.state_dict(), temporary)
 
 
 def restore(directory: Path) -> Classifier:

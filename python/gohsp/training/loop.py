@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gohsp.compress import compress
+from gohsp.files import write_text
 from gohsp.mask import ModelMask
 from gohsp.recipe import Fit
 from gohsp.training import checkpoint
@@ -248,9 +248,7 @@ class Loop:
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.history)
-        temporary = self.directory / f".{METRICS}.tmp"
-        temporary.write_text(text.getvalue(), encoding="utf-8")
-        os.replace(temporary, self.directory / METRICS)
+        write_text(self.directory / METRICS, text.getvalue())
 
 
 class _Losses:
