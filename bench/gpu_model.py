@@ -28,9 +28,9 @@ import torch
 
 import gohsp
 from gohsp.mask import BlockLayout
+from gohsp_kernels._packing import round_up
 from gohsp_kernels.triton import config
 from gohsp_kernels.triton.attention import padded_width
-from gohsp_kernels.triton.packing import round_up
 
 ITEMSIZE = 2  # float16 or bfloat16
 GAP = 1.5e-6

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import _native, reference
 from ._cache import PackedCache
+from ._packing import double, fold_layer_scale, fold_norm, qk_norm_table
 
 ACTIVATION_IDS = {"identity": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4, "quick_gelu": 5}
 """Numbers of the activations; the same as in csrc/cpu/kernels.h."""
@@ -51,6 +52,26 @@ def activation_levels() -> int:
     return int(_ask_library("gohsp_cpu_activation_levels", ctypes.c_int64))
 
 
+def missing(device: torch.device, dtype: torch.dtype, needs_grad: bool = False) -> str:
+    """Why the backend cannot run a call, or the empty string if it can.
+
+    Args:
+        device: where the tensors are.
+        dtype: of the activations.
+        needs_grad: whether the result must be differentiable.
+    """
+    native = _native.load()
+    if not native:
+        return native.reason
+    if device.type != "cpu":
+        return f"runs on CPU tensors; got a tensor on {device.type}"
+    if dtype != torch.float32:
+        return f"runs in float32; got {dtype}"
+    if needs_grad:
+        return "has no backward; call under torch.no_grad() or use the backend 'reference'"
+    return ""
+
+
 def _ask_library(name: str, kind: Any) -> Any:
     native = _native.load()
     if not native:
@@ -69,37 +90,11 @@ def _check_weights(tensors: Sequence[Tensor | None]) -> None:
             raise ValueError(f"weights: wanted float32 on the cpu, as x; got {tensor.dtype} on {tensor.device}")
 
 
-def _double(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.float64)
-
-
 def _panels(weight: Tensor, bias: Tensor | None, weights: str = "float32") -> Tensor:
     constant = None if bias is None else bias.to(torch.float32).contiguous()
     if weights == "int8":
         return torch.ops.gohsp_kernels.cpu_pack_int8(*reference.quantise_weight(weight), constant)
     return torch.ops.gohsp_kernels.cpu_pack(weight.to(torch.float32).contiguous(), constant)
-
-
-def _fold_norm(
-    weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, cols: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """``weight`` and ``bias`` (float64) of a linear that is fed by a LayerNorm without its affine part."""
-    folded = _double(weight)
-    constant = folded.new_zeros(folded.shape[0]) if bias is None else _double(bias)
-    if norm_bias is not None:
-        shift = _double(norm_bias)
-        constant = constant + folded @ (shift if cols is None else shift[cols])
-    if norm_weight is not None:
-        gain = _double(norm_weight)
-        folded = folded * (gain if cols is None else gain[cols])
-    return folded, constant
-
-
-def _fold_layer_scale(weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    if layer_scale is None:
-        return weight, bias
-    scale = _double(layer_scale)
-    return weight * scale[:, None], None if bias is None else bias * scale
 
 
 @dataclass(frozen=True)
@@ -133,17 +128,6 @@ class PackedSublayer:
     panels: Tensor
     layout: Tensor
     constants: tuple[float, float, float]
-
-
-def _qk_norm_table(
-    q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None
-) -> Tensor | None:
-    """Affine parts of the q and k norms as rows [4, head width], or None where the model has none."""
-    if q_weight is None or k_weight is None:
-        return None
-    rows = [q_weight, torch.zeros_like(q_weight) if q_bias is None else q_bias]
-    rows += [k_weight, torch.zeros_like(k_weight) if k_bias is None else k_bias]
-    return torch.stack([row.detach() for row in rows]).to(torch.float32)
 
 
 def _columns(cols: Tensor | None) -> list[int]:
@@ -185,8 +169,8 @@ def fold_attention(
     has_qk_norm: bool,
 ) -> FoldedAttention:
     """Fold the constants of an attention sublayer; ``n_qk`` is the sum of its QK widths."""
-    qkv, constant = _fold_norm(qkv_weight, qkv_bias, norm_weight, norm_bias, in_cols)
-    proj, proj_constant = _double(proj_weight), None if proj_bias is None else _double(proj_bias)
+    qkv, constant = fold_norm(qkv_weight, qkv_bias, norm_weight, norm_bias, in_cols)
+    proj, proj_constant = double(proj_weight), None if proj_bias is None else double(proj_bias)
     v_constant = constant[2 * n_qk :].clone()
     constant[2 * n_qk :] = 0
     proj_constant = proj @ v_constant if proj_constant is None else proj_constant + proj @ v_constant
@@ -195,7 +179,7 @@ def fold_attention(
         constant[:n_qk] *= scale
         constant[n_qk : 2 * n_qk] = 0
     if layer_scale is not None:
-        proj, proj_constant = proj * _double(layer_scale)[:, None], proj_constant * _double(layer_scale)
+        proj, proj_constant = proj * double(layer_scale)[:, None], proj_constant * double(layer_scale)
     return FoldedAttention(qkv, constant, proj, proj_constant, scale if has_qk_norm else 1.0)
 
 
@@ -223,7 +207,7 @@ def pack_attention(
     """Fold the constants of an attention sublayer and pack its two matrices. Arguments as attention_sublayer, then one
     of ``dispatch.WEIGHTS``."""
     n_qk = sum(qk_widths)
-    qk_norm = _qk_norm_table(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias) if qk_widths else None
+    qk_norm = qk_norm_table(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias) if qk_widths else None
     folded = fold_attention(
         norm_weight,
         norm_bias,
@@ -262,10 +246,10 @@ def fold_mlp(
     in_cols: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """fc1, its bias, fc2 and its bias, float64, with LayerNorm's affine part and layer scale folded in."""
-    fc2_constant = None if fc2_bias is None else _double(fc2_bias)
+    fc2_constant = None if fc2_bias is None else double(fc2_bias)
     return (
-        *_fold_norm(fc1_weight, fc1_bias, norm_weight, norm_bias, in_cols),
-        *_fold_layer_scale(_double(fc2_weight), fc2_constant, layer_scale),
+        *fold_norm(fc1_weight, fc1_bias, norm_weight, norm_bias, in_cols),
+        *fold_layer_scale(double(fc2_weight), fc2_constant, layer_scale),
     )
 
 
@@ -322,7 +306,7 @@ def ragged_attention(
     eps: float,
     num_queries: int,
 ) -> Tensor:
-    qk_norm = _qk_norm_table(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias)
+    qk_norm = qk_norm_table(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias)
     return torch.ops.gohsp_kernels.cpu_attention(
         qkv, _widths(qk_widths, v_widths), qk_norm, scale, eps, sum(v_widths), num_queries
     )

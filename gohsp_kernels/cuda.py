@@ -27,7 +27,8 @@ from torch import Tensor
 
 from . import _native, cpu
 from ._cache import PackedCache
-from .cpu import ACTIVATION_IDS, _double, _fold_norm, _qk_norm_table
+from ._packing import double, fold_norm, kept_first, qk_norm_table, round_up
+from .cpu import ACTIVATION_IDS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST_CAPABILITY = (8, 0)
@@ -92,10 +93,6 @@ def goes_first(device: torch.device, rows: int, capability: tuple[int, int] | No
 
 def _uses_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -187,15 +184,6 @@ def _arrange(weight: Tensor, in_cols: Tensor | None, features: int, dtype: torch
     return _Input(_CHUNKS, spread.shape[1], chunks, spread)
 
 
-def _kept_first(cols: Tensor | None, features: int) -> Tensor | None:
-    """The columns ``cols``, then the others; None for all."""
-    if cols is None:
-        return None
-    other = torch.ones(features, dtype=torch.bool, device=cols.device)
-    other[cols] = False
-    return torch.cat([cols, other.nonzero()[:, 0]])
-
-
 def _check_columns(argument: str, cols: Tensor | None, features: int) -> None:
     """The kernels trust the lists, so what is in them is looked at once, when they are packed."""
     if cols is not None and len(cols):
@@ -228,7 +216,7 @@ def _pack_linear(
     parts.matrix(source.weight, bias, None)
     parts.layout += [source.form, source.count]
     parts.table(source.table)
-    parts.table(_kept_first(out_cols, out_features))
+    parts.table(None if out_cols is None else kept_first(out_cols, out_features))
     return parts.packed()
 
 
@@ -323,18 +311,18 @@ def pack_attention(
     _check_columns("in_cols", in_cols, features)
     _check_columns("out_cols", out_cols, features)
     heads = _Heads.of(tuple(qk_widths), tuple(v_widths))
-    qkv, bias = _fold_norm(qkv_weight, qkv_bias, norm_weight, norm_bias, in_cols)
+    qkv, bias = fold_norm(qkv_weight, qkv_bias, norm_weight, norm_bias, in_cols)
     qkv = _moved(qkv, 0, heads.rows, heads.qkv_channels)
     bias = _moved(bias, 0, heads.rows, heads.qkv_channels)
     source = _arrange(qkv, in_cols, features, x.dtype, norm=True)
-    norm = _qk_norm_table(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias) if heads.table else None
+    norm = qk_norm_table(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias) if heads.table else None
     norm_width = 0 if norm is None else norm.shape[1]
     parts = _Parts(x.dtype, x.device, [_ATTENTION, features, len(heads.table), heads.widest, norm_width])
     parts.matrix(source.weight, bias, None, row_sum=source.form != _COPY)
-    parts.matrix(_moved(_double(proj_weight), 1, heads.columns, heads.out_channels), proj_bias, layer_scale)
+    parts.matrix(_moved(double(proj_weight), 1, heads.columns, heads.out_channels), proj_bias, layer_scale)
     parts.layout += [source.form, source.count]
     parts.table(source.table)
-    parts.table(_kept_first(out_cols, features))
+    parts.table(None if out_cols is None else kept_first(out_cols, features))
     parts.tables.append(torch.tensor(heads.table, dtype=torch.int32, device=x.device).flatten())
     if norm is not None:
         parts.vectors.append(norm.flatten())
@@ -359,7 +347,7 @@ def pack_mlp(
     features = x.shape[-1]
     _check_columns("in_cols", in_cols, features)
     _check_columns("out_cols", out_cols, features)
-    fc1, bias = _fold_norm(fc1_weight, fc1_bias, norm_weight, norm_bias, in_cols)
+    fc1, bias = fold_norm(fc1_weight, fc1_bias, norm_weight, norm_bias, in_cols)
     added = -fc1.shape[0] % CHANNELS  # neurons of zero: every activation keeps zero
     fc1, bias = (torch.cat([t, t.new_zeros(added, *t.shape[1:])]) for t in (fc1, bias))
     source = _arrange(fc1, in_cols, features, x.dtype, norm=True)
@@ -368,7 +356,7 @@ def pack_mlp(
     parts.matrix(torch.nn.functional.pad(fc2_weight.detach(), (0, added)), fc2_bias, layer_scale)
     parts.layout += [source.form, source.count]
     parts.table(source.table)
-    parts.table(_kept_first(out_cols, features))
+    parts.table(None if out_cols is None else kept_first(out_cols, features))
     return parts.packed(eps)
 
 
@@ -452,7 +440,7 @@ def ragged_attention(
     return torch.ops.gohsp_kernels.cuda_attention(
         qkv,
         _head_table(qk_widths, v_widths, qkv.device),
-        _qk_norm_table(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias) if any(v_widths) else None,
+        qk_norm_table(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias) if any(v_widths) else None,
         max((*qk_widths, *v_widths), default=0),
         all(width % per_chunk == 0 for width in (*qk_widths, *v_widths)),
         scale,

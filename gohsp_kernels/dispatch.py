@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _native, cuda
+from . import cpu, cuda
 from .triton import support as triton_support
 
 log = logging.getLogger("gohsp_kernels")
@@ -80,24 +80,25 @@ def can_run(
         raise ValueError(f"weights: wanted one of {', '.join(map(repr, WEIGHTS))}; got {weights!r}")
     if weights != "float32" and backend != "cpu":
         return Support(False, f"has no {weights} weights; the backend 'cpu' has")
-    if backend == "reference":
-        return Support(True)
-    if backend == "triton":
-        reason = triton_support.missing(torch.device(device), dtype, compute_capability, widest_head)
-        return Support(not reason, reason)
+    reason = _missing(backend, torch.device(device), dtype, needs_grad, compute_capability, widest_head)
+    return Support(not reason, reason)
+
+
+def _missing(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    needs_grad: bool,
+    capability: tuple[int, int] | None,
+    widest_head: int,
+) -> str:
+    if backend == "cpu":
+        return cpu.missing(device, dtype, needs_grad)
     if backend == "cuda":
-        reason = cuda.missing(torch.device(device), dtype, needs_grad, compute_capability, widest_head)
-        return Support(not reason, reason)
-    native = _native.load()
-    if not native:
-        return Support(False, native.reason)
-    if torch.device(device).type != "cpu":
-        return Support(False, f"runs on CPU tensors; got a tensor on {torch.device(device).type}")
-    if dtype != torch.float32:
-        return Support(False, f"runs in float32; got {dtype}")
-    if needs_grad:
-        return Support(False, "has no backward; call under torch.no_grad() or use the backend 'reference'")
-    return Support(True)
+        return cuda.missing(device, dtype, needs_grad, capability, widest_head)
+    if backend == "triton":
+        return triton_support.missing(device, dtype, capability, widest_head)
+    return ""  # the reference runs everything
 
 
 def backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Support]:

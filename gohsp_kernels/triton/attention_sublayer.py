@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._packing import round_up
 from .attention import HeadLayout, attention
 from .linear import PackedLinear
-from .packing import fold_norm, pack_linear, round_up
+from .packing import fold_norm, pack_linear
 
 
 def aligned_channels(widths: Sequence[int], keep: Sequence[bool], align: int) -> tuple[list[int], list[int], list[int]]:

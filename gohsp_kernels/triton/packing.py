@@ -16,12 +16,8 @@ import torch
 from torch import Tensor
 
 from .._cache import PackedCache
+from .._packing import kept_first, round_up
 from .linear import PackedLinear
-
-
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
 
 _orders = PackedCache()
 
@@ -31,13 +27,8 @@ def column_order(cols: Tensor | None, features: int) -> Tensor | None:
     if cols is None:
         return None
 
-    def order() -> Tensor:
-        other = torch.ones(features, dtype=torch.bool, device=cols.device)
-        other[cols] = False
-        return torch.cat([cols, other.nonzero()[:, 0]]).to(torch.int32)
-
     # Kept, as training asks at each step and nonzero() waits for the GPU.
-    return _orders.get(cols, (cols,), (features,), order)
+    return _orders.get(cols, (cols,), (features,), lambda: kept_first(cols, features).to(torch.int32))
 
 
 def fold_norm(

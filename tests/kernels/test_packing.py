@@ -8,7 +8,7 @@ import gc
 import pytest
 import torch
 
-from gohsp_kernels import _native, cpu
+from gohsp_kernels import _native, _packing, cpu
 
 from .cases import Call, Maker, relative_error, samples
 
@@ -94,12 +94,12 @@ def folded_attention(call: Call) -> Call:
     k = dict(call.kwargs)
     cols = k["in_cols"]
     n_qk = sum(k["qk_widths"])
-    weight, bias = cpu._fold_norm(qkv_weight, qkv_bias, norm_weight, norm_bias, cols)
+    weight, bias = _packing.fold_norm(qkv_weight, qkv_bias, norm_weight, norm_bias, cols)
     proj_bias = proj_bias + proj_weight @ bias[2 * n_qk :]
     bias[n_qk:] = 0
     weight[:n_qk] *= k["scale"]
     bias[:n_qk] *= k["scale"]
-    proj_weight, proj_bias = cpu._fold_layer_scale(proj_weight, proj_bias, k["layer_scale"])
+    proj_weight, proj_bias = _packing.fold_layer_scale(proj_weight, proj_bias, k["layer_scale"])
     k.update(scale=1.0, layer_scale=None)
     return Call("attention_sublayer", (x, None, None, weight, bias, proj_weight, proj_bias), k)
 
@@ -112,8 +112,8 @@ def test_attention_algebra_is_exact() -> None:
 def test_mlp_algebra_is_exact() -> None:
     call = Maker(5).mlp_sublayer((2, 9), 24, 40, 17, 20).to(torch.float64)
     x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = call.args
-    fc1, fc1_constant = cpu._fold_norm(fc1_weight, fc1_bias, norm_weight, norm_bias, call.kwargs["in_cols"])
-    fc2, fc2_constant = cpu._fold_layer_scale(fc2_weight, fc2_bias, call.kwargs["layer_scale"])
+    fc1, fc1_constant = _packing.fold_norm(fc1_weight, fc1_bias, norm_weight, norm_bias, call.kwargs["in_cols"])
+    fc2, fc2_constant = _packing.fold_layer_scale(fc2_weight, fc2_bias, call.kwargs["layer_scale"])
     kwargs = {**call.kwargs, "layer_scale": None}
     folded = Call("mlp_sublayer", (x, None, None, fc1, fc1_constant, fc2, fc2_constant), kwargs)
     assert relative_error(folded.run("reference"), call.run("reference")) < 1e-14
