@@ -124,7 +124,7 @@ def _all() -> list[Mutation]:
     mutate(mlp, "second panel reads the first's weights", "fc1_row + b[:, None],", "fc1_row + (b - PANEL_A)[:, None],")
     mutate(mlp, "no residual", "acc + tl.load(x_row + col, ok, 0.0).to(tl.float32), ok)", "acc, ok)")
     mutate(mlp, "gather order of the second panel", "in_cols, b, n_in, mean)", "None, b, n_in, mean)")
-    packing = "packing.py"
+    packing = "../_packing.py"
     mutate(
         packing,
         "columns not kept come first",
