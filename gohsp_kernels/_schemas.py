@@ -43,6 +43,7 @@ PUBLIC = {
 NATIVE = {
     "cpu_pack": "(Tensor weight, Tensor? bias) -> Tensor",
     "cpu_pack_int8": "(Tensor weight, Tensor scales, Tensor? bias) -> Tensor",
+    "cpu_embed": "(Tensor images, Tensor panels, Tensor base, int[] patch) -> Tensor",
     "cpu_linear": (
         "(Tensor x, Tensor panels, Tensor? in_cols, Tensor? out_cols, int kept_outputs, int out_features, "
         "int activation) -> Tensor"
@@ -105,6 +106,11 @@ def _mlp_sublayer(x: Tensor, *rest: Any) -> Tensor:
 @_fake("cpu_linear", "cuda_linear")
 def _cpu_linear(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], rest[-2])
+
+
+@_fake("cpu_embed")
+def _cpu_embed(images: Tensor, panels: Tensor, base: Tensor, patch: object) -> Tensor:
+    return images.new_empty(images.shape[0], *base.shape)
 
 
 @_fake("cpu_attention")

@@ -115,6 +115,31 @@ class PackedLinear:
 
 
 @dataclass(frozen=True)
+class PackedEmbedding:
+    """An embedding of patches that lie side by side, together with the tokens in front of them and their positions.
+
+    Attributes:
+        panels: the packed matrix [features, channels x height x width of a patch].
+        base: float32 [tokens, features], what the patches' products are added to in its last rows.
+        patch: height and width of a patch in pixels.
+    """
+
+    panels: Tensor
+    base: Tensor
+    patch: tuple[int, int]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Tokens [batch, tokens, features] of images [batch, channels, height, width], float32 on the CPU."""
+        return torch.ops.gohsp_kernels.cpu_embed(images, self.panels, self.base, self.patch)
+
+
+def pack_embedding(weight: Tensor, bias: Tensor | None, base: Tensor) -> PackedEmbedding:
+    """Pack the convolution of a patch embedding: weight [features, channels, height, width], bias [features]."""
+    _, _, height, width = weight.shape
+    return PackedEmbedding(_panels(weight.flatten(1), bias), base.to(torch.float32).contiguous(), (height, width))
+
+
+@dataclass(frozen=True)
 class PackedSublayer:
     """An attention or MLP sublayer ready for the CPU kernel.
 

@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "crew.h"
 #include "kernels.h"
 
 namespace gohsp {
@@ -110,5 +111,10 @@ void* workspace(size_t bytes) {
 }
 
 void give_way() { sched_yield(); }
+
+Crew& crew() {
+  static thread_local Crew own;
+  return own;
+}
 
 }  // namespace gohsp

@@ -44,7 +44,7 @@ void exponential(const float* x, int64_t count, float* y) {
 }
 
 extern const KernelTable table;
-const KernelTable table = {GOHSP_ISA_NAME, packed_size, pack,      packed_size_int8, pack_int8, kLevels,
-                           sublayers,      linear,      attention, product_int8,     apply,     exponential};
+const KernelTable table = {GOHSP_ISA_NAME, packed_size, pack,      packed_size_int8, pack_int8, kLevels,    sublayers,
+                           embed,          linear,      attention, product_int8,     apply,     exponential};
 
 }  // namespace gohsp::GOHSP_ISA

@@ -69,6 +69,16 @@ struct Shape {
   int64_t queries;  // the first so many tokens of each image are wanted at the end
 };
 
+// Images [channels, height, width] as rows of patches, which lie side by side without overlap.
+struct Patches {
+  int64_t channels, height, width;
+  int64_t patch_height, patch_width;
+
+  int64_t across() const { return width / patch_width; }
+  int64_t count() const { return height / patch_height * across(); }
+  int64_t size() const { return channels * patch_height * patch_width; }
+};
+
 // Who runs the work: calls body(context, worker) for each worker in [0, workers), at the same time or one after another.
 // The kernels wait only for work that a running worker has already taken, so either is safe.
 struct Parallel {
@@ -93,6 +103,11 @@ struct KernelTable {
   // y = sublayers(x). x: [batch, tokens, features], y: [batch, queries, features].
   void (*sublayers)(const Sublayer* layers, int64_t count, const float* x, float* y, const Shape& shape,
                     const Parallel& parallel);
+
+  // y = base, plus patches W^T + b in its last rows. images: [batch, channels, height, width], base: [tokens, weight.n],
+  // y: [batch, tokens, weight.n]. The first tokens - patches.count() rows are base's own.
+  void (*embed)(const Matrix& weight, const Patches& patches, const float* images, int64_t batch, const float* base,
+                int64_t tokens, float* y, const Parallel& parallel);
 
   // out[:, scatter] = activation(x[:, gather] W^T + b), zero elsewhere. x: [rows, features], y: [rows, out_features].
   void (*linear)(const Matrix& weight, const Columns& gather, const Columns& scatter, Activation activation,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two primitives, linear and attention, as parallel loops over blocks of rows.
+// What is not a chain, as parallel loops over blocks of rows: the primitives linear and attention, and the embedding of
+// patches.
 #pragma once
 
 #include "sublayers.h"
@@ -91,6 +92,50 @@ inline void linear(const Matrix& weight, const Columns& gather, const Columns& s
                activate(activation, c, N, tile_rows, columns);
                for (int64_t i = 0; i < tile_rows; ++i)
                  copy_row(c + i * N, columns, y + (r0 + r + i) * out_features + n);
+             });
+  });
+}
+
+struct EmbedBuffers {
+  int64_t workers, rows, ld;
+  float* patches = nullptr;
+
+  void carve(Carver& carver) { patches = carver.take<float>(workers * rows * ld + N); }
+};
+
+// Row of pixels of patch number q of an image.
+inline void read_patch(const float* image, const Patches& p, int64_t q, float* to) {
+  const float* corner = image + q / p.across() * p.patch_height * p.width + q % p.across() * p.patch_width;
+  for (int64_t c = 0; c < p.channels; ++c)
+    for (int64_t i = 0; i < p.patch_height; ++i, to += p.patch_width)
+      copy_row(corner + (c * p.height + i) * p.width, p.patch_width, to);
+}
+
+// Tasks are blocks of patches. The crew is that of the chain which follows, and as many workers as it will have.
+inline void embed(const Matrix& weight, const Patches& p, const float* images, int64_t batch, const float* base,
+                  int64_t tokens, float* y, const Parallel& parallel) {
+  if (batch == 0 || tokens == 0) return;
+  const int64_t n = weight.n, count = p.count(), own = tokens - count;
+  const Parallel present{crew().next_size(parallel.workers), parallel.run};
+  const int64_t blocks =
+      max(1, min(round_up(ceil_div(count, 8 * M), batch % present.workers ? present.workers : 1), ceil_div(count, M)));
+  EmbedBuffers buffers{present.workers, ceil_div(count, blocks), row_stride(weight.k)};
+  place(buffers);
+
+  for_each_number(present, batch * blocks, [&](int64_t number, int64_t worker) {
+    const int64_t image = number / blocks, block = number % blocks;
+    float *patches = buffers.patches + worker * buffers.rows * buffers.ld, *to = y + image * tokens * n;
+    if (block == 0) copy_row(base, own * n, to);
+    const int64_t q0 = part_begin(count, blocks, block), rows = part_begin(count, blocks, block + 1) - q0;
+    for (int64_t i = 0; i < rows; ++i)
+      read_patch(images + image * p.channels * p.height * p.width, p, q0 + i, patches + i * buffers.ld);
+    const int64_t offset = (own + q0) * n;
+    multiply(patches, buffers.ld, rows, weight, 0, panel_count(n),
+             [=](int64_t r, int64_t tile_rows, int64_t column, int64_t columns, float* c) {
+               for (int64_t i = 0; i < tile_rows; ++i) {
+                 const int64_t place = offset + (r + i) * n + column;
+                 add_vectors(base + place, c + i * N, columns, to + place);
+               }
              });
   });
 }

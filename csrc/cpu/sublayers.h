@@ -17,6 +17,7 @@
 #pragma once
 
 #include "attention.h"
+#include "crew.h"
 
 namespace gohsp::GOHSP_ISA {
 
@@ -44,9 +45,15 @@ inline void place(Buffers& buffers) {
 
 inline int64_t take_number(int64_t* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
 
-inline void wait_for(const int32_t* counter, int32_t wanted) {
-  for (int spins = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) < wanted; ++spins)
-    if (spins > 200) give_way();
+inline bool has_come(const int32_t* counter, int32_t wanted) {
+  return __atomic_load_n(counter, __ATOMIC_ACQUIRE) >= wanted;
+}
+
+inline void wait_for(const int32_t* counter, int32_t wanted, Absences& absences) {
+  for (int spins = 0; spins < 200; ++spins)
+    if (has_come(counter, wanted)) return;
+  while (!has_come(counter, wanted)) give_way();
+  absences.wait_until(nanoseconds());
 }
 
 // The permutations of a sublayer's gather and scatter; null where all columns are kept.
@@ -63,6 +70,7 @@ struct Scratch {
   float* scores;  // [M, ld_scores]
   float* row;     // [features + W]
   Bytes bytes;    // [rows, ld_bytes]    the left side of any int8 product
+  Absences absences;
 };
 
 class Chain {
@@ -113,7 +121,12 @@ class Chain {
   }
 
   void run(const Parallel& parallel) {
+    const int64_t begun = nanoseconds();
     parallel.run(workers_, [](void* self, int64_t worker) { static_cast<Chain*>(self)->work(worker); }, this);
+    const int64_t ended = nanoseconds();
+    int64_t lost = 0;
+    for (int64_t w = 0; w < workers_; ++w) lost = max(lost, scratch_[w].absences.lost_until(ended));
+    crew().report(workers_, ended - begun, lost);
   }
 
  private:
@@ -173,21 +186,22 @@ class Chain {
   int64_t blocks_of(int64_t segment) const { return segment == segments_ - 1 ? last_blocks_ : blocks_; }
 
   void work(int64_t worker) {
+    Scratch& scratch = scratch_[worker];
     for (int64_t image = take_number(&next_image_); image < shape_.batch; image = take_number(&next_image_)) {
       // A slot is used again only while fresh images remain, and nobody helps before they are gone.
       const int64_t slot = shape_.batch <= workers_ ? image : worker;
       __atomic_store_n(slot_of_ + image, static_cast<int32_t>(slot + 1), __ATOMIC_RELEASE);
-      run_image(image, scratch_[worker]);
+      run_image(image, scratch);
     }
     for (int64_t i = 0; i < shape_.batch; ++i) {
       const int64_t image = (worker + i) % shape_.batch;  // helpers spread over the images
-      wait_for(slot_of_ + image, 1);
-      run_image(image, scratch_[worker]);
+      wait_for(slot_of_ + image, 1, scratch.absences);
+      run_image(image, scratch);
     }
   }
 
   // Runs tasks of this image until all are taken.
-  void run_image(int64_t image, const Scratch& scratch) {
+  void run_image(int64_t image, Scratch& scratch) {
     const int64_t tasks = (segments_ - 1) * blocks_ + last_blocks_;
     for (int64_t task = take_number(next_task_ + image); task < tasks; task = take_number(next_task_ + image)) {
       const int64_t segment = min(task / blocks_, segments_ - 1);
@@ -195,12 +209,14 @@ class Chain {
     }
   }
 
-  void run_task(int64_t segment, int64_t image, int64_t block, const Scratch& scratch) {
+  void run_task(int64_t segment, int64_t image, int64_t block, Scratch& scratch) {
     int32_t* done = done_ + image * segments_;
-    if (segment > 0) wait_for(done + segment - 1, static_cast<int32_t>(blocks_of(segment - 1)));
+    if (segment > 0) wait_for(done + segment - 1, static_cast<int32_t>(blocks_of(segment - 1)), scratch.absences);
+    scratch.absences.begin_task(nanoseconds());
     const int64_t rows = segment == segments_ - 1 ? shape_.queries : shape_.tokens;
     run_rows(segment, image, part_begin(rows, blocks_of(segment), block),
              part_begin(rows, blocks_of(segment), block + 1), scratch);
+    scratch.absences.end_task(nanoseconds());
     __atomic_fetch_add(done + segment, 1, __ATOMIC_RELEASE);
   }
 
@@ -313,7 +329,7 @@ class Chain {
 inline void sublayers(const Sublayer* layers, int64_t count, const float* x, float* y, const Shape& shape,
                       const Parallel& parallel) {
   if (shape.batch == 0 || shape.queries == 0 || shape.features == 0) return;
-  Chain(layers, count, x, y, shape, parallel.workers).run(parallel);
+  Chain(layers, count, x, y, shape, crew().next_size(parallel.workers)).run(parallel);
 }
 
 }  // namespace gohsp::GOHSP_ISA

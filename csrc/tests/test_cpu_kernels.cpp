@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "../cpu/crew.h"
 #include "../cpu/kernels.h"
 
 #ifdef GOHSP_PORTABLE_TEST
@@ -280,12 +281,91 @@ void test_chain(const gohsp::KernelTable& kernels, const Sizes& s, const std::st
   for (int64_t workers : {1, 2, 5}) {
     for (auto run : {run_in_order, run_at_once}) {
       Floats y(truth.size(), std::nanf(""));
+      gohsp::crew() = {};  // all workers, whatever the calls before have seen
       kernels.sublayers(layers, 6, x.data(), y.data(), shape, {workers, run});
       expect_close(y, truth,
                    what + ", " + std::to_string(workers) + " workers " + (run == run_at_once ? "at once" : "in order"),
                    tolerance);
     }
   }
+}
+
+// One matrix over patches of `batch` images that are `down` x `across` patches large, behind `own` other tokens.
+void test_embed(const gohsp::KernelTable& kernels, int64_t batch, int64_t down, int64_t across, int64_t own, int64_t n,
+                const std::string& isa) {
+  Random random{std::mt19937(5)};
+  const gohsp::Patches p{3, 5 * down, 4 * across, 5, 4};
+  const Linear linear(kernels, random, n, p.size(), gohsp::Weights::fp32);
+  const int64_t tokens = own + p.count();
+  const Floats images = random.normal(batch * p.channels * p.height * p.width), base = random.normal(tokens * n);
+  std::vector<double> truth;
+  for (int64_t b = 0; b < batch; ++b) {
+    truth.insert(truth.end(), base.begin(), base.begin() + own * n);
+    for (int64_t q = 0; q < p.count(); ++q) {
+      std::vector<double> pixels;
+      for (int64_t c = 0; c < 3; ++c)
+        for (int64_t i = 0; i < 5; ++i)
+          for (int64_t j = 0; j < 4; ++j)
+            pixels.push_back(images[((b * 3 + c) * p.height + q / across * 5 + i) * p.width + q % across * 4 + j]);
+      const auto row = linear(pixels);
+      for (int64_t j = 0; j < n; ++j) truth.push_back(row[j] + base[(own + q) * n + j]);
+    }
+  }
+  for (int64_t workers : {1, 2, 5}) {
+    Floats y(truth.size(), std::nanf(""));
+    gohsp::crew() = {};
+    kernels.embed(linear.matrix(), p, images.data(), batch, base.data(), tokens, y.data(), {workers, run_at_once});
+    expect_close(y, truth, isa + "embedding of " + std::to_string(batch) + " x " + std::to_string(tokens));
+  }
+}
+
+void expect(bool holds, const char* what) {
+  if (holds) return;
+  std::printf("FAILED %s\n", what);
+  ++failures;
+}
+
+void test_absences() {
+  gohsp::Absences absences;
+  expect(absences.lost_until(1000) == 0, "nothing is held up before the first task");
+  absences.begin_task(100);
+  absences.end_task(110);
+  absences.wait_until(120);
+  expect(absences.lost_until(120) == 0, "a wait as long as a task is natural");
+  absences.begin_task(120);
+  absences.end_task(130);
+  absences.wait_until(170);
+  expect(absences.lost_until(170) == 30, "what exceeds it is lost");
+  absences.begin_task(170);
+  absences.end_task(180);
+  expect(absences.lost_until(195) == 35, "the wait for the last ones counts as well");
+}
+
+// Calls until all four workers are tried again.
+int64_t calls_with_fewer(gohsp::Crew& crew) {
+  int64_t calls = 0;
+  for (; crew.next_size(4) < 4; ++calls) crew.report(crew.next_size(4), 100, 0);
+  return calls;
+}
+
+void test_crew() {
+  gohsp::Crew crew;
+  crew.report(4, 100, 12);
+  expect(crew.next_size(4) == 4, "less than an eighth is nobody's absence");
+  crew.report(4, 100, 13);
+  expect(crew.next_size(4) == 3, "one worker is left out");
+  expect(calls_with_fewer(crew) == 1, "a single hiccup costs one call");
+  for (int64_t pause : {2, 4, 8, 16, 32, 64, 64}) {
+    crew.report(4, 100, 90);
+    expect(calls_with_fewer(crew) == pause, "each absence doubles the pause, up to the longest");
+  }
+  for (int64_t i = 0; i < 63; ++i) crew.report(4, 100, 0);
+  crew.report(4, 100, 90);
+  expect(calls_with_fewer(crew) == 2, "each call without an absence shortens the pause by one");
+  crew.report(4, 100, 90);
+  crew.report(3, 100, 90);
+  expect(crew.next_size(4) == 2, "two are left out where three were held up as well");
+  expect(crew.next_size(2) == 1 && crew.next_size(1) == 1, "one is always left");
 }
 
 void test_product_int8(const gohsp::KernelTable& kernels, int64_t rows, int64_t n, int64_t k, const std::string& isa) {
@@ -309,6 +389,8 @@ void test_product_int8(const gohsp::KernelTable& kernels, int64_t rows, int64_t 
 }  // namespace
 
 int main() {
+  test_absences();
+  test_crew();
   int tested = 0;
   for (const char* name : {"scalar", "avx2", "avx512", "avx512vnni", "neon"}) {
     const gohsp::KernelTable* kernels = table(name);
@@ -318,6 +400,10 @@ int main() {
     for (int64_t k : {0, 1, 3, 4, 5, 64, 383})
       for (int64_t n : {1, 31, 100}) test_product_int8(*kernels, 29, n, k, isa);
     test_product_int8(*kernels, 0, 5, 7, isa);
+    test_embed(*kernels, 1, 14, 14, 1, 70, isa);
+    test_embed(*kernels, 3, 2, 5, 0, 1, isa);
+    test_embed(*kernels, 2, 1, 1, 3, 33, isa);
+    test_embed(*kernels, 0, 3, 3, 1, 8, isa);
     test_product_int8(*kernels, 1, 40, 1536, isa);
     constexpr auto kFp32 = gohsp::Weights::fp32, kInt8 = gohsp::Weights::int8;
     for (const auto& forms : {std::vector{kFp32, kFp32, kFp32}, {kInt8, kInt8, kInt8}, {kInt8, kFp32, kInt8}}) {

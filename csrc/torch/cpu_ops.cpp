@@ -109,6 +109,24 @@ Tensor cpu_pack_int8(Tensor weight, Tensor scales, std::optional<Tensor> bias) {
   return panels;
 }
 
+Tensor cpu_embed(Tensor images, Tensor panels, Tensor base, std::vector<int64_t> patch) {
+  images = torch::stable::contiguous(images);
+  STD_TORCH_CHECK(images.dim() == 4, "images: wanted 4 dimensions; got ", images.dim());
+  STD_TORCH_CHECK(base.dim() == 2, "base: wanted 2 dimensions; got ", base.dim());
+  STD_TORCH_CHECK(patch.size() == 2 && patch[0] > 0 && patch[1] > 0, "patch: wanted a height and a width");
+  const gohsp::Patches patches{images.size(1), images.size(2), images.size(3), patch[0], patch[1]};
+  const int64_t tokens = base.size(0);
+  const Matrix weight{floats(panels, "panels"), base.size(1), patches.size()};
+  STD_TORCH_CHECK(patches.height % patch[0] == 0 && patches.width % patch[1] == 0 && patches.count() <= tokens,
+                  "images: wanted whole patches, at most ", tokens);
+  STD_TORCH_CHECK(gohsp::kernels().packed_size(weight.n, weight.k) == panels.numel(), "panels: wanted the weights of ",
+                  weight.n, " outputs and ", weight.k, " inputs");
+  Tensor y = new_tensor(images, {images.size(0), tokens, weight.n});
+  gohsp::kernels().embed(weight, patches, floats(images, "images"), images.size(0), floats(base, "base"), tokens,
+                         data(y), pool());
+  return y;
+}
+
 Tensor cpu_linear(Tensor x, Tensor panels, std::optional<Tensor> in_cols, std::optional<Tensor> out_cols,
                   int64_t kept_outputs, int64_t out_features, int64_t activation) {
   x = torch::stable::contiguous(x);
@@ -295,6 +313,7 @@ Tensor cpu_sublayers(Tensor x, std::vector<Tensor> panels, std::vector<Tensor> l
 STABLE_TORCH_LIBRARY_IMPL(gohsp_kernels, CPU, m) {
   m.impl("cpu_pack", TORCH_BOX(&cpu_pack));
   m.impl("cpu_pack_int8", TORCH_BOX(&cpu_pack_int8));
+  m.impl("cpu_embed", TORCH_BOX(&cpu_embed));
   m.impl("cpu_linear", TORCH_BOX(&cpu_linear));
   m.impl("cpu_attention", TORCH_BOX(&cpu_attention));
   m.impl("cpu_sublayers", TORCH_BOX(&cpu_sublayers));

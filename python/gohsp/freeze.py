@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
+from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 import gohsp_kernels as gk
@@ -18,8 +20,8 @@ def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
 
     A compressed model keeps its compact parameters beside the packed form that the kernels read, so that it can be
     trained, saved and moved. The frozen one cannot: its blocks have no parameters, and their weights are in memory
-    once. Everything outside the blocks is shared with the given model, which is not changed; drop that one to free
-    its memory.
+    once. The plain patch embedding of timm is packed as well, with class token and positions. Everything else is shared
+    with the given model, which is not changed; drop that one to free its memory.
 
     Args:
         model: A model made by :func:`gohsp.compress` or :func:`gohsp.load`, float32 on the CPU.
@@ -43,7 +45,58 @@ def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
     result._modules = dict(model._modules)
     *blocks, last = vit.find_blocks(model)
     result.blocks = FrozenBlocks(*(FrozenBlock(block, weights) for block in blocks), FrozenBlock(last))
-    return result.eval()
+    result.eval()
+    if _is_plain(model):
+        result.patch_embed = FrozenEmbedding(model)
+        result._pos_embed = _as_it_is
+    return result
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether images become tokens by one product of patches side by side, and by a constant added to it."""
+    embed = model.patch_embed
+    if type(embed) is not PatchEmbed or not embed.flatten or not isinstance(embed.norm, nn.Identity):
+        return False
+    return embed.img_size is not None and embed.strict_img_size and not embed.dynamic_img_pad
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+class FrozenEmbedding(nn.Module):
+    """Patch embedding, tokens in front of the patches and positions, packed; in place of timm's ``PatchEmbed``.
+
+    Args:
+        model: The model whose patch embedding and ``_pos_embed`` it does the work of. It is not changed, and not held.
+
+    Raises:
+        ValueError: The weights are not float32 on the CPU.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        embed = model.patch_embed
+        self.img_size, self.patch_size, self.grid_size = embed.img_size, embed.patch_size, embed.grid_size
+        self.num_patches, self.channels = embed.num_patches, embed.proj.in_channels
+        weight, bias = embed.proj.weight.detach(), embed.proj.bias
+        if weight.dtype != torch.float32 or weight.device.type != "cpu":
+            raise ValueError(f"weights: wanted float32 on the cpu, got {weight.dtype} on {weight.device}")
+        # What timm adds to patches of which nothing is left: the tokens in front of them, and all positions.
+        with torch.no_grad():
+            base = model._pos_embed(weight.new_zeros(1, embed.num_patches, weight.shape[0]))[0]
+        self.packed = gk.cpu.pack_embedding(weight, None if bias is None else bias.detach(), base)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return tokens [B, N, D] for images [B, C, height, width]; no gradient flows through it."""
+        if x.dim() != 4 or x.shape[1:] != (self.channels, *self.img_size) or x.dtype != torch.float32:
+            wanted = [self.channels, *self.img_size]
+            raise ValueError(f"x: wanted float32 images [B, {str(wanted)[1:]}, got {x.dtype} {list(x.shape)}")
+        return self.packed(x.detach())
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Return how many patches lie below and beside each other; timm asks for it."""
+        return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
 
 class FrozenBlock(nn.Module):

@@ -178,3 +178,24 @@ def test_unknown_instruction_set_is_refused() -> None:
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode != 0
     assert "GOHSP_CPU_CAPABILITY" in run.stderr and "got 'mmx'" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.zeros(2, 3, 4)}, "images: wanted 4 dimensions; got 3"),
+        ({"images": torch.zeros(2, 3, 4, 10).double()}, "images: wanted float32"),
+        ({"images": torch.zeros(2, 3, 4, 9)}, "images: wanted whole patches, at most 3"),
+        ({"images": torch.zeros(2, 3, 8, 10)}, "images: wanted whole patches, at most 3"),
+        ({"images": torch.zeros(2, 2, 4, 10)}, "panels: wanted the weights of 20 outputs and 40 inputs"),
+        ({"patch": [4]}, "patch: wanted a height and a width"),
+        ({"patch": [4, 0]}, "patch: wanted a height and a width"),
+        ({"base": torch.zeros(20)}, "base: wanted 2 dimensions; got 1"),
+    ],
+)
+def test_embed_refuses(change: dict[str, Any], message: str) -> None:
+    packed = cpu.pack_embedding(torch.zeros(20, 3, 4, 5), None, torch.zeros(3, 20))
+    good = {"images": torch.zeros(2, 3, 4, 10), "panels": packed.panels, "base": packed.base, "patch": packed.patch}
+    assert torch.ops.gohsp_kernels.cpu_embed(**good).shape == (2, 3, 20)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.gohsp_kernels.cpu_embed(**(good | change))

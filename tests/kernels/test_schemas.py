@@ -39,13 +39,18 @@ def flat(call: Call) -> tuple[Any, ...]:
 def native_samples() -> dict[str, tuple[Any, ...]]:
     """Arguments of one call of each native operator."""
     maker, calls = Maker(1), samples()
-    maker, calls = Maker(1), samples()
     linear, attention, mlp = (flat(calls[n]) for n in ("packed_linear", "attention_sublayer", "mlp_sublayer"))
     weight, bias = maker.weight(20, 17), maker.normal(20)
     chain = (cpu.pack_attention(*attention[1:19]), cpu.pack_mlp(*mlp[1:]))
     return {
         "cpu_pack": (weight, bias),
         "cpu_pack_int8": (*reference.quantise_weight(weight), bias),
+        "cpu_embed": (
+            maker.normal(2, 3, 4, 10),
+            torch.ops.gohsp_kernels.cpu_pack(maker.weight(20, 60), bias),
+            maker.normal(3, 20),
+            [4, 5],
+        ),
         "cpu_linear": (linear[0], torch.ops.gohsp_kernels.cpu_pack(weight, bias), *linear[3:5], 20, 32, 1),
         "cpu_attention": (maker.normal(2, 9, 26 + 27), torch.tensor([[8, 0, 5], [8, 3, 16]]), None, 0.2, 1e-6, 27, 9),
         "cpu_sublayers": (
