@@ -166,27 +166,24 @@ def _import(name: str) -> Any:
         raise Unavailable(f"{error}; pip install '.[bench]' brings it") from error
 
 
-def _gohsp(backend: str) -> Callable[[Job], Forward]:
+def _reference(job: Job) -> Forward:
+    forward = eager(job.work.compressed)
+
+    def run(x: Tensor) -> Tensor:
+        with gk.use_backend("reference"):
+            return forward(x)
+
+    return run
+
+
+def _frozen(weights: str) -> Callable[[Job], Forward]:
     def build(job: Job) -> Forward:
-        support = gk.can_run(backend)
+        support = gk.can_run("cpu", weights=weights)
         if not support:
             raise Unavailable(support.reason)
-        forward = eager(job.work.compressed)
-
-        def run(x: Tensor) -> Tensor:
-            with gk.use_backend(backend):
-                return forward(x)
-
-        return run
+        return eager(gohsp.freeze(job.work.compressed, weights=weights))
 
     return build
-
-
-def _int8(job: Job) -> Forward:
-    support = gk.can_run("cpu", weights="int8")
-    if not support:
-        raise Unavailable(support.reason)
-    return eager(gohsp.freeze(job.work.compressed, weights="int8"))
 
 
 def _compiled(**options: Any) -> Callable[[Job], Forward]:
@@ -269,13 +266,13 @@ CONTENDERS: dict[str, Contender] = {
     "openvino": Contender(_openvino, "openvino", optional=True),
     "onnxruntime": Contender(_onnxruntime, "onnxruntime", optional=True),
     "torch-pruning": Contender(_torch_pruning, "torch-pruning", optional=True),
-    "gohsp-reference": Contender(_gohsp("reference"), "gohsp"),
-    INT8: Contender(_int8, "gohsp", dtype="int8", tolerance=INT8_TOLERANCE),
-    BASELINE: Contender(_gohsp("cpu"), "gohsp"),
+    "gohsp-reference": Contender(_reference, "gohsp"),
+    INT8: Contender(_frozen("int8"), "gohsp", dtype="int8", tolerance=INT8_TOLERANCE),
+    BASELINE: Contender(_frozen("float32"), "gohsp"),
 }
 """All contenders. dense: unpruned, eager. masked: the dense model with pruned entries zero, eager. sliced: the pruned
 model as plain PyTorch, eager; compile, openvino and onnxruntime run that too. gohsp-reference: the compressed model on
-gohsp's own PyTorch backend. gohsp: on its kernels. gohsp-int8: the same frozen with int8 weights, checked against the
+gohsp's own PyTorch backend. gohsp: frozen, on its kernels. gohsp-int8: frozen with int8 weights, checked against the
 same float64 result with a tolerance of its own."""
 
 _EXPORTER = ("onnx", "onnxscript")

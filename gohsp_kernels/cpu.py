@@ -114,6 +114,11 @@ class PackedLinear:
         )
 
 
+def pack_linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
+    """Pack a linear layer that reads and writes every column: weight [n, k], bias [n]."""
+    return PackedLinear(_panels(weight, bias), None, None, weight.shape[0], weight.shape[0], ACTIVATION_IDS["identity"])
+
+
 @dataclass(frozen=True)
 class PackedEmbedding:
     """An embedding of patches that lie side by side, together with the tokens in front of them and their positions.

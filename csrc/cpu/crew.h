@@ -3,11 +3,12 @@
 //
 // Workers that share an image meet after every attention. One that loses its core in the middle of a task holds up the
 // others for a time slice each time, and that soon costs more than it brings. So a call that was held up for an eighth
-// of its time leaves one worker out for the calls that follow; after a
-// pause that doubles each time, all are tried again. A call that is not held up shortens the next pause by one call:
-// a single hiccup costs one call, and a core that stays busy is left alone but for one call in some sixty.
+// of its time leaves one worker out of the calls that follow; after a pause that doubles each time, all are tried again.
+// Calls that are not held up shorten the next pause by as long as they take. A hiccup costs one slow call, and a core
+// that stays busy is tried again once in a second of work.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <limits>
@@ -44,7 +45,7 @@ class Absences {
 
 class Crew {
  public:
-  static constexpr int64_t kLongestPause = 64;  // calls
+  static constexpr int64_t kLongestPause = 1000000000;  // nanoseconds of calls
 
   // How many of so many workers the next call should use.
   int64_t next_size(int64_t workers) const {
@@ -52,27 +53,26 @@ class Crew {
     return workers > missing ? workers - missing : 1;
   }
 
-  // Of a call that has ended: how many workers it had, how long it took and how long it was held up.
-  void report(int64_t workers, int64_t span, int64_t lost) {
-    if (left_ == 0) missing_ = 0;
-    left_ -= left_ > 0;
-    if (workers < 2) return;
+  // Of a call that has ended: how long it took, and how long it was held up. Both in nanoseconds.
+  void report(int64_t span, int64_t lost) {
+    if (left_ <= 0) missing_ = 0;
+    left_ -= span;
     if (8 * lost > span) {
-      pause_ = pause_ == 0 ? 1 : (2 * pause_ < kLongestPause ? 2 * pause_ : kLongestPause);
+      pause_ = std::min(std::max(2 * pause_, span), kLongestPause);
       left_ = pause_;
       ++missing_;
-    } else if (missing_ == 0 && pause_ > 0) {
-      --pause_;
+    } else if (missing_ == 0) {
+      pause_ = std::max<int64_t>(pause_ - span, 0);
     }
   }
 
  private:
   int64_t missing_ = 0;  // workers that are left out
-  int64_t left_ = 0;     // calls until all are tried again
-  int64_t pause_ = 0;    // calls that the last absence was worth
+  int64_t left_ = 0;     // until all are tried again; none are missing where it is not positive
+  int64_t pause_ = 0;    // what the last absence was worth
 };
 
-// The crew of the calling thread.
+// The crew of the calling thread. Chains report to it; whoever makes a Parallel may ask it.
 Crew& crew();
 
 }  // namespace gohsp

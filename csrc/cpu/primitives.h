@@ -111,18 +111,17 @@ inline void read_patch(const float* image, const Patches& p, int64_t q, float* t
       copy_row(corner + (c * p.height + i) * p.width, p.patch_width, to);
 }
 
-// Tasks are blocks of patches. The crew is that of the chain which follows, and as many workers as it will have.
+// Tasks are blocks of patches.
 inline void embed(const Matrix& weight, const Patches& p, const float* images, int64_t batch, const float* base,
                   int64_t tokens, float* y, const Parallel& parallel) {
   if (batch == 0 || tokens == 0) return;
   const int64_t n = weight.n, count = p.count(), own = tokens - count;
-  const Parallel present{crew().next_size(parallel.workers), parallel.run};
-  const int64_t blocks =
-      max(1, min(round_up(ceil_div(count, 8 * M), batch % present.workers ? present.workers : 1), ceil_div(count, M)));
-  EmbedBuffers buffers{present.workers, ceil_div(count, blocks), row_stride(weight.k)};
+  const int64_t even = batch % parallel.workers == 0 ? 1 : parallel.workers;
+  const int64_t blocks = max(1, min(round_up(ceil_div(count, 8 * M), even), ceil_div(count, M)));
+  EmbedBuffers buffers{parallel.workers, ceil_div(count, blocks), row_stride(weight.k)};
   place(buffers);
 
-  for_each_number(present, batch * blocks, [&](int64_t number, int64_t worker) {
+  for_each_number(parallel, batch * blocks, [&](int64_t number, int64_t worker) {
     const int64_t image = number / blocks, block = number % blocks;
     float *patches = buffers.patches + worker * buffers.rows * buffers.ld, *to = y + image * tokens * n;
     if (block == 0) copy_row(base, own * n, to);

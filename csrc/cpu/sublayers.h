@@ -126,7 +126,7 @@ class Chain {
     const int64_t ended = nanoseconds();
     int64_t lost = 0;
     for (int64_t w = 0; w < workers_; ++w) lost = max(lost, scratch_[w].absences.lost_until(ended));
-    crew().report(workers_, ended - begun, lost);
+    crew().report(ended - begun, lost);
   }
 
  private:
@@ -329,7 +329,7 @@ class Chain {
 inline void sublayers(const Sublayer* layers, int64_t count, const float* x, float* y, const Shape& shape,
                       const Parallel& parallel) {
   if (shape.batch == 0 || shape.queries == 0 || shape.features == 0) return;
-  Chain(layers, count, x, y, shape, crew().next_size(parallel.workers)).run(parallel);
+  Chain(layers, count, x, y, shape, parallel.workers).run(parallel);
 }
 
 }  // namespace gohsp::GOHSP_ISA

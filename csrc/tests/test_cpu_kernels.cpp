@@ -281,7 +281,6 @@ void test_chain(const gohsp::KernelTable& kernels, const Sizes& s, const std::st
   for (int64_t workers : {1, 2, 5}) {
     for (auto run : {run_in_order, run_at_once}) {
       Floats y(truth.size(), std::nanf(""));
-      gohsp::crew() = {};  // all workers, whatever the calls before have seen
       kernels.sublayers(layers, 6, x.data(), y.data(), shape, {workers, run});
       expect_close(y, truth,
                    what + ", " + std::to_string(workers) + " workers " + (run == run_at_once ? "at once" : "in order"),
@@ -313,7 +312,6 @@ void test_embed(const gohsp::KernelTable& kernels, int64_t batch, int64_t down, 
   }
   for (int64_t workers : {1, 2, 5}) {
     Floats y(truth.size(), std::nanf(""));
-    gohsp::crew() = {};
     kernels.embed(linear.matrix(), p, images.data(), batch, base.data(), tokens, y.data(), {workers, run_at_once});
     expect_close(y, truth, isa + "embedding of " + std::to_string(batch) + " x " + std::to_string(tokens));
   }
@@ -324,6 +322,8 @@ void expect(bool holds, const char* what) {
   std::printf("FAILED %s\n", what);
   ++failures;
 }
+
+constexpr int64_t kMillisecond = 1000000;
 
 void test_absences() {
   gohsp::Absences absences;
@@ -341,31 +341,33 @@ void test_absences() {
   expect(absences.lost_until(195) == 35, "the wait for the last ones counts as well");
 }
 
-// Calls until all four workers are tried again.
+// Calls of 100 milliseconds until all four workers are tried again.
 int64_t calls_with_fewer(gohsp::Crew& crew) {
   int64_t calls = 0;
-  for (; crew.next_size(4) < 4; ++calls) crew.report(crew.next_size(4), 100, 0);
+  for (; crew.next_size(4) < 4; ++calls) crew.report(100 * kMillisecond, 0);
   return calls;
 }
 
 void test_crew() {
   gohsp::Crew crew;
-  crew.report(4, 100, 12);
+  crew.report(100 * kMillisecond, 12 * kMillisecond);
   expect(crew.next_size(4) == 4, "less than an eighth is nobody's absence");
-  crew.report(4, 100, 13);
+  crew.report(100 * kMillisecond, 13 * kMillisecond);
   expect(crew.next_size(4) == 3, "one worker is left out");
   expect(calls_with_fewer(crew) == 1, "a single hiccup costs one call");
-  for (int64_t pause : {2, 4, 8, 16, 32, 64, 64}) {
-    crew.report(4, 100, 90);
-    expect(calls_with_fewer(crew) == pause, "each absence doubles the pause, up to the longest");
+  for (int64_t calls : {2, 4, 8, 10, 10}) {
+    crew.report(100 * kMillisecond, 90 * kMillisecond);
+    expect(calls_with_fewer(crew) == calls, "each absence doubles the pause, up to the longest");
   }
-  for (int64_t i = 0; i < 63; ++i) crew.report(4, 100, 0);
-  crew.report(4, 100, 90);
-  expect(calls_with_fewer(crew) == 2, "each call without an absence shortens the pause by one");
-  crew.report(4, 100, 90);
-  crew.report(3, 100, 90);
+  for (int64_t i = 0; i < 9; ++i) crew.report(100 * kMillisecond, 0);
+  crew.report(100 * kMillisecond, 90 * kMillisecond);
+  expect(calls_with_fewer(crew) == 2, "calls without an absence shorten the pause by their time");
+  crew.report(100 * kMillisecond, 90 * kMillisecond);
+  crew.report(100 * kMillisecond, 90 * kMillisecond);
   expect(crew.next_size(4) == 2, "two are left out where three were held up as well");
   expect(crew.next_size(2) == 1 && crew.next_size(1) == 1, "one is always left");
+  crew.report(2000 * kMillisecond, 0);
+  expect(crew.next_size(4) == 4, "a long call is a long pause");
 }
 
 void test_product_int8(const gohsp::KernelTable& kernels, int64_t rows, int64_t n, int64_t k, const std::string& isa) {

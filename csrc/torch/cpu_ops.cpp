@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "../cpu/crew.h"
 #include "../cpu/kernels.h"
 
 namespace {
@@ -52,7 +53,10 @@ void run_in_torch_pool(int64_t workers, void (*body)(void*, int64_t), void* cont
   });
 }
 
-gohsp::Parallel pool() { return {static_cast<int64_t>(torch::stable::get_num_threads()), run_in_torch_pool}; }
+// Torch's threads, as many as are present.
+gohsp::Parallel pool() {
+  return {gohsp::crew().next_size(static_cast<int64_t>(torch::stable::get_num_threads())), run_in_torch_pool};
+}
 
 gohsp::Activation activation_of(int64_t id) {
   STD_TORCH_CHECK(id >= 0 && id < gohsp::kActivations, "activation: wanted 0 to ", gohsp::kActivations - 1, "; got ",

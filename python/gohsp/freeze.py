@@ -20,8 +20,8 @@ def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
 
     A compressed model keeps its compact parameters beside the packed form that the kernels read, so that it can be
     trained, saved and moved. The frozen one cannot: its blocks have no parameters, and their weights are in memory
-    once. The plain patch embedding of timm is packed as well, with class token and positions. Everything else is shared
-    with the given model, which is not changed; drop that one to free its memory.
+    once. The plain patch embedding of timm, with class token and positions, and a linear head are packed as well.
+    Everything else is shared with the given model, which is not changed; drop that one to free its memory.
 
     Args:
         model: A model made by :func:`gohsp.compress` or :func:`gohsp.load`, float32 on the CPU.
@@ -49,6 +49,9 @@ def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
     if _is_plain(model):
         result.patch_embed = FrozenEmbedding(model)
         result._pos_embed = _as_it_is
+    for name in ("head", "head_dist"):
+        if type(getattr(model, name, None)) is nn.Linear:
+            setattr(result, name, FrozenLinear(getattr(model, name)))
     return result
 
 
@@ -79,13 +82,11 @@ class FrozenEmbedding(nn.Module):
         embed = model.patch_embed
         self.img_size, self.patch_size, self.grid_size = embed.img_size, embed.patch_size, embed.grid_size
         self.num_patches, self.channels = embed.num_patches, embed.proj.in_channels
-        weight, bias = embed.proj.weight.detach(), embed.proj.bias
-        if weight.dtype != torch.float32 or weight.device.type != "cpu":
-            raise ValueError(f"weights: wanted float32 on the cpu, got {weight.dtype} on {weight.device}")
+        weight, bias = _constants(embed.proj)
         # What timm adds to patches of which nothing is left: the tokens in front of them, and all positions.
         with torch.no_grad():
             base = model._pos_embed(weight.new_zeros(1, embed.num_patches, weight.shape[0]))[0]
-        self.packed = gk.cpu.pack_embedding(weight, None if bias is None else bias.detach(), base)
+        self.packed = gk.cpu.pack_embedding(weight, bias, base)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return tokens [B, N, D] for images [B, C, height, width]; no gradient flows through it."""
@@ -97,6 +98,33 @@ class FrozenEmbedding(nn.Module):
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Return how many patches lie below and beside each other; timm asks for it."""
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
+
+
+def _constants(layer: Any) -> tuple[Tensor, Tensor | None]:
+    weight, bias = layer.weight.detach(), layer.bias
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        raise ValueError(f"weights: wanted float32 on the cpu, got {weight.dtype} on {weight.device}")
+    return weight, None if bias is None else bias.detach()
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer, packed.
+
+    Args:
+        layer: It is not changed, and not held.
+
+    Raises:
+        ValueError: The weights are not float32 on the CPU.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.packed = gk.cpu.pack_linear(*_constants(layer))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the product [..., out_features] for x [..., in_features]; no gradient flows through it."""
+        return self.packed(x.detach())
 
 
 class FrozenBlock(nn.Module):

@@ -182,7 +182,7 @@ def test_our_own_failures_are_not_swallowed(
 def test_gohsp_without_its_library_is_left_out_with_the_reason(
     ragged_work: Workload, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gk, "can_run", lambda backend: gk.Support(False, "was not built"))
+    monkeypatch.setattr(gk, "can_run", lambda backend, **_: gk.Support(False, "was not built"))
     assert _errors(["gohsp"], ragged_work, settings) == {}
     assert "left out: gohsp: was not built" in printed(settings)
     assert contenders.why_not("gohsp") == "was not built"
