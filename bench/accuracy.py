@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -268,7 +268,7 @@ def read(path: Path) -> list[dict[str, str]]:
 def append(path: Path, trial: Trial, outcome: Outcome) -> None:
     """Add one row. The file changes whole or not at all."""
     values = {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in asdict(outcome).items()}
-    _write(path, [*read(path), dict(zip(KEYS, trial.key(), strict=True)) | values])
+    write(path, COLUMNS, [*read(path), dict(zip(KEYS, trial.key(), strict=True)) | values])
 
 
 def add_times(path: Path, rounds: int = 15) -> None:
@@ -292,7 +292,7 @@ def add_times(path: Path, rounds: int = 15) -> None:
                 own, dense = times[row["kept"]], times["dense"]
                 row["ms"], row["dense_ms"] = f"{1e3 * own.median:.4g}", f"{1e3 * dense.median:.4g}"
                 row["speedup"] = f"{dense.ratio_to(own):.4g}"
-    _write(path, rows)
+    write(path, COLUMNS, rows)
 
 
 def mask_with(model: nn.Module, kept: str) -> gohsp.ModelMask:
@@ -318,10 +318,11 @@ def _runner(model: nn.Module, image: Tensor) -> Callable[[], None]:
     return run
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+def write(path: Path, columns: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    """Write a table as CSV. The file changes whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

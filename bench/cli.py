@@ -25,11 +25,13 @@ from bench import (
     proportion,
     roofline,
     sublayers,
+    trained,
     training,
 )
 from bench.cases import Case
 from bench.environment import Settings, available_cores
 from bench.store import DEFAULT_PATH
+from gohsp.recipe import read_recipe
 
 
 def spread(arguments: Sequence[str], options: Collection[str]) -> list[str]:
@@ -143,6 +145,21 @@ def accuracy_command(
         accuracy.add_times(out / f"{study}.csv")
         return
     accuracy.run(study, data, out, train=train, test=test, calibration=calibration, minutes=minutes)
+
+
+@app.command("trained", cls=SpreadCommand)
+def trained_command(
+    data: Annotated[Path, typer.Option(help="CIFAR-10 as a folder with train/ and test/, a subfolder a class.")],
+    recipe: Annotated[Path, typer.Option(help="Model, images, pruning and training of all runs.")] = trained.RECIPE,
+    methods: Annotated[list[str], typer.Option(help="Who is compared.")] = list(trained.METHODS),  # noqa: B006
+    seeds: Annotated[list[int], typer.Option(help="One run of each method for each.")] = [0, 1, 2],  # noqa: B006
+    precision: Annotated[str, typer.Option(help="Of training: bf16, for CPUs that have AMX, or no: float32.")] = "no",
+    work: Annotated[Path, typer.Option(help="Folder of the runs, which go on where they were.")] = trained.WORK,
+    out: Annotated[Path, typer.Option(help="CSV file.")] = accuracy.DEFAULT_FOLDER / "trained.csv",
+) -> None:
+    """Top-1 after light training: dense, gohsp, magnitude, Taylor and Torch-Pruning, all trained alike."""
+    changes = {"data": {"source": str(data)}, "fit": {"precision": precision}}
+    trained.run(trained.changed(read_recipe(recipe), changes), methods, seeds, work, out)
 
 
 @app.command("roofline", cls=SpreadCommand)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The study of training: every method trains, a stopped study goes on, and the table is made of what there is."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from bench import accuracy, trained
+from gohsp.recipe import Recipe, read_recipe
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """Light and dark noise, a tiny model."""
+    root = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 12), ("test", 4)):
+        for name, level in (("dark", 60), ("light", 190)):
+            (root / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = level + torch.randint(-50, 50, (32, 32, 3), generator=generator)
+                Image.fromarray(pixels.to(torch.uint8).numpy()).save(root / part / name / f"{index}.png")
+    changes = {
+        "model": {"name": "vit_tiny_patch16_224", "image_size": 32, "pretrained": False, "fit_head": 16},
+        "data": {"source": str(root), "train_images": 20, "test_images": 8, "workers": 0},
+        "prune": {"images": 8},
+        "fit": {"epochs": 2, "batch_size": 10},
+    }
+    return trained.changed(read_recipe(Path(__file__).parents[2] / trained.RECIPE), changes)
+
+
+def test_every_method_trains_and_is_as_small_as_asked(recipe: Recipe, tmp_path: Path) -> None:
+    methods = [m for m in trained.METHODS if m != "torch-pruning" or importlib.util.find_spec("torch_pruning")]
+    trained.run(recipe, methods, [0], tmp_path / "work", tmp_path / "table.csv")
+    rows = accuracy.read(tmp_path / "table.csv")
+    assert [row["method"] for row in rows] == methods
+    dense = float(rows[0]["params_m"])
+    for row in rows:
+        assert len(row["curve"].split()) == 2 and row["curve"].endswith(f"{float(row['top1']):.4f}")
+        share = float(row["params_m"]) / dense
+        assert share == 1 if row["method"] == "dense" else 0.58 < share <= 0.601
+
+
+def test_a_stopped_study_goes_on(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work, table = tmp_path / "work", tmp_path / "table.csv"
+    trained.run(recipe, ["dense"], [0], work, tmp_path / "whole.csv")
+    whole = accuracy.read(tmp_path / "whole.csv")
+    (work / "dense-0" / "result.json").unlink()  # what a run that was killed between its end and its result leaves
+    trained.run(recipe, ["dense"], [0], work, table)
+    assert [row["curve"] for row in accuracy.read(table)] == [row["curve"] for row in whole]
+    monkeypatch.setattr(trained, "_run_one", lambda *_: pytest.fail("it has its result"))
+    trained.run(recipe, ["dense"], [0], work, table)
+
+
+def test_unknown_methods_are_refused(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"methods: wanted some of dense, .*; got snip"):
+        trained.run(recipe, ["snip"], [0], tmp_path, tmp_path / "table.csv")
+    with pytest.raises(ValueError, match="epochs"):
+        trained.changed(recipe, {"fit": {"epochs": -1}})
