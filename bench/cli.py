@@ -136,13 +136,18 @@ def accuracy_command(
     test: Annotated[int, typer.Option(min=10, help="Images that top-1 is counted on.")] = 2000,
     calibration: Annotated[int, typer.Option(min=1, help="Images that pruning looks at, without labels.")] = 256,
     minutes: Annotated[float | None, typer.Option(help="Begin no new row after so long.")] = None,
-    times: Annotated[bool, typer.Option("--times", help="Measure what the rows cost, on a quiet machine.")] = False,
+    times: Annotated[
+        bool, typer.Option("--times", help="Measure what the rows cost, on a quiet machine, and draw them.")
+    ] = False,
 ) -> None:
     """What pruning keeps of the accuracy of a real ViT-Small on CIFAR-10; a stopped study goes on where it was."""
     if study not in accuracy.STUDIES:
         raise typer.BadParameter(f"study: wanted one of {', '.join(accuracy.STUDIES)}, got {study}")
     if times:
+        from bench import plot
+
         accuracy.add_times(out / f"{study}.csv")
+        plot.draw_accuracy(out / f"{study}.csv", out / f"{study}.svg")
         return
     accuracy.run(study, data, out, train=train, test=test, calibration=calibration, minutes=minutes)
 

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from bench import accuracy
 from bench.compare import BASELINE
 from bench.store import Row, read
 from gohsp.files import replacing
@@ -116,6 +117,45 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
     axes.set_ylabel("GFLOP/s")
     axes.set_title(_provenance(rows[-1]), fontsize=8, color="#555555")
     return figure
+
+
+def draw_accuracy(source: Path, target: Path) -> None:
+    """Draw top-1 over the measured milliseconds of an image: a line a criterion, a panel an optimiser and head.
+
+    Args:
+        source: CSV file of ``python -m bench accuracy``, with times.
+        target: SVG file.
+
+    Raises:
+        ValueError: No row has a time yet.
+    """
+    rows = [row for row in accuracy.read(source) if row["ms"]]
+    if not rows:
+        raise ValueError(f"{source}: wanted rows with times; python -m bench accuracy {source.stem} --times adds them")
+    optimisers = list(dict.fromkeys(row["optimiser"] for row in rows))
+    figure = Figure(figsize=(9, 3.2 * len(optimisers) + 0.6), layout="constrained")
+    panels = figure.subplots(len(optimisers), 2, squeeze=False, sharex=True)
+    for line, optimiser in zip(panels, optimisers, strict=True):
+        mine = [row for row in rows if row["optimiser"] == optimiser]
+        for axes, column, head in zip(line, ("top1_kept", "top1_refitted"), ("kept", "fitted anew"), strict=True):
+            _lines(axes, mine, column)
+            axes.set_title(f"{optimiser}, head {head}", fontsize=9, loc="left")
+    for axes in panels[-1]:
+        axes.set_xlabel("milliseconds an image on gohsp's kernels")
+    for line in panels:
+        line[0].set_ylabel("top-1 (%)")
+    panels[0][1].legend(fontsize=7, loc="lower right")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _save(figure, target)
+
+
+def _lines(axes: Any, rows: Sequence[dict[str, str]], column: str) -> None:
+    for method in dict.fromkeys(row["method"] for row in rows):
+        points = sorted((float(row["ms"]), 100 * float(row[column])) for row in rows if row["method"] == method)
+        own = {"color": OWN_COLOUR, "lw": 2, "zorder": 3} if method == BASELINE else {"lw": 1}
+        axes.plot(*zip(*points, strict=True), "o-", ms=4, label=method, **own)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _bars_of_group(axes: Any, rows: Sequence[Row]) -> None:

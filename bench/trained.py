@@ -2,7 +2,7 @@
 """What pruned models are worth after light training: one model a method and seed, all trained by the same loop.
 
 A run is a folder with the checkpoint of its training and, when it has ended, result.json; so a study that was killed
-goes on in the middle of a training run, and several processes can share one. The table is made of all results there are.
+goes on in the middle of a training run, and several processes can share one. The table holds all results there are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bench.accuracy import write
 from gohsp.artefacts import open_model, set_classifier
 from gohsp.data import Images, open_images
 from gohsp.files import write_json
-from gohsp.recipe import Recipe
+from gohsp.recipe import Fit, Recipe
 from gohsp.train import make_accelerator
 from gohsp.training.evaluation import evaluate
 from gohsp.training.loop import Loop, Stage
@@ -43,7 +43,7 @@ class Result:
         method: A key of :data:`METHODS`.
         seed: Of the images that are taken, the pruning and the training.
         params_m: Millions of parameters.
-        before, top1: Share of test images that are classified right, before and after training.
+        before, top1: Share of test images that are classified right, just after pruning and after all training.
         curve: The same after each epoch.
         images, test_images, epochs, lr, precision: Of the training.
         prune_seconds, epoch_seconds: On the machine and in the company that the run had.
@@ -122,15 +122,25 @@ def _labelled(images: Images, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs])
 
 
-METHODS: dict[str, Callable[[Any, Images, Recipe], nn.Module]] = {
-    "dense": lambda model, images, recipe: model,
-    "gohsp": _ours("gohsp", "ridge"),
-    "l2": _ours("l2", "drop"),
-    "taylor": _ours("taylor", "drop"),
-    "torch-pruning": _torch_pruning,
+@dataclass(frozen=True)
+class Method:
+    """How a model is made smaller, and after how many epochs of training."""
+
+    prune: Callable[[Any, Images, Recipe], nn.Module]
+    after: int = 0
+
+
+METHODS = {
+    "dense": Method(lambda model, images, recipe: model),
+    "gohsp": Method(_ours("gohsp", "ridge")),
+    "gohsp-after-1": Method(_ours("gohsp", "ridge"), after=1),
+    "l2": Method(_ours("l2", "drop")),
+    "taylor": Method(_ours("taylor", "drop")),
+    "torch-pruning": Method(_torch_pruning),
 }
-"""How a model is made smaller before it is trained. l2 and taylor are gohsp's criteria of these names and gohsp's way to
-share a budget out, without the compensation: what remains keeps its weights, as other tools leave it."""
+"""All see the same images in as many epochs. gohsp-after-1 is dense in the first of them, so that what is pruned knows
+the task. l2 and taylor are gohsp's criteria of these names and gohsp's way to share a budget out, without the compensation:
+what remains keeps its weights, as other tools leave it."""
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Mapping[str, Any]]) -> Recipe:
@@ -173,11 +183,17 @@ def _run_one(recipe: Recipe, method: str, folder: Path) -> Result:
     model = open_model(recipe.model, recipe.seed)
     images = open_images(recipe.data, model, recipe.augment, recipe.seed)
     set_classifier(model, recipe.model, images, folder.parent / f"head-{recipe.seed}.safetensors", lambda: None)
+    whole, own = recipe.fit, METHODS[method]
+    history: list[dict[str, Any]] = []
+    if own.after:
+        first = whole.model_copy(update={"epochs": own.after, "scheduler": "constant"})
+        history += _train(model, images, recipe, first, folder / "before")
+        whole = whole.model_copy(update={"epochs": whole.epochs - own.after, "warmup_epochs": 0.1})
     started = time.perf_counter()
-    model = METHODS[method](model, images, recipe)
+    model = own.prune(model, images, recipe)
     pruned = time.perf_counter() - started
     before = evaluate(model, images.test)["top1"]
-    history = _train(model, images, recipe, folder)
+    history += _train(model, images, recipe, whole, folder)
     top1 = [row["top1"] for row in history]
     return Result(
         method=method,
@@ -196,19 +212,19 @@ def _run_one(recipe: Recipe, method: str, folder: Path) -> Result:
     )
 
 
-def _train(model: nn.Module, images: Images, recipe: Recipe, folder: Path) -> list[dict[str, Any]]:
+def _train(model: nn.Module, images: Images, recipe: Recipe, fit: Fit, folder: Path) -> list[dict[str, Any]]:
     """Train in place. The loop of :func:`gohsp.train`, which itself takes no model of another tool."""
     loop = Loop(
         accelerator=make_accelerator(),
         data=images.train,
         test=images.test,
-        fit=recipe.fit,
+        fit=fit,
         seed=recipe.seed,
         settings=recipe.model_dump(mode="json"),
         directory=folder,
         workers=recipe.data.workers,
     )
-    loop.run(Stage("finetune", recipe.fit.epochs, recipe.fit.lr), model, loop.find_checkpoint())
+    loop.run(Stage("finetune", fit.epochs, fit.lr), model, loop.find_checkpoint())
     return loop.history
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import plot, store
+from bench import accuracy, plot, store
 from bench.store import Row
 
 from .conftest import make_row
@@ -113,3 +113,21 @@ def test_a_file_without_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"r\.csv: wanted rows to draw, got none"):
         plot.draw_all(_write(tmp_path / "r.csv", []), tmp_path / "charts")
     assert not (tmp_path / "charts").exists()
+
+
+def test_accuracy_over_measured_time(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"method": method, "optimiser": optimiser, "top1_kept": 0.7, "top1_refitted": 0.72, "ms": ms}
+        for method in ("gohsp", "l2")
+        for optimiser in ("ridge", "drop")
+        for ms in (3.0, 2.5, "")
+    ]
+    source, target = tmp_path / "study.csv", tmp_path / "charts" / "study.svg"
+    accuracy.write(source, accuracy.COLUMNS, rows)
+    plot.draw_accuracy(source, target)
+    texts = _texts(target)
+    for wanted in ("ridge, head kept", "drop, head fitted anew", "gohsp", "l2", "top-1 (%)"):
+        assert wanted in texts
+    accuracy.write(source, accuracy.COLUMNS, [row | {"ms": ""} for row in rows])
+    with pytest.raises(ValueError, match="accuracy study --times adds them"):
+        plot.draw_accuracy(source, target)
