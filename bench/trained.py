@@ -139,7 +139,7 @@ METHODS = {
     "torch-pruning": Method(_torch_pruning),
 }
 """All see the same images in as many epochs. gohsp-after-1 is dense in the first of them, so that what is pruned knows
-the task. l2 and taylor are gohsp's criteria of these names and gohsp's way to share a budget out, without the compensation:
+the task. l2 and taylor are gohsp's criteria of these names and gohsp's way to share a budget out, without compensation:
 what remains keeps its weights, as other tools leave it."""
 
 
