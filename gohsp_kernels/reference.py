@@ -107,6 +107,21 @@ def int8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int = 25
     return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
+def bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What the CPU backend computes with bfloat16 weights: both factors rounded, to even on a tie, sums not rounded.
+
+    Args:
+        x: [..., k].
+        weight: [n, k], not yet rounded.
+        bias: [n] or None.
+
+    Returns:
+        [..., n] in the dtype of x.
+    """
+    y = F.linear(x.to(torch.float32).bfloat16().double(), weight.bfloat16().double())
+    return (y if bias is None else y + bias.double()).to(x.dtype)
+
+
 def _norm_channels(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     return x if weight is None else F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 

@@ -299,7 +299,7 @@ void test_product_int8(const gohsp::KernelTable& kernels, int64_t rows, int64_t 
   for (int64_t i = 0; i < rows; ++i)
     for (double v : linear({x.begin() + i * k, x.begin() + (i + 1) * k})) truth.push_back(v);
   Floats y(truth.size(), std::nanf(""));
-  kernels.product_int8(linear.matrix(), x.data(), rows, y.data());
+  kernels.rounded_product(linear.matrix(), x.data(), rows, y.data());
   // Exact but for the scaling; without a fused multiply-add the product is rounded once more before it is an integer.
   expect_close(y, truth,
                isa + "int8 product of " + std::to_string(rows) + " x " + std::to_string(n) + " x " + std::to_string(k),
@@ -310,7 +310,7 @@ void test_product_int8(const gohsp::KernelTable& kernels, int64_t rows, int64_t 
 
 int main() {
   int tested = 0;
-  for (const char* name : {"scalar", "avx2", "avx512", "avx512vnni", "neon"}) {
+  for (const char* name : {"scalar", "avx2", "avx512", "avx512vnni", "amx", "neon"}) {
     const gohsp::KernelTable* kernels = table(name);
     if (kernels == nullptr) continue;
     ++tested;
