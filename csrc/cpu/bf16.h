@@ -16,7 +16,7 @@ namespace gohsp::GOHSP_ISA {
 constexpr int64_t kTileRows = 16;              // of a tile register; each holds 64 bytes
 constexpr int64_t kBlockRows = 2 * kTileRows;  // rows of a product that are computed together
 
-inline int64_t padded_inputs(int64_t k) { return round_up(k, 2 * W); }
+inline int64_t padded_inputs(int64_t k) { return round_up(max(k, 1), 2 * W); }
 
 inline int64_t packed_size_bf16(int64_t n, int64_t k) { return 4 * round_up(n, W) * (1 + padded_inputs(k) / 2); }
 
@@ -65,19 +65,9 @@ inline void round_to_bf16(Vec low, Vec high, void* to) {
 inline void narrow_row(float* x, int64_t columns, const Bytes& to, int64_t i) {
   store(x + columns, Vec{});
   store(x + columns + W, Vec{});
-  for (int64_t j = 0; j < columns; j += 2 * W)
+  for (int64_t j = 0; j < padded_inputs(columns); j += 2 * W)
     round_to_bf16(load(x + j), load(x + j + W), to.values + i * to.ld + 2 * j);
 }
-
-// What to bring into the second-level cache at each step of a block, as Ahead for more than a line a step.
-struct LinesAhead {
-  const float* place;
-  int64_t lines;
-
-  void fetch(int64_t step) const {
-    for (int64_t i = step * lines; i < (step + 1) * lines; ++i) __builtin_prefetch(place + 16 * i, 0, 2);
-  }
-};
 
 #if GOHSP_LANES == 16 && defined(__AMX_BF16__)
 struct alignas(64) TileConfig {
@@ -106,8 +96,10 @@ class Tiles {
 
 // c[0:32, 0:16 * vectors] = bias + a[0:32] W^T: two tiles of rows times one or two of outputs, four accumulators for two
 // and two loads. Rows past the last one of a product are computed from whatever is there; nobody reads them.
+// beside(step) is other work: a step of 64 cycles takes the tiles, but hardly anything else of the core.
+template <class Beside>
 inline void block(const uint8_t* a, int64_t lda, const float* bias, int64_t vectors, int64_t steps, float* c,
-                  LinesAhead ahead) {
+                  const Beside& beside) {
   const bool two = vectors == 2;
   const int64_t width = vectors * W;
   asm volatile("" ::: "memory");  // to GCC a tile load reads no memory, so stores could move behind it
@@ -119,7 +111,6 @@ inline void block(const uint8_t* a, int64_t lda, const float* bias, int64_t vect
   }
   const float* b = bias + width;
   for (int64_t s = 0; s < steps; ++s, a += 4 * W, b += kTileRows * width) {
-    ahead.fetch(s);
     _tile_loadd(4, a, lda);
     _tile_loadd(5, a + kTileRows * lda, lda);
     _tile_loadd(6, b, 4 * width);
@@ -130,6 +121,7 @@ inline void block(const uint8_t* a, int64_t lda, const float* bias, int64_t vect
       _tile_dpbf16ps(2, 4, 7);
       _tile_dpbf16ps(3, 5, 7);
     }
+    beside(s);
   }
   _tile_stored(0, c, 4 * N);
   _tile_stored(1, c + kTileRows * N, 4 * N);
@@ -143,8 +135,10 @@ struct Tiles {
   explicit Tiles(bool) {}
 };
 
+template <class Beside>
 inline void block(const uint8_t* a, int64_t lda, const float* bias, int64_t vectors, int64_t steps, float* c,
-                  LinesAhead) {
+                  const Beside& beside) {
+  for (int64_t s = 0; s < steps; ++s) beside(s);
   const int64_t width = vectors * W;
   for (int64_t i = 0; i < kBlockRows; ++i)
     for (int64_t j = 0; j < width; j += W) {
@@ -160,23 +154,38 @@ inline void block(const uint8_t* a, int64_t lda, const float* bias, int64_t vect
 }
 #endif
 
-// As multiply in gemm.h, for bfloat16 rows and weights. Rows are there up to a multiple of kBlockRows.
+// A block's results on their way out.
+struct Finished {
+  int64_t row, rows, column, columns;
+  float* c;
+};
+
+// As multiply in gemm.h, for bfloat16 rows and weights. Rows are there up to a multiple of kBlockRows. Results are
+// emitted a few rows at a time while the next block is computed, and so is its share of the next panel fetched.
 template <class Emit>
 inline void multiply_bf16(const Bytes& a, int64_t rows, const Matrix& w, const Emit& emit) {
-  alignas(64) float c[kBlockRows * N];
+  alignas(64) float c[2][kBlockRows * N];
   const int64_t blocks = ceil_div(rows, kBlockRows), steps = padded_inputs(w.k) / (2 * W);
+  const int64_t rows_a_step = ceil_div(kBlockRows, steps);
+  Finished before = {};
+  const auto emit_rows = [&](int64_t begin, int64_t end) {
+    if (begin < end) emit(before.row + begin, end - begin, before.column, before.columns, before.c + begin * N);
+  };
+  int64_t turn = 0;
   for (int64_t p = 0; p < panel_count(w.n); ++p) {
     const float* bias = panel_bf16(w, p);
     const int64_t vectors = panel_vectors(w.n, p);
     const float* next = bias + vectors * W * (1 + steps * W);
-    const int64_t lines = ceil_div(N * W, 16 * blocks);  // of the next panel, for each step of each block
-    for (int64_t t = 0; t < blocks; ++t) {
-      const int64_t r0 = t * kBlockRows;
-      const LinesAhead ahead = {next + t * steps * lines * 16, lines};
-      block(a.values + r0 * a.ld, a.ld, bias, vectors, steps, c, ahead);
-      emit(r0, min(kBlockRows, rows - r0), p * N, min(N, w.n - p * N), c);
+    for (int64_t t = 0; t < blocks; ++t, turn = 1 - turn) {
+      const int64_t r0 = t * kBlockRows, lines = ceil_div(N * W, 16 * blocks);
+      block(a.values + r0 * a.ld, a.ld, bias, vectors, steps, c[turn], [&](int64_t s) {
+        for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(next + 16 * ((t * steps + s) * lines + i), 0, 2);
+        emit_rows(s * rows_a_step, min(before.rows, (s + 1) * rows_a_step));
+      });
+      before = {r0, min(kBlockRows, rows - r0), p * N, min(N, w.n - p * N), c[turn]};
     }
   }
+  emit_rows(0, before.rows);
 }
 
 }  // namespace gohsp::GOHSP_ISA

@@ -151,7 +151,8 @@ class Chain {
     // Rows a task: their buffers should leave most of a 1 MB second-level cache to the panels that stream past, and
     // workers that share an image should have equally many tasks. The images that are shared are those which are left
     // when every worker has had equally many; where most are not, their number of blocks is not bent far.
-    const int64_t fitting = max(2 * M, 110000 / (ld_in_ + ld_inner_) / M * M);
+    // Tiles use weights up faster than the third level brings them, and their machines have 2 MB.
+    const int64_t fitting = max(2 * M, (tiled_ ? 330000 : 110000) / (ld_in_ + ld_inner_) / M * M);
     const int64_t left = shape_.batch % workers_;
     const int64_t sharing = left == 0 ? 1 : ceil_div(workers_, left);
     const int64_t wanted = round_up(ceil_div(shape_.tokens, fitting), left < shape_.batch ? min(sharing, 4) : sharing);
