@@ -155,7 +155,7 @@ def test_column_lists_are_checked(columns: str) -> None:
         gk.packed_linear(x, weight, in_cols=WRONG_COLUMNS[columns], backend="cpu")
 
 
-OTHER_CAPABILITIES = [c for c in ("scalar", "avx2", "avx512", "avx512vnni", "neon") if c != cpu.capability()]
+OTHER_CAPABILITIES = [c for c in ("scalar", "avx2", "avx512", "avx512vnni", "amx", "neon") if c != cpu.capability()]
 
 
 @pytest.mark.parametrize("capability", OTHER_CAPABILITIES)

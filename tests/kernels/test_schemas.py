@@ -46,6 +46,7 @@ def native_samples() -> dict[str, tuple[Any, ...]]:
     return {
         "cpu_pack": (weight, bias),
         "cpu_pack_int8": (*reference.quantise_weight(weight), bias),
+        "cpu_pack_bf16": (weight.bfloat16(), bias),
         "cpu_linear": (linear[0], torch.ops.gohsp_kernels.cpu_pack(weight, bias), *linear[3:5], 20, 32, 1),
         "cpu_attention": (maker.normal(2, 9, 26 + 27), torch.tensor([[8, 0, 5], [8, 3, 16]]), None, 0.2, 1e-6, 27, 9),
         "cpu_sublayers": (
@@ -81,7 +82,7 @@ def test_opcheck_native(name: str) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["cpu_pack", "cpu_pack_int8"])
+@pytest.mark.parametrize("name", ["cpu_pack", "cpu_pack_int8", "cpu_pack_bf16"])
 def test_opcheck_pack(name: str) -> None:
     # Its true size is only known to the library, so it is left out of what compares fakes with results.
     checks = ("test_schema", "test_autograd_registration")
