@@ -52,9 +52,7 @@ def activation_levels() -> int:
     return int(_ask_library("gohsp_cpu_activation_levels", ctypes.c_int64))
 
 
-def missing(
-    device: torch.device, dtype: torch.dtype, needs_grad: bool = False, weights: str = "float32"
-) -> str:
+def missing(device: torch.device, dtype: torch.dtype, needs_grad: bool = False, weights: str = "float32") -> str:
     """Why the backend cannot run a call, or the empty string if it can.
 
     Args:
@@ -357,12 +355,15 @@ class Sublayer:
         _check_weights(self.tensors)
         return _PACK[self.name](*self.tensors, *self.constants, weights)
 
-    def rounded_reference(self, x: Tensor, linear: Callable[..., Tensor]) -> Tensor:
+    def rounded_reference(
+        self, x: Tensor, linear: Callable[..., Tensor], attention: Callable[..., Tensor] = reference.ragged_attention
+    ) -> Tensor:
         """What :meth:`pack` with rounded weights computes, in plain PyTorch.
 
         Args:
             x: [batch, tokens, features].
             linear: ``reference.int8_linear`` with its levels bound, or ``reference.bf16_linear``.
+            attention: ``reference.bf16_attention`` for the latter.
         """
         tensors, constants = self.tensors, self.constants
         columns, arguments = tuple(tensors[7:9]), tuple(tensors[:8])
@@ -375,7 +376,7 @@ class Sublayer:
         folded = fold_attention(*arguments)
         matrices = (folded.qkv, folded.qkv_bias, folded.proj, folded.proj_bias)
         layout = (qk_widths, v_widths, folded.scale, eps, qk_eps, x.shape[1])
-        arguments = (x, None, None, *matrices, None, *columns, *norms, *layout, linear)
+        arguments = (x, None, None, *matrices, None, *columns, *norms, *layout, linear, attention)
         return reference.attention_sublayer(*arguments)
 
 

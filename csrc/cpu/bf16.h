@@ -38,18 +38,19 @@ inline void pack_bf16(const uint16_t* weight, const float* bias, int64_t n, int6
   }
 }
 
-#if GOHSP_LANES == 16 && defined(__AVX512BF16__)
-inline void round_to_bf16(Vec low, Vec high, void* to) {
-  const __m512bh halves = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-  __builtin_memcpy(to, &halves, sizeof halves);
-}
-#else
 inline IntVec bf16_bits(Vec v) {
   const IntVec bits = float_as_bits(v);
   // Adding to a NaN could carry into its sign and make a number of it.
   const IntVec rounded = v == v ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
   return (rounded >> 16) & 0xffff;
 }
+
+#if GOHSP_LANES == 16 && defined(__AVX512BF16__)
+inline void round_to_bf16(Vec low, Vec high, void* to) {
+  const __m512bh halves = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  __builtin_memcpy(to, &halves, sizeof halves);
+}
+#else
 inline void round_to_bf16(Vec low, Vec high, void* to) {
   uint16_t halves[2 * W];
   const IntVec l = bf16_bits(low), h = bf16_bits(high);
@@ -60,6 +61,18 @@ inline void round_to_bf16(Vec low, Vec high, void* to) {
   __builtin_memcpy(to, halves, sizeof halves);
 }
 #endif
+
+// y[i, j] = the pair of x[2 i, j] and x[2 i + 1, j] for `pairs` rows of y; zero past the rows of x. The right side of a
+// block from floats; x and y may overrun a row by less than a vector.
+inline void pair_rows(const float* x, int64_t ldx, int64_t rows, int64_t columns, int64_t pairs, float* y,
+                      int64_t ldy) {
+  for (int64_t i = 0; i < pairs; ++i)
+    for (int64_t j = 0; j < columns; j += W) {
+      const Vec even = 2 * i < rows ? load(x + 2 * i * ldx + j) : Vec{};
+      const Vec odd = 2 * i + 1 < rows ? load(x + (2 * i + 1) * ldx + j) : Vec{};
+      store(y + i * ldy + j, bits_as_float(bf16_bits(even) | (bf16_bits(odd) << 16)));
+    }
+}
 
 // Row i of `to` = x[0:columns] in bfloat16. Two vectors of x behind its columns are overwritten.
 inline void narrow_row(float* x, int64_t columns, const Bytes& to, int64_t i) {
@@ -94,40 +107,38 @@ class Tiles {
   bool held_;
 };
 
-// c[0:32, 0:16 * vectors] = bias + a[0:32] W^T: two tiles of rows times one or two of outputs, four accumulators for two
+// c[0:32, 0:16 * vectors] = init + a[0:32] b, where b is `steps` times 16 rows of pairs: two tiles of rows times one or two of outputs, four accumulators for two
 // and two loads. Rows past the last one of a product are computed from whatever is there; nobody reads them.
 // beside(step) is other work: a step of 64 cycles takes the tiles, but hardly anything else of the core.
 template <class Beside>
-inline void block(const uint8_t* a, int64_t lda, const float* bias, int64_t vectors, int64_t steps, float* c,
-                  const Beside& beside) {
+inline void block(const uint8_t* a, int64_t lda, const float* b, int64_t ldb, const float* init, int64_t vectors,
+                  int64_t steps, float* c, int64_t ldc, const Beside& beside) {
   const bool two = vectors == 2;
-  const int64_t width = vectors * W;
   asm volatile("" ::: "memory");  // to GCC a tile load reads no memory, so stores could move behind it
-  _tile_loadd(0, bias, 0);
-  _tile_loadd(1, bias, 0);
+  _tile_loadd(0, init, 0);
+  _tile_loadd(1, init, 0);
   if (two) {
-    _tile_loadd(2, bias + W, 0);
-    _tile_loadd(3, bias + W, 0);
+    _tile_loadd(2, init + W, 0);
+    _tile_loadd(3, init + W, 0);
   }
-  const float* b = bias + width;
-  for (int64_t s = 0; s < steps; ++s, a += 4 * W, b += kTileRows * width) {
+  for (int64_t s = 0; s < steps; ++s, a += 4 * W, b += kTileRows * ldb) {
     _tile_loadd(4, a, lda);
     _tile_loadd(5, a + kTileRows * lda, lda);
-    _tile_loadd(6, b, 4 * width);
+    _tile_loadd(6, b, 4 * ldb);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 5, 6);
     if (two) {
-      _tile_loadd(7, b + W, 4 * width);
+      _tile_loadd(7, b + W, 4 * ldb);
       _tile_dpbf16ps(2, 4, 7);
       _tile_dpbf16ps(3, 5, 7);
     }
     beside(s);
   }
-  _tile_stored(0, c, 4 * N);
-  _tile_stored(1, c + kTileRows * N, 4 * N);
+  _tile_stored(0, c, 4 * ldc);
+  _tile_stored(1, c + kTileRows * ldc, 4 * ldc);
   if (two) {
-    _tile_stored(2, c + W, 4 * N);
-    _tile_stored(3, c + kTileRows * N + W, 4 * N);
+    _tile_stored(2, c + W, 4 * ldc);
+    _tile_stored(3, c + kTileRows * ldc + W, 4 * ldc);
   }
 }
 #else
@@ -136,20 +147,18 @@ struct Tiles {
 };
 
 template <class Beside>
-inline void block(const uint8_t* a, int64_t lda, const float* bias, int64_t vectors, int64_t steps, float* c,
-                  const Beside& beside) {
+inline void block(const uint8_t* a, int64_t lda, const float* b, int64_t ldb, const float* init, int64_t vectors,
+                  int64_t steps, float* c, int64_t ldc, const Beside& beside) {
   for (int64_t s = 0; s < steps; ++s) beside(s);
-  const int64_t width = vectors * W;
   for (int64_t i = 0; i < kBlockRows; ++i)
-    for (int64_t j = 0; j < width; j += W) {
-      Vec sum = load(bias + j);
-      const float* b = bias + width + j;
-      for (int64_t pair = 0; pair < steps * W; ++pair, b += width) {
-        const IntVec x = splat_ints(a + i * lda + 4 * pair), w = float_as_bits(load(b));
+    for (int64_t j = 0; j < vectors * W; j += W) {
+      Vec sum = load(init + j);
+      for (int64_t pair = 0; pair < steps * W; ++pair) {
+        const IntVec x = splat_ints(a + i * lda + 4 * pair), w = float_as_bits(load(b + pair * ldb + j));
         sum += bits_as_float(x << 16) * bits_as_float(w << 16);
         sum += bits_as_float(x & ~0xffff) * bits_as_float(w & ~0xffff);
       }
-      store(c + i * N + j, sum);
+      store(c + i * ldc + j, sum);
     }
 }
 #endif
@@ -178,10 +187,11 @@ inline void multiply_bf16(const Bytes& a, int64_t rows, const Matrix& w, const E
     const float* next = bias + vectors * W * (1 + steps * W);
     for (int64_t t = 0; t < blocks; ++t, turn = 1 - turn) {
       const int64_t r0 = t * kBlockRows, lines = ceil_div(N * W, 16 * blocks);
-      block(a.values + r0 * a.ld, a.ld, bias, vectors, steps, c[turn], [&](int64_t s) {
-        for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(next + 16 * ((t * steps + s) * lines + i), 0, 2);
-        emit_rows(s * rows_a_step, min(before.rows, (s + 1) * rows_a_step));
-      });
+      block(a.values + r0 * a.ld, a.ld, bias + vectors * W, vectors * W, bias, vectors, steps, c[turn], N,
+            [&](int64_t s) {
+              for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(next + 16 * ((t * steps + s) * lines + i), 0, 2);
+              emit_rows(s * rows_a_step, min(before.rows, (s + 1) * rows_a_step));
+            });
       before = {r0, min(kBlockRows, rows - r0), p * N, min(N, w.n - p * N), c[turn]};
     }
   }

@@ -64,6 +64,7 @@ struct Scratch {
   float* scores;  // [M, ld_scores]
   float* row;     // [features + W]
   Bytes bytes;    // [rows, ld_bytes]    the left side of a product with rounded weights
+  TiledScratch tiled;
 };
 
 class Chain {
@@ -109,6 +110,7 @@ class Chain {
       const int64_t byte_rows = ld_bytes_ > 0 ? round_up(max_rows_, kBlockRows) : 0;
       s.bytes = {carver.take<uint8_t>(byte_rows * ld_bytes_), carver.take<float>(byte_rows),
                  carver.take<int32_t>(byte_rows), ld_bytes_};
+      if (tiled_) s.tiled.carve(carver, widest_qk_, widest_v_, shape_.tokens);
       if (carver.base != nullptr) scratch_[w] = s;
     }
   }
@@ -139,6 +141,10 @@ class Chain {
         ld_bytes_ = max(ld_bytes_, rounded_stride(first.weights, max(first.k, second.k)));
       tiled_ = tiled_ || first.weights == Weights::bf16;
       if (a != nullptr) {
+        for (int64_t h = 0; h < a->heads.count; ++h) {
+          widest_qk_ = max(widest_qk_, a->heads.qk_widths[h]);
+          widest_v_ = max(widest_v_, a->heads.v_widths[h]);
+        }
         max_qk_ = max(max_qk_, a->q.n);
         ld_qk_ = max(ld_qk_, row_stride(a->q.n));
         ld_v_ = max(ld_v_, row_stride(a->v.n));
@@ -271,7 +277,11 @@ class Chain {
   void attend_rows(int64_t layer, const HeadBuffers& heads, int64_t r0, int64_t r1, const float* x, float* y,
                    const Scratch& scratch) const {
     const Attention& a = *layers_[layer].attention;
-    attend(a.heads, heads, shape_.tokens, r0, r1, scratch.scores, ld_tokens_, scratch.inner, ld_inner_);
+    if (a.proj.weights == Weights::bf16) {
+      attend_tiled(a.heads, heads, shape_.tokens, r0, r1, scratch.tiled, scratch.inner, ld_inner_);
+    } else {
+      attend(a.heads, heads, shape_.tokens, r0, r1, scratch.scores, ld_tokens_, scratch.inner, ld_inner_);
+    }
     add_product(r1 - r0, a.proj, plans_[layer].scatter, x, y, scratch);
   }
 
@@ -308,6 +318,7 @@ class Chain {
 
   int64_t segments_ = 0, blocks_ = 0, last_blocks_ = 0, max_rows_ = 0, slots_ = 0, max_qk_ = 0;
   int64_t ld_in_ = 0, ld_inner_ = 0, ld_packed_ = 0, ld_qk_ = 0, ld_v_ = 0, ld_tokens_ = 0, ld_bytes_ = 0;
+  int64_t widest_qk_ = 0, widest_v_ = 0;
   bool tiled_ = false;  // whether any weights are bf16
 
   int64_t* attentions_ = nullptr;  // [segments - 1] index of each attention in layers_

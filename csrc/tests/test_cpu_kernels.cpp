@@ -257,20 +257,26 @@ struct Block {
 
   std::vector<double> attend(const std::vector<double>& query, const std::vector<std::vector<double>>& ks,
                              const std::vector<std::vector<double>>& vs) const {
+    // Beside bfloat16 weights the factors of attention's products are rounded too.
+    const auto factor = [&](double x) { return q.form == gohsp::Weights::bf16 ? in_bf16(static_cast<float>(x)) : x; };
     std::vector<double> out;
     int64_t qk_start = 0, v_start = 0;
     for (size_t h = 0; h < s.qk.size(); ++h) {
-      std::vector<double> weights;
+      std::vector<double> scores, weights;
       double total = 0;
       for (const auto& key : ks) {
         double score = 0;
-        for (int64_t c = qk_start; c < qk_start + s.qk[h]; ++c) score += query[c] * key[c];
-        weights.push_back(std::exp(score));
+        for (int64_t c = qk_start; c < qk_start + s.qk[h]; ++c) score += factor(query[c]) * factor(key[c]);
+        scores.push_back(score);
+      }
+      const double top = *std::max_element(scores.begin(), scores.end());
+      for (double score : scores) {
+        weights.push_back(std::exp(score - top));
         total += weights.back();
       }
       for (int64_t c = v_start; c < v_start + s.v[h]; ++c) {
         double value = 0;
-        for (size_t t = 0; t < vs.size(); ++t) value += weights[t] / total * vs[t][c];
+        for (size_t t = 0; t < vs.size(); ++t) value += factor(weights[t]) / total * factor(vs[t][c]);
         out.push_back(value);
       }
       qk_start += s.qk[h];
