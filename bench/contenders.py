@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who is compared end to end, each made ready as its own documentation advises for low latency on a CPU.
 
-Fairness. All run in fp32 but those that are named after another precision: gohsp-int8 and gohsp-bf16, which are there to
-be compared with gohsp, and openvino-bf16 and compile-bf16, to be compared with the latter. All run on the same number of
-threads. OpenVINO is told f32 (it would take bf16 where the CPU has it) or bf16, one stream and the latency hint. ONNX Runtime's
-threads spin while a model runs, as by default, and stop when the run ends, so that they take no core from the next
-contender. Both get the model with its batch size fixed, and torch.compile gets static shapes. Compilation and export
-are never part of a timing.
+Fairness. All run in fp32 but those named after another precision: gohsp-int8 and gohsp-bf16, to be compared with
+gohsp, openvino-bf16 and compile-bf16, to be compared with gohsp-bf16. All have the same number of threads. OpenVINO is
+told f32 (it would take bf16 where the CPU has it) or bf16, one stream and the latency hint. ONNX Runtime's threads spin
+while a model runs, as by default, and stop when the run ends, so that they take no core from the next contender. Both
+get the model with its batch size fixed, and torch.compile gets static shapes. Compilation and export are never part of
+a timing.
 """
 
 from __future__ import annotations
@@ -296,9 +296,9 @@ CONTENDERS: dict[str, Contender] = {
 }
 """All contenders. dense: unpruned, eager. masked: the dense model with pruned entries zero, eager. sliced: the pruned
 model as plain PyTorch, eager; compile, openvino and onnxruntime run that too. gohsp-reference: the compressed model on
-gohsp's own PyTorch backend. gohsp: on its kernels. gohsp-int8, gohsp-bf16: the same frozen with such weights. openvino-bf16: with that
-inference precision. compile-bf16: compile-freezing under autocast. Those of another precision are checked against the
-same float64 result with a tolerance of their own."""
+gohsp's own PyTorch backend. gohsp: on its kernels. gohsp-int8, gohsp-bf16: the same frozen with such weights.
+openvino-bf16: with that inference precision. compile-bf16: compile-freezing under autocast. What runs in another
+precision is checked against the same float64 result with a tolerance of its own."""
 
 _WEIGHTS = {BASELINE: "float32", INT8: "int8", BF16: "bfloat16"}
 

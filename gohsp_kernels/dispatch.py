@@ -71,7 +71,8 @@ def can_run(
         needs_grad: whether the result must be differentiable.
         compute_capability: of a GPU that need not be there; by default that of ``device``.
         widest_head: most channels that a head has.
-        weights: "float32" for weights as they are, "bfloat16" and "int8" for what ``SublayerChain.frozen(weights=...)`` makes.
+        weights: "float32" for weights as they are, "bfloat16" and "int8" for what ``SublayerChain.frozen(weights=...)``
+            makes.
 
     Raises:
         ValueError: for a backend or for weights that do not exist.
