@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who is compared end to end, each made ready as its own documentation advises for low latency on a CPU.
 
-Fairness. All but gohsp-int8, which is there to be compared with gohsp, run in fp32, and all on the same number of
-threads. OpenVINO is told f32 (it would take bf16 where the CPU has it), one stream and the latency hint. ONNX Runtime's
-threads spin while a model runs, as by default, and stop when the run ends, so that they take no core from the next
-contender. Both get the model with its batch size fixed, and torch.compile gets static shapes. Compilation and export
-are never part of a timing.
+Fairness. All run in fp32 but those named after another precision: gohsp-int8 and gohsp-bf16, to be compared with
+gohsp, openvino-bf16 and compile-bf16, to be compared with gohsp-bf16. All have the same number of threads. OpenVINO is
+told f32 (it would take bf16 where the CPU has it) or bf16, one stream and the latency hint. ONNX Runtime's threads spin
+while a model runs, as by default, and stop when the run ends, so that they take no core from the next contender. Both
+get the model with its batch size fixed, and torch.compile gets static shapes. Compilation and export are never part of
+a timing.
 """
 
 from __future__ import annotations
@@ -27,12 +28,13 @@ from torch import Tensor, nn
 import gohsp
 import gohsp_kernels as gk
 from bench.cases import Workload
-from bench.compare import BASELINE, INT8_TOLERANCE, TOLERANCE, Entrant
+from bench.compare import BASELINE, BF16_TOLERANCE, INT8_TOLERANCE, TOLERANCE, Entrant
 from bench.environment import Settings, version_of
 
 Forward = Callable[[Tensor], Tensor]
 
 INT8 = "gohsp-int8"
+BF16 = "gohsp-bf16"
 
 REFERENCE_CHUNK = 8
 """Images that go through the float64 model at once: its activations are large."""
@@ -116,8 +118,8 @@ def ready(names: Sequence[str], work: Workload, images: Tensor, settings: Settin
 
 def why_not(name: str) -> str:
     """Return why a contender cannot run on this machine, whatever the model; empty where it can."""
-    if name in (BASELINE, INT8):
-        return gk.can_run("cpu").reason
+    if name in _WEIGHTS:
+        return gk.can_run("cpu", weights=_WEIGHTS[name]).reason
     try:
         for module in _MODULES.get(name, ()):
             _import(module)
@@ -186,6 +188,17 @@ def _frozen(weights: str) -> Callable[[Job], Forward]:
     return build
 
 
+def _compiled_bf16(job: Job) -> Forward:
+    # Freezing folds the rounding of the weights into them; without it every call would do it again.
+    forward = _compiled(freezing=True)(job)
+
+    def run(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(x)
+
+    return run
+
+
 def _compiled(**options: Any) -> Callable[[Job], Forward]:
     def build(job: Job) -> Forward:
         model: Any = torch.compile(job.work.sliced, fullgraph=True, dynamic=False, options=options)
@@ -205,13 +218,13 @@ def _onnx_file(job: Job) -> Path:
     return path
 
 
-def _openvino(job: Job) -> Forward:
+def _openvino(job: Job, precision: str = "f32") -> Forward:
     openvino = _import("openvino")
     config = {
         "INFERENCE_NUM_THREADS": job.threads,
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": precision,
     }
     request = openvino.Core().compile_model(_onnx_file(job), "CPU", config).create_infer_request()
 
@@ -257,6 +270,8 @@ def _prune_from(pruning: Any, graph: Any, layer: nn.Module, first: int, end: int
         graph.get_pruning_group(layer, pruning.prune_linear_out_channels, idxs=list(range(first, end))).prune()
 
 
+_BF16: dict[str, Any] = {"dtype": "bfloat16", "tolerance": BF16_TOLERANCE}
+
 CONTENDERS: dict[str, Contender] = {
     "dense": Contender(lambda job: eager(job.work.dense), pruned=False),
     "masked": Contender(lambda job: eager(job.work.masked)),
@@ -267,17 +282,24 @@ CONTENDERS: dict[str, Contender] = {
     "onnxruntime": Contender(_onnxruntime, "onnxruntime", optional=True),
     "torch-pruning": Contender(_torch_pruning, "torch-pruning", optional=True),
     "gohsp-reference": Contender(_reference, "gohsp"),
+    "compile-bf16": Contender(_compiled_bf16, optional=True, **_BF16),
+    "openvino-bf16": Contender(lambda job: _openvino(job, "bf16"), "openvino", optional=True, **_BF16),
     INT8: Contender(_frozen("int8"), "gohsp", dtype="int8", tolerance=INT8_TOLERANCE),
+    BF16: Contender(_frozen("bfloat16"), "gohsp", **_BF16),
     BASELINE: Contender(_frozen("float32"), "gohsp"),
 }
 """All contenders. dense: unpruned, eager. masked: the dense model with pruned entries zero, eager. sliced: the pruned
 model as plain PyTorch, eager; compile, openvino and onnxruntime run that too. gohsp-reference: the compressed model on
-gohsp's own PyTorch backend. gohsp: frozen, on its kernels. gohsp-int8: frozen with int8 weights, checked against the
-same float64 result with a tolerance of its own."""
+gohsp's own PyTorch backend. gohsp: frozen, on its kernels. gohsp-int8, gohsp-bf16: frozen with such weights.
+openvino-bf16: with that inference precision. compile-bf16: compile-freezing under autocast. What runs in another
+precision is checked against the same float64 result with a tolerance of its own."""
+
+_WEIGHTS = {BASELINE: "float32", INT8: "int8", BF16: "bfloat16"}
 
 _EXPORTER = ("onnx", "onnxscript")
 _MODULES = {
     "openvino": ("openvino", *_EXPORTER),
+    "openvino-bf16": ("openvino", *_EXPORTER),
     "onnxruntime": ("onnxruntime", *_EXPORTER),
     "torch-pruning": ("torch_pruning",),
 }

@@ -38,11 +38,12 @@ PUBLIC = {
     ),
 }
 
-# Panels are float32, or int8 for the bytes of int8 matrices.
+# Panels are float32, or int8 or bfloat16 for what matrices of those hold, scales and biases included.
 # widths is int64 [2, heads]: QK widths, then V widths. qk_norm is [4, head width]: weight and bias of q, then of k.
 NATIVE = {
     "cpu_pack": "(Tensor weight, Tensor? bias) -> Tensor",
     "cpu_pack_int8": "(Tensor weight, Tensor scales, Tensor? bias) -> Tensor",
+    "cpu_pack_bf16": "(Tensor weight, Tensor? bias) -> Tensor",
     "cpu_embed": "(Tensor images, Tensor panels, Tensor base, int[] patch) -> Tensor",
     "cpu_linear": (
         "(Tensor x, Tensor panels, Tensor? in_cols, Tensor? out_cols, int kept_outputs, int out_features, "
@@ -125,7 +126,7 @@ def _cuda_attention(qkv: Tensor, *rest: Any) -> Tensor:
     return qkv.new_empty(qkv.shape[0], num_queries, v_total)
 
 
-@_fake("cpu_pack")
+@_fake("cpu_pack", "cpu_pack_bf16")
 def _cpu_pack(weight: Tensor, bias: Tensor | None) -> Tensor:
     # The true size depends on the instruction set that the library picked; nothing that is traced packs weights.
     return weight.new_empty(weight.shape[0] * (weight.shape[1] + 1))

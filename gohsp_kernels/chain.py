@@ -87,12 +87,14 @@ class SublayerChain:
 
         Args:
             features: width of the residual stream.
-            weights: "float32", or "int8": weights of 8 bits with one scale an output, and activations that become 8
-                bits row by row where they meet such weights. Norms, attention and residual stay in float32.
+            weights: "float32"; "bfloat16": weights in bfloat16, and activations that are rounded to it where they meet
+                such weights, and each other in attention; or "int8": weights of 8 bits with one scale an output, and
+                activations that become 8 bits row by row where they meet such weights. Norms, softmax, residual and
+                sums stay in float32, and with int8 all of attention.
 
         Raises:
             ValueError: for arguments that do not fit together, or for weights of another name.
-            RuntimeError: if the CPU backend cannot run here.
+            RuntimeError: if the CPU backend cannot run here, or not with such weights.
         """
         support = dispatch.can_run("cpu", weights=weights)
         if not support:

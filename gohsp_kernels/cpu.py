@@ -16,7 +16,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +33,8 @@ _RUNS_ON = (torch.float32, "cpu")
 
 
 def capability() -> str:
-    """Name of the instruction set that the native library picked: scalar, avx2, avx512, avx512vnni or neon.
+    """Name of the instruction set that the native library picked: scalar, avx2, avx512, avx512vnni, amx
+    or neon.
 
     Raises:
         RuntimeError: if the native library cannot be loaded.
@@ -52,13 +52,14 @@ def activation_levels() -> int:
     return int(_ask_library("gohsp_cpu_activation_levels", ctypes.c_int64))
 
 
-def missing(device: torch.device, dtype: torch.dtype, needs_grad: bool = False) -> str:
+def missing(device: torch.device, dtype: torch.dtype, needs_grad: bool = False, weights: str = "float32") -> str:
     """Why the backend cannot run a call, or the empty string if it can.
 
     Args:
         device: where the tensors are.
         dtype: of the activations.
         needs_grad: whether the result must be differentiable.
+        weights: one of ``dispatch.WEIGHTS``.
     """
     native = _native.load()
     if not native:
@@ -69,6 +70,8 @@ def missing(device: torch.device, dtype: torch.dtype, needs_grad: bool = False) 
         return f"runs in float32; got {dtype}"
     if needs_grad:
         return "has no backward; call under torch.no_grad() or use the backend 'reference'"
+    if weights == "bfloat16" and capability() != "amx":
+        return f"needs AMX for bfloat16 weights; runs on {capability()}"
     return ""
 
 
@@ -94,6 +97,8 @@ def _panels(weight: Tensor, bias: Tensor | None, weights: str = "float32") -> Te
     constant = None if bias is None else bias.to(torch.float32).contiguous()
     if weights == "int8":
         return torch.ops.gohsp_kernels.cpu_pack_int8(*reference.quantise_weight(weight), constant)
+    if weights == "bfloat16":
+        return torch.ops.gohsp_kernels.cpu_pack_bf16(weight.to(torch.bfloat16).contiguous(), constant)
     return torch.ops.gohsp_kernels.cpu_pack(weight.to(torch.float32).contiguous(), constant)
 
 
@@ -149,8 +154,8 @@ class PackedSublayer:
     """An attention or MLP sublayer ready for the CPU kernel.
 
     Attributes:
-        panels: its packed matrices one behind the other, then the affine parts of the q and k norms; float32, or int8
-            for the bytes of int8 matrices.
+        panels: its packed matrices one behind the other, then the affine parts of the q and k norms; of the
+            dtype of their weights, as bits.
         layout: int64, kind and sizes, then widths and kept columns; csrc/torch/cpu_ops.cpp reads it in this order.
         constants: eps, eps of the q and k norms, softmax scale.
     """
@@ -380,15 +385,17 @@ class Sublayer:
         _check_weights(self.tensors)
         return _PACK[self.name](*self.tensors, *self.constants, weights)
 
-    def int8_reference(self, x: Tensor, levels: int) -> Tensor:
-        """What :meth:`pack` with int8 weights computes, in plain PyTorch.
+    def rounded_reference(
+        self, x: Tensor, linear: Callable[..., Tensor], attention: Callable[..., Tensor] = reference.ragged_attention
+    ) -> Tensor:
+        """What :meth:`pack` with rounded weights computes, in plain PyTorch.
 
         Args:
             x: [batch, tokens, features].
-            levels: see :func:`activation_levels`.
+            linear: ``reference.int8_linear`` with its levels bound, or ``reference.bf16_linear``.
+            attention: ``reference.bf16_attention`` for the latter.
         """
         tensors, constants = self.tensors, self.constants
-        linear = partial(reference.int8_linear, levels=levels)
         columns, arguments = tuple(tensors[7:9]), tuple(tensors[:8])
         if self.name == "mlp_sublayer":
             arguments = (x, None, None, *fold_mlp(*arguments), None, *columns, *constants, linear)
@@ -399,7 +406,7 @@ class Sublayer:
         folded = fold_attention(*arguments)
         matrices = (folded.qkv, folded.qkv_bias, folded.proj, folded.proj_bias)
         layout = (qk_widths, v_widths, folded.scale, eps, qk_eps, x.shape[1])
-        arguments = (x, None, None, *matrices, None, *columns, *norms, *layout, linear)
+        arguments = (x, None, None, *matrices, None, *columns, *norms, *layout, linear, attention)
         return reference.attention_sublayer(*arguments)
 
 

@@ -24,8 +24,9 @@ log = logging.getLogger("gohsp_kernels")
 PREFERENCE = ("cpu", "cuda", "triton", "reference")
 """Backends, the one that "auto" would rather take first; cuda and triton change places as :func:`_preference` says."""
 
-WEIGHTS = ("float32", "int8")
-"""Forms that the weights of a frozen chain can have. int8: see :func:`gohsp_kernels.reference.int8_linear`."""
+WEIGHTS = ("float32", "bfloat16", "int8")
+"""Forms that the weights of a frozen chain can have: see :func:`gohsp_kernels.reference.bf16_linear` and
+:func:`gohsp_kernels.reference.int8_linear`."""
 
 ENVIRONMENT_VARIABLE = "GOHSP_BACKEND"
 
@@ -70,7 +71,8 @@ def can_run(
         needs_grad: whether the result must be differentiable.
         compute_capability: of a GPU that need not be there; by default that of ``device``.
         widest_head: most channels that a head has.
-        weights: "float32" for weights as they are, "int8" for what ``SublayerChain.frozen(weights="int8")`` makes.
+        weights: "float32" for weights as they are, "bfloat16" and "int8" for what ``SublayerChain.frozen(weights=...)``
+            makes.
 
     Raises:
         ValueError: for a backend or for weights that do not exist.
@@ -80,7 +82,7 @@ def can_run(
         raise ValueError(f"weights: wanted one of {', '.join(map(repr, WEIGHTS))}; got {weights!r}")
     if weights != "float32" and backend != "cpu":
         return Support(False, f"has no {weights} weights; the backend 'cpu' has")
-    reason = _missing(backend, torch.device(device), dtype, needs_grad, compute_capability, widest_head)
+    reason = _missing(backend, torch.device(device), dtype, needs_grad, compute_capability, widest_head, weights)
     return Support(not reason, reason)
 
 
@@ -91,9 +93,10 @@ def _missing(
     needs_grad: bool,
     capability: tuple[int, int] | None,
     widest_head: int,
+    weights: str,
 ) -> str:
     if backend == "cpu":
-        return cpu.missing(device, dtype, needs_grad)
+        return cpu.missing(device, dtype, needs_grad, weights)
     if backend == "cuda":
         return cuda.missing(device, dtype, needs_grad, capability, widest_head)
     if backend == "triton":

@@ -35,6 +35,12 @@ def int8_activations() -> str:
     return f"{cpu.activation_levels().bit_length()} bits" if _native.load() else "none"
 
 
+def bf16_weights() -> str:
+    """Whether bfloat16 weights can run here and, where not, why."""
+    support = dispatch.can_run("cpu", weights="bfloat16")
+    return "yes" if support else f"no: {support.reason}"
+
+
 def report() -> str:
     """Versions, processor, backends with reasons, and operators, as lines of text."""
     native, cuda = _native.load(), _native.load_cuda()
@@ -45,6 +51,7 @@ def report() -> str:
         f"CUDA library      {cuda.path.name if cuda.path else cuda.reason}",
         f"instruction set   {instruction_set()}",
         f"int8 activations  {int8_activations()}",
+        f"bfloat16 weights  {bf16_weights()}",
         f"selected backend  {dispatch._selected} ({dispatch.ENVIRONMENT_VARIABLE} or use_backend)",
         "backends on this machine, in order of preference",
     ]

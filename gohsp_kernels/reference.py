@@ -107,6 +107,25 @@ def int8_linear(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int = 25
     return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
+def _in_bf16(x: Tensor) -> Tensor:
+    return x.to(torch.float32).bfloat16().double()
+
+
+def bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What the CPU backend computes with bfloat16 weights: both factors rounded, to even on a tie, sums not rounded.
+
+    Args:
+        x: [..., k].
+        weight: [n, k], not yet rounded.
+        bias: [n] or None.
+
+    Returns:
+        [..., n] in the dtype of x.
+    """
+    y = F.linear(_in_bf16(x), _in_bf16(weight))
+    return (y if bias is None else y + bias.double()).to(x.dtype)
+
+
 def _norm_channels(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     return x if weight is None else F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
@@ -172,6 +191,37 @@ def ragged_attention(
     return torch.cat(outputs, dim=-1)
 
 
+def bf16_attention(
+    qkv: Tensor,
+    q_norm_weight: Tensor | None,
+    q_norm_bias: Tensor | None,
+    k_norm_weight: Tensor | None,
+    k_norm_bias: Tensor | None,
+    qk_widths: Sequence[int],
+    v_widths: Sequence[int],
+    scale: float,
+    eps: float,
+    num_queries: int,
+) -> Tensor:
+    """What the CPU backend computes beside bfloat16 weights: as :func:`ragged_attention`, factors of both products
+    rounded, those of the second before the softmax divides by its sum."""
+    n_qk, n_v = sum(qk_widths), sum(v_widths)
+    q, k, v = qkv.split([n_qk, n_qk, n_v], dim=-1)
+    outputs = [qkv.new_zeros(qkv.shape[0], num_queries, 0)]
+    for queries, keys, values in zip(
+        q[:, :num_queries].split(list(qk_widths), -1),
+        k.split(list(qk_widths), -1),
+        v.split(list(v_widths), -1),
+        strict=True,
+    ):
+        queries = _norm_channels(queries, q_norm_weight, q_norm_bias, eps) * scale
+        keys = _norm_channels(keys, k_norm_weight, k_norm_bias, eps)
+        scores = _in_bf16(queries) @ _in_bf16(keys).mT
+        shares = (scores - scores.amax(-1, keepdim=True)).exp()
+        outputs.append((_in_bf16(shares) @ _in_bf16(values) / shares.sum(-1, keepdim=True)).to(qkv.dtype))
+    return torch.cat(outputs, dim=-1)
+
+
 def _residual_add(x: Tensor, y: Tensor, layer_scale: Tensor | None, out_cols: Tensor | None) -> Tensor:
     if layer_scale is not None:
         y = y * layer_scale
@@ -200,11 +250,12 @@ def attention_sublayer(
     qk_eps: float,
     num_queries: int,
     linear: Linear = F.linear,
+    attention: Callable[..., Tensor] = ragged_attention,
 ) -> Tensor:
     """LayerNorm, attention, layer scale, residual. See :func:`gohsp_kernels.attention_sublayer`."""
     normed = gather_columns(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), in_cols)
     qkv = linear(normed, qkv_weight, qkv_bias)
-    heads = ragged_attention(
+    heads = attention(
         qkv,
         q_norm_weight,
         q_norm_bias,

@@ -54,6 +54,36 @@ inline void attend_tile(const float* q, const HeadBuffers& from, const float* k_
   }
 }
 
+// What attention by tiles needs beside the heads: for 32 queries of one head at a time.
+struct TiledScratch {
+  float* row;     // a query
+  Bytes left;     // [32, ld] queries, then what the softmax made of their scores
+  float* keys;    // [qk width / 2, ld_keys] pairs of channels
+  float* values;  // [tokens / 2, ld_values] pairs of tokens
+  float* scores;  // [32, ld_keys]
+  int64_t ld_keys, ld_values;
+
+  template <class Carver>
+  void carve(Carver& carver, int64_t widest_qk, int64_t widest_v, int64_t tokens) {
+    ld_keys = row_stride(tokens);
+    ld_values = row_stride(widest_v);
+    const int64_t inputs = padded_inputs(max(widest_qk, tokens)), ld = (ceil_div(2 * inputs, 64) | 1) * 64;
+    row = carver.template take<float>(row_stride(widest_qk));
+    left = {carver.template take<uint8_t>(kBlockRows * ld), nullptr, nullptr, ld};
+    keys = carver.template take<float>(padded_inputs(widest_qk) / 2 * ld_keys);
+    values = carver.template take<float>(padded_inputs(tokens) / 2 * ld_values);
+    scores = carver.template take<float>(kBlockRows * ld_keys);
+  }
+};
+
+// c[0:32, 0:columns] = left b, b in pairs. c may overrun by less than a vector.
+inline void multiply_pairs(const Bytes& left, int64_t inputs, const float* b, int64_t ldb, int64_t columns, float* c,
+                           int64_t ldc) {
+  for (int64_t j = 0; j < columns; j += N)
+    block(left.values, left.ld, b + j, ldb, kZeros, min(NV, ceil_div(columns - j, W)), padded_inputs(inputs) / (2 * W),
+          c + j, ldc, [](int64_t) {});
+}
+
 // Attention of query rows [r0, r1) into out[r1 - r0, ldo], all heads side by side.
 inline void attend(const Heads& heads, const HeadBuffers& from, int64_t tokens, int64_t r0, int64_t r1, float* scores,
                    int64_t ld_scores, float* out, int64_t ldo) {
@@ -65,6 +95,42 @@ inline void attend(const Heads& heads, const HeadBuffers& from, int64_t tokens, 
       const int64_t i0 = part_begin(rows, tiles, t), i1 = part_begin(rows, tiles, t + 1);
       attend_tile(from.q + (r0 + i0) * from.ldq + qk_start, from, from.k_t + qk_start * from.ldk, from.v + v_start,
                   qk_width, v_width, i1 - i0, tokens, scores, ld_scores, out + i0 * ldo + v_start, ldo);
+    }
+    qk_start += qk_width;
+    v_start += v_width;
+  }
+}
+
+// The same with the products of block() in bf16.h. Keys and values become pairs once a head and block of queries, which
+// costs less than a hundredth of what follows; softmax stays in fp32.
+inline void attend_tiled(const Heads& heads, const HeadBuffers& from, int64_t tokens, int64_t r0, int64_t r1,
+                         const TiledScratch& s, float* out, int64_t ldo) {
+  int64_t qk_start = 0, v_start = 0;
+  for (int64_t h = 0; h < heads.count; ++h) {
+    const int64_t qk_width = heads.qk_widths[h], v_width = heads.v_widths[h];
+    pair_rows(from.k_t + qk_start * from.ldk, from.ldk, qk_width, tokens, padded_inputs(qk_width) / 2, s.keys,
+              s.ld_keys);
+    pair_rows(from.v + v_start, from.ldv, tokens, v_width, padded_inputs(tokens) / 2, s.values, s.ld_values);
+    for (int64_t i0 = r0; i0 < r1 && v_width > 0; i0 += kBlockRows) {
+      const int64_t rows = min(kBlockRows, r1 - i0);
+      for (int64_t i = 0; i < rows; ++i) {
+        copy_row(from.q + (i0 + i) * from.ldq + qk_start, qk_width, s.row);
+        narrow_row(s.row, qk_width, s.left, i);
+      }
+      multiply_pairs(s.left, qk_width, s.keys, s.ld_keys, tokens, s.scores, s.ld_keys);
+      float inverse[kBlockRows];
+      for (int64_t i = 0; i < rows; ++i) {
+        inverse[i] = softmax_row(s.scores + i * s.ld_keys, tokens);
+        narrow_row(s.scores + i * s.ld_keys, tokens, s.left, i);
+      }
+      alignas(64) float c[kBlockRows * N];
+      for (int64_t j = 0; j < v_width; j += N) {
+        const int64_t columns = min(N, v_width - j);
+        multiply_pairs(s.left, tokens, s.values + j, s.ld_values, columns, c, N);
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t n = 0; n < columns; n += W)
+            store(out + (i0 - r0 + i) * ldo + v_start + j + n, load(c + i * N + n) * inverse[i]);
+      }
     }
     qk_start += qk_width;
     v_start += v_width;

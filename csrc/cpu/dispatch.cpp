@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Picks the instruction set, and keeps the workspace of each thread. Compiled for the baseline.
 #include <sched.h>
+#if defined(GOHSP_HAS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <cstdlib>
 #include <cstring>
@@ -8,6 +13,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "crew.h"
 #include "kernels.h"
@@ -27,6 +33,11 @@ extern const KernelTable table;
 namespace avx512vnni {
 extern const KernelTable table;
 }
+#if defined(GOHSP_HAS_AMX)
+namespace amx {
+extern const KernelTable table;
+}
+#endif
 #elif defined(__aarch64__)
 namespace neon {
 extern const KernelTable table;
@@ -40,41 +51,50 @@ struct Choice {
   bool runs_here;
 };
 
-// Best first.
-#if defined(__x86_64__)
-constexpr int kChoices = 4;
-#elif defined(__aarch64__)
-constexpr int kChoices = 2;
-#else
-constexpr int kChoices = 1;
+#if defined(GOHSP_HAS_AMX)
+// Whether the CPU has tiles and bfloat16, and Linux lets this process use them, which it has to be asked for.
+bool allowed_amx() {
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kAvx512Bf16 = 1u << 5;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBf16) == 0 || (d & kTile) == 0) return false;
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) == 0 || (a & kAvx512Bf16) == 0) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
 #endif
-const Choice* choices() {
+
+const std::vector<Choice>& choices() {
+  // Best first.
 #if defined(__x86_64__)
   const bool avx512 = __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0;
-  static const Choice list[kChoices] = {
-      {&avx512vnni::table, avx512 && __builtin_cpu_supports("avx512vnni") != 0},
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni") != 0;
+#endif
+  static const std::vector<Choice> list = {
+#if defined(GOHSP_HAS_AMX)
+      {&amx::table, vnni && allowed_amx()},
+#endif
+#if defined(__x86_64__)
+      {&avx512vnni::table, vnni},
       {&avx512::table, avx512},
       {&avx2::table, __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0},
-      {&scalar::table, true}};
 #elif defined(__aarch64__)
-  static const Choice list[kChoices] = {{&neon::table, true}, {&scalar::table, true}};
-#else
-  static const Choice list[kChoices] = {{&scalar::table, true}};
+      {&neon::table, true},
 #endif
+      {&scalar::table, true}};
   return list;
 }
 
 const KernelTable& pick() {
   const char* wanted = std::getenv("GOHSP_CPU_CAPABILITY");
   if (wanted == nullptr || *wanted == '\0') {
-    for (int i = 0; i < kChoices; ++i)
-      if (choices()[i].runs_here) return *choices()[i].table;
+    for (const Choice& choice : choices())
+      if (choice.runs_here) return *choice.table;
   }
   const KernelTable* table = kernels(wanted);
   if (table == nullptr)
     throw std::runtime_error(
         "GOHSP_CPU_CAPABILITY: wanted an instruction set that this build and this machine have "
-        "(scalar, avx2, avx512, avx512vnni or neon); got '" +
+        "(scalar, avx2, avx512, avx512vnni, amx or neon); got '" +
         std::string(wanted) + "'");
   return *table;
 }
@@ -86,8 +106,8 @@ struct Free {
 }  // namespace
 
 const KernelTable* kernels(const char* name) {
-  for (int i = 0; i < kChoices; ++i)
-    if (choices()[i].runs_here && std::strcmp(name, choices()[i].table->name) == 0) return choices()[i].table;
+  for (const Choice& choice : choices())
+    if (choice.runs_here && std::strcmp(name, choice.table->name) == 0) return choice.table;
   return nullptr;
 }
 

@@ -26,6 +26,15 @@ inline int64_t row_stride(int64_t columns) {
   return (lines | 1) * 16;
 }
 
+// Rows in the form that rounded weights want: bytes with a scale and a zero point a row for int8, bfloat16 alone for
+// bf16. What stands behind a row's columns, up to whole vectors, meets weights of zero.
+struct Bytes {
+  uint8_t* values;  // [rows, ld]
+  float* scales;    // [rows]
+  int32_t* zeros;   // [rows]
+  int64_t ld;
+};
+
 inline int64_t panel_count(int64_t n) { return ceil_div(n, N); }
 
 // Vectors in panel p of n outputs.

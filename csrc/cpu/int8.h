@@ -17,27 +17,6 @@ namespace gohsp::GOHSP_ISA {
 
 constexpr int64_t kHead = 3;  // rows of a panel before its weights
 
-// Rows of bytes. Bytes past a row's columns, up to whole vectors, meet weights of zero.
-struct Bytes {
-  uint8_t* values;  // [rows, ld]
-  float* scales;    // [rows]
-  int32_t* zeros;   // [rows]
-  int64_t ld;
-};
-
-// The left side of a product: floats, or bytes where the weights are int8.
-struct Left {
-  const float* floats;
-  int64_t ld;
-  Bytes bytes;
-
-  Left(const float* floats, int64_t ld) : floats(floats), ld(ld), bytes{} {}
-  explicit Left(const Bytes& bytes) : floats(nullptr), ld(0), bytes(bytes) {}
-};
-
-// In bytes: whole vectors, and an odd number of cache lines.
-inline int64_t byte_stride(int64_t columns) { return (ceil_div(columns + W, 64) | 1) * 64; }
-
 inline int64_t groups_of(int64_t k) { return ceil_div(k, 4); }
 
 inline int64_t packed_size_int8(int64_t n, int64_t k) { return 4 * round_up(n, W) * (kHead + groups_of(k)); }
@@ -176,13 +155,6 @@ inline void multiply_int8(const Bytes& a, int64_t rows, const Matrix& w, const E
       emit(r0, r1 - r0, p * N, min(N, w.n - p * N), c);
     }
   }
-}
-
-// Either product, by the kind of the weights.
-template <class Emit>
-inline void multiply(const Left& a, int64_t rows, const Matrix& w, const Emit& emit) {
-  if (w.weights == Weights::int8) return multiply_int8(a.bytes, rows, w, emit);
-  multiply(a.floats, a.ld, rows, w, 0, panel_count(w.n), emit);
 }
 
 }  // namespace gohsp::GOHSP_ISA

@@ -6,25 +6,27 @@
 namespace gohsp::GOHSP_ISA {
 
 struct ProductBuffers {
+  Weights weights;
   int64_t rows, k;
   float* row = nullptr;
   Bytes bytes = {};
 
   void carve(Carver& carver) {
     row = carver.take<float>(row_stride(k));
-    const int64_t ld = byte_stride(k);
-    bytes = {carver.take<uint8_t>(rows * ld), carver.take<float>(rows), carver.take<int32_t>(rows), ld};
+    const int64_t ld = rounded_stride(weights, k), padded = round_up(rows, kBlockRows);
+    bytes = {carver.take<uint8_t>(padded * ld), carver.take<float>(rows), carver.take<int32_t>(rows), ld};
   }
 };
 
-void product_int8(const Matrix& weight, const float* x, int64_t rows, float* y) {
-  ProductBuffers buffers{rows, weight.k};
+void rounded_product(const Matrix& weight, const float* x, int64_t rows, float* y) {
+  ProductBuffers buffers{weight.weights, rows, weight.k};
   place(buffers);
+  const Tiles tiles(weight.weights == Weights::bf16);
   for (int64_t i = 0; i < rows; ++i) {
     copy_row(x + i * weight.k, weight.k, buffers.row);
-    quantise_row(buffers.row, weight.k, buffers.bytes, i);
+    round_row(weight.weights, buffers.row, weight.k, buffers.bytes, i);
   }
-  multiply_int8(buffers.bytes, rows, weight, [&](int64_t r, int64_t count, int64_t n, int64_t columns, float* c) {
+  multiply(Left(buffers.bytes), rows, weight, [&](int64_t r, int64_t count, int64_t n, int64_t columns, float* c) {
     for (int64_t i = 0; i < count; ++i) copy_row(c + i * N, columns, y + (r + i) * weight.n + n);
   });
 }
@@ -44,7 +46,8 @@ void exponential(const float* x, int64_t count, float* y) {
 }
 
 extern const KernelTable table;
-const KernelTable table = {GOHSP_ISA_NAME, packed_size, pack,      packed_size_int8, pack_int8, kLevels,    sublayers,
-                           embed,          linear,      attention, product_int8,     apply,     exponential};
+const KernelTable table = {GOHSP_ISA_NAME, packed_size, pack,  packed_size_int8, pack_int8, packed_size_bf16, pack_bf16,
+                           kLevels,        sublayers,   embed, linear,           attention, rounded_product,  apply,
+                           exponential};
 
 }  // namespace gohsp::GOHSP_ISA

@@ -11,9 +11,9 @@ namespace gohsp {
 enum class Activation : int64_t { identity, gelu, gelu_tanh, relu, silu, quick_gelu };
 constexpr int64_t kActivations = 6;
 
-enum class Weights : int64_t { fp32, int8 };
+enum class Weights : int64_t { fp32, int8, bf16 };
 
-// A weight matrix [n, k] with its bias, packed into panels by KernelTable::pack or pack_int8.
+// A weight matrix [n, k] with its bias, packed into panels by KernelTable::pack, pack_int8 or pack_bf16.
 struct Matrix {
   const void* panels;
   int64_t n;  // outputs
@@ -87,7 +87,7 @@ struct Parallel {
 };
 
 struct KernelTable {
-  const char* name;  // scalar, avx2, avx512, avx512vnni or neon
+  const char* name;  // scalar, avx2, avx512, avx512vnni, amx or neon
 
   // Floats that a packed [n, k] matrix takes, and the packing. bias may be nullptr.
   int64_t (*packed_size)(int64_t n, int64_t k);
@@ -96,6 +96,10 @@ struct KernelTable {
   // The same for int8 weights [n, k] with one scale an output. The size is in bytes; panels lie on a multiple of 4.
   int64_t (*packed_size_int8)(int64_t n, int64_t k);
   void (*pack_int8)(const int8_t* weight, const float* scales, const float* bias, int64_t n, int64_t k, void* panels);
+
+  // The same for bfloat16 weights [n, k], as bits. AMX has tiles for them; elsewhere they are slow and for tests only.
+  int64_t (*packed_size_bf16)(int64_t n, int64_t k);
+  void (*pack_bf16)(const uint16_t* weight, const float* bias, int64_t n, int64_t k, void* panels);
 
   // Activations that meet int8 weights become integers from 0 to this, row by row.
   int64_t activation_levels;
@@ -117,8 +121,8 @@ struct KernelTable {
   // Attention proper. qkv: [batch, tokens, sum of widths], y: [batch, queries, sum of v widths].
   void (*attention)(const Heads& heads, const float* qkv, const Shape& shape, float* y, const Parallel& parallel);
 
-  // y = x W^T + b with int8 weights, for tests of its arithmetic. x: [rows, k], y: [rows, n].
-  void (*product_int8)(const Matrix& weight, const float* x, int64_t rows, float* y);
+  // y = x W^T + b with int8 or bf16 weights, for tests of its arithmetic. x: [rows, k], y: [rows, n].
+  void (*rounded_product)(const Matrix& weight, const float* x, int64_t rows, float* y);
 
   // y[i] = activation(x[i]) and exp(x[i]), for tests of their accuracy.
   void (*apply)(Activation activation, const float* x, int64_t count, float* y);

@@ -6,7 +6,7 @@
 // call, instead of one scalar move an element.
 #pragma once
 
-#include "int8.h"
+#include "product.h"
 
 namespace gohsp::GOHSP_ISA {
 

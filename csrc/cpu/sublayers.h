@@ -64,12 +64,13 @@ struct Plans {
 
 // What one worker needs for a block of rows.
 struct Scratch {
-  float* normed;  // [rows, ld_in]       normalised, gathered rows: the left side of qkv and fc1; for int8 one row
+  float* normed;  // [rows, ld_in]       normalised, gathered rows: the left side of qkv and fc1; a row if rounded
   float* inner;   // [rows, ld_inner]    hidden activations, attention output or fresh keys
   float* packed;  // [rows, ld_packed]   outputs before their scatter
   float* scores;  // [M, ld_scores]
   float* row;     // [features + W]
-  Bytes bytes;    // [rows, ld_bytes]    the left side of any int8 product
+  Bytes bytes;    // [rows, ld_bytes]    the left side of a product with rounded weights
+  TiledScratch tiled;
   Absences absences;
 };
 
@@ -113,16 +114,24 @@ class Chain {
       s.packed = carver.take<float>(max_rows_ * ld_packed_ + slack);
       s.scores = carver.take<float>(M * ld_tokens_);
       s.row = carver.take<float>(shape_.features + 2 * W);
-      const int64_t byte_rows = ld_bytes_ > 0 ? max_rows_ : 0;
+      const int64_t byte_rows = ld_bytes_ > 0 ? round_up(max_rows_, kBlockRows) : 0;
       s.bytes = {carver.take<uint8_t>(byte_rows * ld_bytes_), carver.take<float>(byte_rows),
                  carver.take<int32_t>(byte_rows), ld_bytes_};
+      if (tiled_) s.tiled.carve(carver, widest_qk_, widest_v_, shape_.tokens);
       if (carver.base != nullptr) scratch_[w] = s;
     }
   }
 
   void run(const Parallel& parallel) {
     const int64_t begun = nanoseconds();
-    parallel.run(workers_, [](void* self, int64_t worker) { static_cast<Chain*>(self)->work(worker); }, this);
+    parallel.run(
+        workers_,
+        [](void* self, int64_t worker) {
+          Chain& chain = *static_cast<Chain*>(self);
+          const Tiles tiles(chain.tiled_);
+          chain.work(worker);
+        },
+        this);
     const int64_t ended = nanoseconds();
     int64_t lost = 0;
     for (int64_t w = 0; w < workers_; ++w) lost = max(lost, scratch_[w].absences.lost_until(ended));
@@ -140,8 +149,14 @@ class Chain {
       ld_in_ = max(ld_in_, row_stride(in.count));
       if (!out.all) ld_packed_ = max(ld_packed_, row_stride(out.count));
       const Matrix &first = a != nullptr ? a->q : m->fc1, &second = a != nullptr ? a->proj : m->fc2;
-      if (first.weights == Weights::int8) ld_bytes_ = max(ld_bytes_, byte_stride(max(first.k, second.k)));
+      if (first.weights != Weights::fp32)
+        ld_bytes_ = max(ld_bytes_, rounded_stride(first.weights, max(first.k, second.k)));
+      tiled_ = tiled_ || first.weights == Weights::bf16;
       if (a != nullptr) {
+        for (int64_t h = 0; h < a->heads.count; ++h) {
+          widest_qk_ = max(widest_qk_, a->heads.qk_widths[h]);
+          widest_v_ = max(widest_v_, a->heads.v_widths[h]);
+        }
         max_qk_ = max(max_qk_, a->q.n);
         ld_qk_ = max(ld_qk_, row_stride(a->q.n));
         ld_v_ = max(ld_v_, row_stride(a->v.n));
@@ -154,7 +169,8 @@ class Chain {
     // Rows a task: their buffers should leave most of a 1 MB second-level cache to the panels that stream past, and
     // workers that share an image should have equally many tasks. The images that are shared are those which are left
     // when every worker has had equally many; where most are not, their number of blocks is not bent far.
-    const int64_t fitting = max(2 * M, 110000 / (ld_in_ + ld_inner_) / M * M);
+    // Tiles use weights up faster than the third level brings them, and their machines have 2 MB.
+    const int64_t fitting = max(2 * M, (tiled_ ? 330000 : 110000) / (ld_in_ + ld_inner_) / M * M);
     const int64_t left = shape_.batch % workers_;
     const int64_t sharing = left == 0 ? 1 : ceil_div(workers_, left);
     const int64_t wanted = round_up(ceil_div(shape_.tokens, fitting), left < shape_.batch ? min(sharing, 4) : sharing);
@@ -244,20 +260,20 @@ class Chain {
   // Normalised, gathered rows, as the left side of a product with weights of the kind of w.
   Left normalise(const float* x, int64_t rows, float eps, const ColumnVector* gather, const Matrix& w,
                  const Scratch& scratch) const {
-    const bool int8 = w.weights == Weights::int8;
+    const bool rounded = w.weights != Weights::fp32;
     for (int64_t i = 0; i < rows; ++i) {
-      float* to = scratch.normed + (int8 ? 0 : i * ld_in_);
+      float* to = scratch.normed + (rounded ? 0 : i * ld_in_);
       normalise_row(x + i * shape_.features, shape_.features, eps, gather == nullptr ? to : scratch.row);
       if (gather != nullptr) compress_row(scratch.row, shape_.features, gather, to);
-      if (int8) quantise_row(to, w.k, scratch.bytes, i);
+      if (rounded) round_row(w.weights, to, w.k, scratch.bytes, i);
     }
-    return int8 ? Left(scratch.bytes) : Left(scratch.normed, ld_in_);
+    return rounded ? Left(scratch.bytes) : Left(scratch.normed, ld_in_);
   }
 
   // scratch.inner, as the left side of a product with w.
   Left inner(int64_t rows, const Matrix& w, const Scratch& scratch) const {
-    if (w.weights != Weights::int8) return Left(scratch.inner, ld_inner_);
-    for (int64_t i = 0; i < rows; ++i) quantise_row(scratch.inner + i * ld_inner_, w.k, scratch.bytes, i);
+    if (w.weights == Weights::fp32) return Left(scratch.inner, ld_inner_);
+    for (int64_t i = 0; i < rows; ++i) round_row(w.weights, scratch.inner + i * ld_inner_, w.k, scratch.bytes, i);
     return Left(scratch.bytes);
   }
 
@@ -276,7 +292,11 @@ class Chain {
   void attend_rows(int64_t layer, const HeadBuffers& heads, int64_t r0, int64_t r1, const float* x, float* y,
                    const Scratch& scratch) const {
     const Attention& a = *layers_[layer].attention;
-    attend(a.heads, heads, shape_.tokens, r0, r1, scratch.scores, ld_tokens_, scratch.inner, ld_inner_);
+    if (a.proj.weights == Weights::bf16) {
+      attend_tiled(a.heads, heads, shape_.tokens, r0, r1, scratch.tiled, scratch.inner, ld_inner_);
+    } else {
+      attend(a.heads, heads, shape_.tokens, r0, r1, scratch.scores, ld_tokens_, scratch.inner, ld_inner_);
+    }
     add_product(r1 - r0, a.proj, plans_[layer].scatter, x, y, scratch);
   }
 
@@ -313,6 +333,8 @@ class Chain {
 
   int64_t segments_ = 0, blocks_ = 0, last_blocks_ = 0, max_rows_ = 0, slots_ = 0, max_qk_ = 0;
   int64_t ld_in_ = 0, ld_inner_ = 0, ld_packed_ = 0, ld_qk_ = 0, ld_v_ = 0, ld_tokens_ = 0, ld_bytes_ = 0;
+  int64_t widest_qk_ = 0, widest_v_ = 0;
+  bool tiled_ = false;  // whether any weights are bf16
 
   int64_t* attentions_ = nullptr;  // [segments - 1] index of each attention in layers_
   Plans* plans_ = nullptr;         // [count]

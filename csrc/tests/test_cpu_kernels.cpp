@@ -27,6 +27,9 @@ extern const KernelTable table;
 namespace avx512vnni {
 extern const KernelTable table;
 }
+namespace amx {
+extern const KernelTable table;
+}
 }  // namespace gohsp
 #endif
 
@@ -37,6 +40,7 @@ const gohsp::KernelTable* table(const char* name) {
   if (std::strcmp(name, "avx2") == 0) return &gohsp::avx2::table;
   if (std::strcmp(name, "avx512") == 0) return &gohsp::avx512::table;
   if (std::strcmp(name, "avx512vnni") == 0) return &gohsp::avx512vnni::table;
+  if (std::strcmp(name, "amx") == 0) return &gohsp::amx::table;
 #endif
   return gohsp::kernels(name);
 }
@@ -95,7 +99,20 @@ std::vector<double> in_levels(std::vector<double> x, double levels) {
   return x;
 }
 
-// A weight matrix, its bias, and both packed, in either form.
+// The upper half of a number that was rounded to it, to even on a tie.
+uint16_t bf16_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+float in_bf16(float x) {
+  const uint32_t bits = static_cast<uint32_t>(bf16_bits(x)) << 16;
+  std::memcpy(&x, &bits, sizeof bits);
+  return x;
+}
+
+// A weight matrix, its bias, and both packed, in any form.
 struct Linear {
   int64_t n, k;
   gohsp::Weights form;
@@ -110,6 +127,10 @@ struct Linear {
         bias(random.normal(n)) {
     if (form == gohsp::Weights::int8) {
       pack_int8(kernels);
+      return;
+    }
+    if (form == gohsp::Weights::bf16) {
+      pack_bf16(kernels);
       return;
     }
     panels.resize(static_cast<size_t>(kernels.packed_size(n, k)));
@@ -131,10 +152,21 @@ struct Linear {
     panels.resize(static_cast<size_t>(kernels.packed_size_int8(n, k)) / sizeof(float));
     kernels.pack_int8(values.data(), scales.data(), bias.data(), n, k, panels.data());
   }
+  void pack_bf16(const gohsp::KernelTable& kernels) {
+    std::vector<uint16_t> values;
+    for (float& w : weight) {
+      values.push_back(bf16_bits(w));
+      w = in_bf16(w);
+    }
+    panels.resize(static_cast<size_t>(kernels.packed_size_bf16(n, k)) / sizeof(float));
+    kernels.pack_bf16(values.data(), bias.data(), n, k, panels.data());
+  }
   Matrix matrix() const { return {panels.data(), n, k, form}; }
   std::vector<double> operator()(std::vector<double> x) const {
     std::vector<double> y(static_cast<size_t>(n));
     if (form == gohsp::Weights::int8) x = in_levels(x, levels);
+    if (form == gohsp::Weights::bf16)
+      for (double& v : x) v = in_bf16(static_cast<float>(v));
     for (int64_t i = 0; i < n; ++i) {
       y[i] = bias[i];
       for (int64_t j = 0; j < k; ++j) y[i] += weight[i * k + j] * x[j];
@@ -226,20 +258,26 @@ struct Block {
 
   std::vector<double> attend(const std::vector<double>& query, const std::vector<std::vector<double>>& ks,
                              const std::vector<std::vector<double>>& vs) const {
+    // Beside bfloat16 weights the factors of attention's products are rounded too.
+    const auto factor = [&](double x) { return q.form == gohsp::Weights::bf16 ? in_bf16(static_cast<float>(x)) : x; };
     std::vector<double> out;
     int64_t qk_start = 0, v_start = 0;
     for (size_t h = 0; h < s.qk.size(); ++h) {
-      std::vector<double> weights;
+      std::vector<double> scores, weights;
       double total = 0;
       for (const auto& key : ks) {
         double score = 0;
-        for (int64_t c = qk_start; c < qk_start + s.qk[h]; ++c) score += query[c] * key[c];
-        weights.push_back(std::exp(score));
+        for (int64_t c = qk_start; c < qk_start + s.qk[h]; ++c) score += factor(query[c]) * factor(key[c]);
+        scores.push_back(score);
+      }
+      const double top = *std::max_element(scores.begin(), scores.end());
+      for (double score : scores) {
+        weights.push_back(std::exp(score - top));
         total += weights.back();
       }
       for (int64_t c = v_start; c < v_start + s.v[h]; ++c) {
         double value = 0;
-        for (size_t t = 0; t < vs.size(); ++t) value += weights[t] / total * vs[t][c];
+        for (size_t t = 0; t < vs.size(); ++t) value += factor(weights[t]) / total * factor(vs[t][c]);
         out.push_back(value);
       }
       qk_start += s.qk[h];
@@ -257,6 +295,10 @@ void run_at_once(int64_t workers, void (*body)(void*, int64_t), void* context) {
   std::vector<std::thread> threads;
   for (int64_t w = 0; w < workers; ++w) threads.emplace_back(body, context, w);
   for (std::thread& t : threads) t.join();
+}
+
+std::string name_of(gohsp::Weights form) {
+  return form == gohsp::Weights::fp32 ? "fp32" : form == gohsp::Weights::int8 ? "int8" : "bf16";
 }
 
 // `forms`: of the weights of three blocks.
@@ -370,9 +412,10 @@ void test_crew() {
   expect(crew.next_size(4) == 4, "a long call is a long pause");
 }
 
-void test_product_int8(const gohsp::KernelTable& kernels, int64_t rows, int64_t n, int64_t k, const std::string& isa) {
+void test_rounded_product(const gohsp::KernelTable& kernels, gohsp::Weights form, int64_t rows, int64_t n, int64_t k,
+                          const std::string& isa) {
   Random random{std::mt19937(3)};
-  const Linear linear(kernels, random, n, k, gohsp::Weights::int8);
+  const Linear linear(kernels, random, n, k, form);
   Floats x = random.normal(rows * k);
   for (int64_t j = 0; j < k && rows > 1; ++j) x[k + j] = 0;                            // a row of zeros
   for (int64_t j = 0; j < k && rows > 2; ++j) x[2 * k + j] = std::fabs(x[2 * k + j]);  // a one-sided row
@@ -381,10 +424,11 @@ void test_product_int8(const gohsp::KernelTable& kernels, int64_t rows, int64_t 
   for (int64_t i = 0; i < rows; ++i)
     for (double v : linear({x.begin() + i * k, x.begin() + (i + 1) * k})) truth.push_back(v);
   Floats y(truth.size(), std::nanf(""));
-  kernels.product_int8(linear.matrix(), x.data(), rows, y.data());
+  kernels.rounded_product(linear.matrix(), x.data(), rows, y.data());
   // Exact but for the scaling; without a fused multiply-add the product is rounded once more before it is an integer.
   expect_close(y, truth,
-               isa + "int8 product of " + std::to_string(rows) + " x " + std::to_string(n) + " x " + std::to_string(k),
+               isa + name_of(form) + " product of " + std::to_string(rows) + " x " + std::to_string(n) + " x " +
+                   std::to_string(k),
                2e-4);
 }
 
@@ -394,22 +438,25 @@ int main() {
   test_absences();
   test_crew();
   int tested = 0;
-  for (const char* name : {"scalar", "avx2", "avx512", "avx512vnni", "neon"}) {
+  for (const char* name : {"scalar", "avx2", "avx512", "avx512vnni", "amx", "neon"}) {
     const gohsp::KernelTable* kernels = table(name);
     if (kernels == nullptr) continue;
     ++tested;
     const std::string isa = std::string(name) + ": ";
-    for (int64_t k : {0, 1, 3, 4, 5, 64, 383})
-      for (int64_t n : {1, 31, 100}) test_product_int8(*kernels, 29, n, k, isa);
-    test_product_int8(*kernels, 0, 5, 7, isa);
     test_embed(*kernels, 1, 14, 14, 1, 70, isa);
     test_embed(*kernels, 3, 2, 5, 0, 1, isa);
     test_embed(*kernels, 2, 1, 1, 3, 33, isa);
     test_embed(*kernels, 0, 3, 3, 1, 8, isa);
-    test_product_int8(*kernels, 1, 40, 1536, isa);
-    constexpr auto kFp32 = gohsp::Weights::fp32, kInt8 = gohsp::Weights::int8;
-    for (const auto& forms : {std::vector{kFp32, kFp32, kFp32}, {kInt8, kInt8, kInt8}, {kInt8, kFp32, kInt8}}) {
-      const std::string in = isa + (forms[0] == kFp32 ? "fp32: " : forms[1] == kInt8 ? "int8: " : "mixed: ");
+    constexpr auto kFp32 = gohsp::Weights::fp32, kInt8 = gohsp::Weights::int8, kBf16 = gohsp::Weights::bf16;
+    for (gohsp::Weights form : {kInt8, kBf16}) {
+      for (int64_t k : {0, 1, 3, 4, 5, 64, 383})
+        for (int64_t n : {1, 31, 100}) test_rounded_product(*kernels, form, 29, n, k, isa);
+      test_rounded_product(*kernels, form, 0, 5, 7, isa);
+      test_rounded_product(*kernels, form, 1, 40, 1536, isa);
+    }
+    for (const auto& forms :
+         {std::vector{kFp32, kFp32, kFp32}, {kInt8, kInt8, kInt8}, {kBf16, kBf16, kBf16}, {kInt8, kFp32, kBf16}}) {
+      const std::string in = isa + name_of(forms[0]) + ", " + name_of(forms[1]) + ", " + name_of(forms[2]) + ": ";
       test_chain(*kernels, {1, 50, 64, 100, {16, 16}, {16, 16}, 1.0, 50}, in + "nothing pruned", forms);
       test_chain(*kernels, {3, 37, 61, 45, {16, 0, 7}, {9, 5, 30}, 0.6, 37}, in + "ragged", forms);
       test_chain(*kernels, {9, 13, 40, 33, {4, 8}, {8, 0}, 0.5, 1}, in + "one query, more images than slots", forms);

@@ -113,6 +113,18 @@ Tensor cpu_pack_int8(Tensor weight, Tensor scales, std::optional<Tensor> bias) {
   return panels;
 }
 
+Tensor cpu_pack_bf16(Tensor weight, std::optional<Tensor> bias) {
+  STD_TORCH_CHECK(weight.dim() == 2, "weight: wanted 2 dimensions; got ", weight.dim());
+  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::BFloat16, "weight: wanted bfloat16; got another dtype");
+  STD_TORCH_CHECK(weight.is_contiguous(), "weight: wanted a contiguous tensor");
+  const int64_t n = weight.size(0), k = weight.size(1);
+  STD_TORCH_CHECK(!bias.has_value() || bias->numel() == n, "bias: wanted ", n, " elements");
+  Tensor panels = new_tensor(weight, {gohsp::kernels().packed_size_bf16(n, k) / 2});
+  gohsp::kernels().pack_bf16(static_cast<const uint16_t*>(weight.const_data_ptr()),
+                             bias.has_value() ? floats(*bias, "bias") : nullptr, n, k, panels.mutable_data_ptr());
+  return panels;
+}
+
 Tensor cpu_embed(Tensor images, Tensor panels, Tensor base, std::vector<int64_t> patch) {
   images = torch::stable::contiguous(images);
   STD_TORCH_CHECK(images.dim() == 4, "images: wanted 4 dimensions; got ", images.dim());
@@ -199,31 +211,40 @@ class Layout {
   const int64_t* end_;
 };
 
+// The weights that panels of this dtype hold.
+gohsp::Weights weights_of(const Tensor& panels) {
+  switch (panels.scalar_type()) {
+    case ScalarType::Float: return gohsp::Weights::fp32;
+    case ScalarType::Char: return gohsp::Weights::int8;
+    case ScalarType::BFloat16: return gohsp::Weights::bf16;
+    default: STD_TORCH_CHECK(false, "panels: wanted float32, int8 or bfloat16; got another dtype");
+  }
+}
+
 // Hands out the packed matrices of one sublayer, which stand one behind the other. Their dtype says what weights they
-// hold: float32, or int8 for the bytes of cpu_pack_int8.
+// hold; it is that of what cpu_pack, cpu_pack_int8 or cpu_pack_bf16 made.
 class Panels {
  public:
-  explicit Panels(const Tensor& t) {
-    const bool int8 = t.scalar_type() == ScalarType::Char;
-    STD_TORCH_CHECK(int8 || t.scalar_type() == ScalarType::Float, "panels: wanted float32 or int8; got another dtype");
+  explicit Panels(const Tensor& t) : weights_(weights_of(t)) {
     STD_TORCH_CHECK(t.is_contiguous(), "panels: wanted a contiguous tensor");
-    weights_ = int8 ? gohsp::Weights::int8 : gohsp::Weights::fp32;
     next_ = static_cast<const char*>(t.const_data_ptr());
-    end_ = next_ + t.numel() * (int8 ? 1 : sizeof(float));
+    end_ = next_ + t.numel() * static_cast<int64_t>(t.element_size());
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(next_) % alignof(float) == 0, "panels: wanted whole words of 4 bytes");
   }
 
-  Matrix matrix(int64_t n, int64_t k) {
-    const int64_t size = weights_ == gohsp::Weights::int8 ? gohsp::kernels().packed_size_int8(n, k)
-                                                          : gohsp::kernels().packed_size(n, k) * sizeof(float);
-    return {take(size), n, k, weights_};
-  }
+  Matrix matrix(int64_t n, int64_t k) { return {take(packed_bytes(n, k)), n, k, weights_}; }
 
   const float* floats(int64_t count) { return static_cast<const float*>(take(count * sizeof(float))); }
 
   bool empty() const { return next_ == end_; }
 
  private:
+  int64_t packed_bytes(int64_t n, int64_t k) const {
+    if (weights_ == gohsp::Weights::int8) return gohsp::kernels().packed_size_int8(n, k);
+    if (weights_ == gohsp::Weights::bf16) return gohsp::kernels().packed_size_bf16(n, k);
+    return gohsp::kernels().packed_size(n, k) * static_cast<int64_t>(sizeof(float));
+  }
+
   const void* take(int64_t size) {
     STD_TORCH_CHECK(size >= 0 && size <= end_ - next_, "panels: too short");
     const char* place = next_;
@@ -317,6 +338,7 @@ Tensor cpu_sublayers(Tensor x, std::vector<Tensor> panels, std::vector<Tensor> l
 STABLE_TORCH_LIBRARY_IMPL(gohsp_kernels, CPU, m) {
   m.impl("cpu_pack", TORCH_BOX(&cpu_pack));
   m.impl("cpu_pack_int8", TORCH_BOX(&cpu_pack_int8));
+  m.impl("cpu_pack_bf16", TORCH_BOX(&cpu_pack_bf16));
   m.impl("cpu_embed", TORCH_BOX(&cpu_embed));
   m.impl("cpu_linear", TORCH_BOX(&cpu_linear));
   m.impl("cpu_attention", TORCH_BOX(&cpu_attention));

@@ -54,6 +54,28 @@ def test_int8_is_checked_with_its_own_tolerance_and_stored_as_int8(ragged_work: 
     assert {row.contender: row.dtype for row in store.read(settings.out)} == {"gohsp": "float32", "gohsp-int8": "int8"}
 
 
+@pytest.mark.skipif(not gk.can_run("cpu", weights="bfloat16"), reason=gk.can_run("cpu", weights="bfloat16").reason)
+def test_bf16_is_checked_with_its_own_tolerance(ragged_work: Workload, settings: Settings) -> None:
+    with contenders.ready(["gohsp-bf16"], ragged_work, ragged_work.images(2), settings) as (bf16,):
+        assert bf16.dtype == "bfloat16"
+        assert compare.TOLERANCE < compare.relative_error(bf16.run(), bf16.expected) < compare.BF16_TOLERANCE / 2
+
+
+def test_gohsp_bf16_is_left_out_with_the_reason_where_there_are_no_tiles(
+    ragged_work: Workload, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gk, "can_run", lambda backend, weights: gk.Support(False, f"{weights}: no tiles"))
+    assert _errors(["gohsp-bf16"], ragged_work, settings) == {}
+    assert "left out: gohsp-bf16: bfloat16: no tiles" in printed(settings)
+    assert contenders.why_not("gohsp-bf16") == "bfloat16: no tiles"
+
+
+def test_compile_bf16_computes_in_bfloat16(ragged_work: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
+    images = ragged_work.images(1)
+    assert CONTENDERS["compile-bf16"].build(Job(ragged_work, images, 1, Path()))(images).dtype == torch.bfloat16
+
+
 def test_dense_and_pruned_models_are_checked_each_against_its_own(ragged_work: Workload, settings: Settings) -> None:
     with contenders.ready(["dense", "masked"], ragged_work, ragged_work.images(2), settings) as entrants:
         dense, masked = entrants
@@ -86,6 +108,8 @@ def test_openvino_gets_the_threads_full_precision_and_one_stream(
     assert (model, device) == (tmp_path / "sliced.onnx", "CPU")
     assert config["INFERENCE_NUM_THREADS"] == 3
     assert config["INFERENCE_PRECISION_HINT"] == "f32"
+    CONTENDERS["openvino-bf16"].build(Job(ragged_work, ragged_work.images(1), 3, tmp_path))
+    assert core.compile_model.call_args.args[2] == {**config, "INFERENCE_PRECISION_HINT": "bf16"}
     assert (config["NUM_STREAMS"], config["PERFORMANCE_HINT"]) == (1, "LATENCY")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,26 @@ def test_int8_is_close_and_takes_a_quarter(compact: Any, images: Callable[..., T
         assert torch.allclose(compiled(x), result, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.skipif(not gk.can_run("cpu", weights="bfloat16"), reason=gk.can_run("cpu", weights="bfloat16").reason)
+def test_bfloat16_is_closer_and_takes_half(compact: Any, images: Callable[..., Tensor]) -> None:
+    x, same, frozen = images().float(), gohsp.freeze(compact), gohsp.freeze(compact, weights="bfloat16")
+    assert not list(frozen.blocks.parameters())
+    for ours, theirs in zip(frozen.blocks, same.blocks, strict=True):
+        assert 0.45 < size(ours) / size(theirs) < 0.65  # inputs are padded to 32
+    with torch.no_grad():
+        expected, result = compact(x), frozen(x)
+        assert 1e-4 < float((result - expected).norm() / expected.norm()) < 0.01
+        torch._dynamo.reset()
+        compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(x), result, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.skipif(bool(gk.can_run("cpu", weights="bfloat16")), reason="this CPU has AMX")
+def test_bfloat16_is_refused_without_tiles(compact: Any) -> None:
+    with pytest.raises(RuntimeError, match="backend 'cpu': needs AMX for bfloat16 weights; runs on"):
+        gohsp.freeze(compact, weights="bfloat16")
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_int8_deit_tiny_computes_what_its_description_does(seed: int, images: Callable[..., Tensor]) -> None:
     """A model with a random mask, every matrix of it cut, block by block against plain PyTorch with integer products.
@@ -132,7 +153,7 @@ def test_int8_deit_tiny_computes_what_its_description_does(seed: int, images: Ca
     model = randomize(timm.create_model("deit_tiny_patch16_224", img_size=96, num_classes=10)).eval()
     compact: Any = gohsp.compress(model, ModelMask.random(model, 0.6, torch.Generator().manual_seed(seed)))
     frozen: Any = gohsp.freeze(compact, weights="int8")
-    levels = gk.cpu.activation_levels()
+    linear = partial(gk.reference.int8_linear, levels=gk.cpu.activation_levels())
     with torch.no_grad():
         x = images(2, 96, seed).float()
         tokens = x_tokens(frozen, x)
@@ -142,7 +163,7 @@ def test_int8_deit_tiny_computes_what_its_description_does(seed: int, images: Ca
                 assert torch.equal(result, exact)
             else:
                 for sublayer in block.sublayers():
-                    truth = gk.chain._describe(192, sublayer).int8_reference(truth, levels)
+                    truth = gk.chain._describe(192, sublayer).rounded_reference(truth, linear)
                 change = (truth - tokens).norm()
                 assert (result - truth).norm() / change < 1e-3
                 assert 2e-3 < (result - exact).norm() / change < 0.1
@@ -175,7 +196,7 @@ def test_refusals(compact: Any, make_model: Callable[..., Any], images: Callable
         gohsp.freeze(make_model())
     with pytest.raises(ValueError, match="weights: wanted float32 on the cpu"):
         gohsp.freeze(compact.double())
-    with pytest.raises(ValueError, match="weights: wanted one of 'float32', 'int8'; got 'int4'"):
+    with pytest.raises(ValueError, match="weights: wanted one of 'float32', 'bfloat16', 'int8'; got 'int4'"):
         gohsp.freeze(compact.float(), weights="int4")
     frozen = gohsp.freeze(compact.float())
     for needs_weights in (lambda: gohsp.save(frozen, tmp_path / "m"), lambda: gohsp.count(frozen)):

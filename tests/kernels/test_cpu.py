@@ -32,11 +32,21 @@ def poisoned_outputs() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+ACTIVATION_TOLERANCE = 5e-7
+"""Of an activation, relative to its input: the bound of test_native.py. In the tail of GELU, where 1 + erf cancels, the
+result is a hundredth of the input, and the formula in fp32 is no better either."""
+
+
 def check(call: Call) -> None:
     result = call.run("cpu")
-    truth = call.to(torch.float64).run("reference")
+    exact = call.to(torch.float64)
+    truth = exact.run("reference")
     assert result.dtype == torch.float32 and result.is_contiguous()
-    assert relative_error(result, truth) < TOLERANCE
+    allowed = TOLERANCE
+    if call.kwargs.get("activation", "identity") != "identity" and call.operator == "packed_linear":
+        inputs = Call(exact.operator, exact.args, exact.kwargs | {"activation": "identity"}).run("reference")
+        allowed += ACTIVATION_TOLERANCE * float(inputs.norm() / truth.norm().clamp_min(1e-30))
+    assert relative_error(result, truth) < allowed
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -155,7 +165,7 @@ def test_column_lists_are_checked(columns: str) -> None:
         gk.packed_linear(x, weight, in_cols=WRONG_COLUMNS[columns], backend="cpu")
 
 
-OTHER_CAPABILITIES = [c for c in ("scalar", "avx2", "avx512", "avx512vnni", "neon") if c != cpu.capability()]
+OTHER_CAPABILITIES = [c for c in ("scalar", "avx2", "avx512", "avx512vnni", "amx", "neon") if c != cpu.capability()]
 
 
 @pytest.mark.parametrize("capability", OTHER_CAPABILITIES)

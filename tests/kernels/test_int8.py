@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,9 @@ FLIPPED = 2e-3
 
 def described(x: Tensor, calls: list[Call], levels: int) -> Tensor:
     """What a chain of int8 sublayers computes, in float64 but for the integers."""
+    linear = partial(reference.int8_linear, levels=levels)
     for call in calls:
-        x = chain._describe(x.shape[2], bound(call)).int8_reference(x, levels)
+        x = chain._describe(x.shape[2], bound(call)).rounded_reference(x, linear)
     return x
 
 
@@ -229,7 +231,7 @@ def test_weights_take_a_quarter_and_no_cache_holds_them() -> None:
 @needs_native
 def test_wrong_arguments_are_refused() -> None:
     member = bound(Maker(10).mlp_sublayer((0,), FEATURES, 8))
-    with pytest.raises(ValueError, match="weights: wanted one of 'float32', 'int8'; got 'int4'"):
+    with pytest.raises(ValueError, match="weights: wanted one of 'float32', 'bfloat16', 'int8'; got 'int4'"):
         gk.SublayerChain([member]).frozen(FEATURES, weights="int4")
     pack = torch.ops.gohsp_kernels.cpu_pack_int8
     values, scales = torch.zeros(3, 4, dtype=torch.int8), torch.ones(3)
@@ -240,7 +242,7 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(RuntimeError, match="weight: wanted at most 65536 inputs; got 65537"):
         pack(torch.zeros(1, 65537, dtype=torch.int8), scales[:1], None)
     layout = torch.tensor([1, 8, 1, -1, -1])
-    with pytest.raises(RuntimeError, match="panels: wanted float32 or int8"):
+    with pytest.raises(RuntimeError, match="panels: wanted float32, int8 or bfloat16"):
         torch.ops.gohsp_kernels.cpu_sublayers(torch.ones(1, 1, 8), [torch.ones(9, dtype=torch.int16)], [layout],
                                               [1e-6, 0.0, 1.0], 1)  # fmt: skip
     with pytest.raises(RuntimeError, match="panels: too short"):
@@ -253,7 +255,7 @@ def test_support_is_told() -> None:
     for backend in ("reference", "triton"):
         support = gk.can_run(backend, weights="int8")
         assert not support and support.reason == "has no int8 weights; the backend 'cpu' has"
-    with pytest.raises(ValueError, match="weights: wanted one of 'float32', 'int8'; got 'fp8'"):
+    with pytest.raises(ValueError, match="weights: wanted one of 'float32', 'bfloat16', 'int8'; got 'fp8'"):
         gk.can_run("cpu", weights="fp8")
 
 

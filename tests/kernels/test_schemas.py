@@ -45,6 +45,7 @@ def native_samples() -> dict[str, tuple[Any, ...]]:
     return {
         "cpu_pack": (weight, bias),
         "cpu_pack_int8": (*reference.quantise_weight(weight), bias),
+        "cpu_pack_bf16": (weight.bfloat16(), bias),
         "cpu_embed": (
             maker.normal(2, 3, 4, 10),
             torch.ops.gohsp_kernels.cpu_pack(maker.weight(20, 60), bias),
@@ -86,7 +87,7 @@ def test_opcheck_native(name: str) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["cpu_pack", "cpu_pack_int8"])
+@pytest.mark.parametrize("name", ["cpu_pack", "cpu_pack_int8", "cpu_pack_bf16"])
 def test_opcheck_pack(name: str) -> None:
     # Its true size is only known to the library, so it is left out of what compares fakes with results.
     checks = ("test_schema", "test_autograd_registration")
