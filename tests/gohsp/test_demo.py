@@ -13,6 +13,7 @@ from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+import gohsp_kernels as gk
 from gohsp.demo import measure, report, run, weights
 from gohsp.demo.data import Images, load_digits, load_folder, split
 from gohsp.demo.head import Classifier, fit_ridge, pool, top1
@@ -360,6 +361,11 @@ class TestRun:
         assert rows["torch.compile"]["note"] == "could not compile here: RuntimeError: no compiler was found"
         assert rows["torch.compile"]["ms"] == {} and rows["torch.compile"]["params"] == rows["gohsp"]["params"]
         assert 1e-4 < rows["gohsp, int8"]["distance"] < 0.5 and rows["gohsp, int8"]["ms"]
+        half = rows["gohsp, bfloat16"]
+        if gk.can_run("cpu", weights="bfloat16"):
+            assert 1e-5 < half["distance"] < 0.05 and half["ms"]
+        else:
+            assert "needs AMX" in half["note"] and half["ms"] == {}
         assert rows["gohsp"]["times_gohsp"] == {"1": 1.0, "8": 1.0}
         for block in results["importance"]:
             assert sum(block) == pytest.approx(1.0, abs=1e-5)

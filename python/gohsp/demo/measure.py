@@ -20,14 +20,16 @@ from gohsp.demo.progress import Steps, each
 Model = Callable[[Tensor], Tensor]
 
 DENSE, MASKED, SLICED, COMPILED, GOHSP = "dense", "masked dense", "sliced PyTorch", "torch.compile", "gohsp"
-INT8 = "gohsp, int8"
+ROUNDED = {"gohsp, bfloat16": "bfloat16", "gohsp, int8": "int8"}
+"""Rows of frozen models whose weights are rounded, and what :func:`gohsp.freeze` calls the weights."""
 ABOUT = {
     DENSE: "the model as it was trained",
     MASKED: "full shape, pruned entries set to zero",
     SLICED: "pruned entries left out, plain PyTorch modules (gohsp.densify)",
     COMPILED: "the sliced model under torch.compile",
-    GOHSP: "pruned entries left out, run by gohsp's kernels",
-    INT8: "the same, all blocks but the last with weights and their inputs in 8 bits (gohsp.freeze)",
+    GOHSP: "pruned entries left out, run by gohsp's kernels (gohsp.freeze)",
+    "gohsp, bfloat16": "the same, weights of the blocks and their inputs in bfloat16, for CPUs with AMX",
+    "gohsp, int8": "the same, all blocks but the last with weights and their inputs in 8 bits",
 }
 ROUNDS = {1: 60, BATCH: 20}  # how often each model is timed, by batch size
 
@@ -104,19 +106,20 @@ def time_rows(
 
 @torch.no_grad()
 def compare(
-    classifiers: Mapping[str, Classifier], test: Images, image_size: int, steps: Steps
+    classifiers: Mapping[str, Classifier], compressed: Classifier, test: Images, image_size: int, steps: Steps
 ) -> tuple[dict[str, Row], dict[str, Tensor]]:
     """Judge and time the dense, masked, sliced and gohsp classifiers, and the sliced one under torch.compile.
 
-    Where there is none for int8 weights, its row says so.
+    Where there is none for some form of weights, its row says so. `compressed` is the pruned one as it is before it is
+    frozen, which tells its size.
 
     Returns the rows of the table and the logits [n, classes] on the test images, both by the names of `ABOUT`.
     """
-    cut = sized(GOHSP, classifiers[GOHSP], image_size)
+    cut = sized(GOHSP, compressed, image_size)
     rows = {name: sized(name, classifiers[name], image_size) for name in (DENSE, MASKED)}
-    rows |= {name: Row(name, ABOUT[name], cut.params, cut.macs) for name in (SLICED, COMPILED, GOHSP, INT8)}
-    if INT8 not in classifiers:
-        rows[INT8].note = f"could not run here: {gk.can_run('cpu', weights='int8').reason}"
+    rows |= {name: Row(name, ABOUT[name], cut.params, cut.macs) for name in (SLICED, COMPILED, GOHSP, *ROUNDED)}
+    for name in ROUNDED.keys() - classifiers.keys():
+        rows[name].note = f"could not run here: {gk.can_run('cpu', weights=ROUNDED[name]).reason}"
 
     example = next(test.batches(BATCH))
     models: dict[str, Model] = dict(classifiers)

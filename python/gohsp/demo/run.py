@@ -21,7 +21,7 @@ import gohsp_kernels as gk
 from gohsp.demo import machine, weights
 from gohsp.demo.data import LARGE_BATCH, Images, Splits, load_digits, load_folder, split
 from gohsp.demo.head import Classifier, collect, fit_ridge, pool
-from gohsp.demo.measure import DENSE, GOHSP, INT8, MASKED, SLICED, compare, relative_distance
+from gohsp.demo.measure import DENSE, GOHSP, MASKED, ROUNDED, SLICED, compare, relative_distance
 from gohsp.demo.progress import Steps, each
 from gohsp.files import replacing
 
@@ -130,10 +130,11 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
         raise RuntimeError("the model read back from its files gives other logits than the one that was saved")
 
     backbones = {DENSE: backbone, MASKED: pruned.model, SLICED: gohsp.densify(compact), GOHSP: loaded.backbone}
-    if gk.can_run("cpu", weights="int8"):
-        backbones[INT8] = gohsp.freeze(loaded.backbone, weights="int8")
+    for name, form in {GOHSP: "float32", **ROUNDED}.items():
+        if gk.can_run("cpu", weights=form):
+            backbones[name] = gohsp.freeze(loaded.backbone, weights=form)
     classifiers = {name: Classifier(model, head).eval() for name, model in backbones.items()}
-    rows, logits = compare(classifiers, splits.test, settings.image_size, steps)
+    rows, logits = compare(classifiers, loaded, splits.test, settings.image_size, steps)
     distance = relative_distance(logits[GOHSP], logits[MASKED])
     if distance > LARGEST_DISTANCE:
         raise RuntimeError(f"gohsp's logits are {distance:.1e} off the masked dense model's, above {LARGEST_DISTANCE}")
