@@ -4,6 +4,7 @@
 recipe.yaml            what the run is; see gohsp.recipe
 head.safetensors       the classifier, where it was fitted in closed form
 scores.json            rank: importance of each head
+latency.json           prune: what blocks cost on this machine, where the target is a time
 mask.json, pruned/     prune: the mask and the compact model
 checkpoint.safetensors, metrics.csv, model/    train: where it stands, its epochs, and its compact model
 evaluation.json        evaluate: size and top-1
@@ -52,6 +53,10 @@ class Run:
     @property
     def scores(self) -> Path:
         return self.directory / "scores.json"
+
+    @property
+    def latency(self) -> Path:
+        return self.directory / "latency.json"
 
     @property
     def mask(self) -> Path:

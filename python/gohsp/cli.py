@@ -120,7 +120,8 @@ def prune(
     data: Data = None,
     images: Calibration = None,
     target: Annotated[
-        str | None, typer.Option(help="What to keep of the whole model: params=0.65 or macs=0.6.", show_default=False)
+        str | None,
+        typer.Option(help="What to keep of the whole model: params=0.65, macs=0.6 or ms=0.6.", show_default=False),
     ] = None,
     method: Annotated[str | None, typer.Option(help="Criterion; gohsp by default.", show_default=False)] = None,
     groups: Annotated[

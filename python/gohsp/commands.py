@@ -19,6 +19,7 @@ from gohsp.artefacts import HEAD_BATCH, Run, load_mask, open_model, read_scores,
 from gohsp.data import Images, open_images
 from gohsp.demo.progress import Steps, each
 from gohsp.files import write_json
+from gohsp.latency import LatencyTable
 from gohsp.recipe import Recipe
 from gohsp.train import make_accelerator
 from gohsp.training.evaluation import evaluate as measure
@@ -66,6 +67,7 @@ def prune(work: Work) -> None:
     """Prune without training; write mask.json, scores.json and pruned/."""
     model, images = work.open()
     settings, run = work.recipe.prune, work.run
+    latency = _latency(model, work) if "ms" in settings.target else None
     with Steps(work.console).step("prune, without training") as advance:
         result = gohsp.prune(
             model,
@@ -73,6 +75,7 @@ def prune(work: Work) -> None:
             settings.target,
             settings.method,
             groups=settings.groups,
+            latency=latency,
             on_progress=advance,
             **settings.options,
         )
@@ -85,6 +88,15 @@ def prune(work: Work) -> None:
         f"{pruned.params / dense.params:.1%} of the parameters, {pruned.macs / dense.macs:.1%} of the MACs"
     )
     work.console.print(f"wrote {run.mask} and {run.pruned}; next: [bold]gohsp train --out {run.directory}[/]")
+
+
+def _latency(model: nn.Module, work: Work) -> LatencyTable:
+    """Return the run's table of times, measured where it is not there yet."""
+    if not work.run.latency.is_file():
+        with Steps(work.console).step("measure what heads and neurons cost here"):
+            LatencyTable.measure(model).save(work.run.latency)
+        work.console.print(f"wrote {work.run.latency}")
+    return LatencyTable.load(work.run.latency)
 
 
 def train(work: Work) -> None:

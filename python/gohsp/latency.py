@@ -81,11 +81,12 @@ class LatencyTable(BaseModel):
 
             return run
 
-        runs = {
-            str(key): runner(freeze(compress(model, ModelMask.keep_first(model, heads=h, hidden=n)).eval()))
+        frozen = {
+            str(key): freeze(compress(model, ModelMask.keep_first(model, heads=h, hidden=n)).eval())
             for key, (h, n) in shapes.items()
         }
-        runs["outside"] = runner(_without_blocks(model))
+        frozen["outside"] = _without_blocks(frozen[str(("heads", 1))])
+        runs = {name: runner(module) for name, module in frozen.items()}
         times = {name: 1e3 * timing.median for name, timing in interleave(runs, rounds=rounds).items()}
         outside, least = times["outside"], times[str(("heads", 1))]
         # What one head and the fewest neurons take together is split by their multiply-accumulates.

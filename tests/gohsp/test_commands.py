@@ -196,6 +196,28 @@ def test_mistakes_are_answered_in_one_line(
     refused(call(*arguments), message)
 
 
+def test_a_target_in_time_is_measured_once(
+    call: Call, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = {"dim": 32, "num_heads": 4, "head_dim": 8, "hidden": 128, "batch": 1, "threads": 1, "outside": 0.5}
+    steps = {"attention": (1.0, 2.0, 3.0, 4.0), "neurons": (32, 64, 96, 128), "mlp": (1.0, 2.0, 3.0, 4.0)}
+    measured = []
+
+    def measure(model: Any) -> gohsp.LatencyTable:
+        measured.append(model)
+        return gohsp.LatencyTable.model_validate(size | steps)
+
+    monkeypatch.setattr(gohsp.LatencyTable, "measure", measure)
+    run = Run(tmp_path / "run")
+    for share in (0.6, 0.8):
+        result = call("prune", "--recipe", recipe, "--out", run.directory, "--target", f"ms={share}")
+        assert result.exit_code == 0, result.output
+        mask = gohsp.ModelMask.load(run.mask)
+        ms = 0.5 + sum(int(block.heads.sum()) + int(block.hidden.sum()) / 32 for block in mask.blocks)
+        assert 0.75 * share * 16.5 < ms <= share * 16.5
+    assert len(measured) == 1 and gohsp.LatencyTable.load(run.latency).mlp == steps["mlp"]
+
+
 def test_a_target_without_a_number_is_refused(call: Call) -> None:
     result = call("prune", "--target", "params")
     assert result.exit_code == 2 and "KIND=SHARE" in result.output
