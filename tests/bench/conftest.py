@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from timm.models import _registry, register_model
 from timm.models.vision_transformer import VisionTransformer
@@ -88,3 +89,17 @@ def make_row(**changes: Any) -> Row:
         "run": "2026-01-01T00:00:00Z",
     }
     return Row(**{**columns, **changes})
+
+
+@pytest.fixture(scope="session")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images: two classes, dark and light noise, as train/ and test/."""
+    root = tmp_path_factory.mktemp("images")
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 12), ("test", 4)):
+        for name, level in (("dark", 60), ("light", 190)):
+            (root / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = level + torch.randint(-50, 50, (32, 32, 3), generator=generator)
+                Image.fromarray(pixels.to(torch.uint8).numpy()).save(root / part / name / f"{index}.png")
+    return root

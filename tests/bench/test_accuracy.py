@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from PIL import Image
 
 import gohsp
 from bench import accuracy
@@ -95,20 +94,6 @@ def test_a_mask_of_the_same_size_from_what_a_row_says_is_kept() -> None:
     assert [list(block.layout().qk_widths) for block in mask.blocks] == [[40, 32], [64]]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes, dark and light noise, as train/ and test/."""
-    root = tmp_path_factory.mktemp("images")
-    generator = torch.Generator().manual_seed(0)
-    for part, count in (("train", 12), ("test", 4)):
-        for name, level in (("dark", 60), ("light", 190)):
-            (root / part / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = level + torch.randint(-50, 50, (32, 32, 3), generator=generator)
-                Image.fromarray(pixels.to(torch.uint8).numpy()).save(root / part / name / f"{index}.png")
-    return root
-
-
 @pytest.fixture
 def _small_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
     from timm.models.vision_transformer import VisionTransformer
@@ -123,14 +108,14 @@ def _small_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_small_backbone")
-def test_a_row_holds_what_pruning_gave_and_its_time(folder: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_row_holds_what_pruning_gave_and_its_time(noise: Path, tmp_path: Path, monkeypatch) -> None:
     trials = [
         Trial("small", "dense", "-", 0.0),
         Trial("small", "gohsp", "ridge", 0.4),
         Trial("small", "l2", "drop", 0.4, "gohsp"),
     ]
     monkeypatch.setitem(accuracy.STUDIES, "small", lambda: iter(trials))
-    path = accuracy.run("small", folder, tmp_path, train=16, test=8, calibration=2)
+    path = accuracy.run("small", noise, tmp_path, train=16, test=8, calibration=2)
     dense, own, other = accuracy.read(path)
     model = accuracy.weights.load_backbone(accuracy.IMAGE_SIZE)
     count = gohsp.count(model)

@@ -7,27 +7,17 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
 
 from bench import accuracy, trained
 from gohsp.recipe import Recipe, read_recipe
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+def recipe(noise: Path) -> Recipe:
     """Light and dark noise, a tiny model."""
-    root = tmp_path_factory.mktemp("images")
-    generator = torch.Generator().manual_seed(0)
-    for part, count in (("train", 12), ("test", 4)):
-        for name, level in (("dark", 60), ("light", 190)):
-            (root / part / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = level + torch.randint(-50, 50, (32, 32, 3), generator=generator)
-                Image.fromarray(pixels.to(torch.uint8).numpy()).save(root / part / name / f"{index}.png")
     changes = {
         "model": {"name": "vit_tiny_patch16_224", "image_size": 32, "pretrained": False, "fit_head": 16},
-        "data": {"source": str(root), "train_images": 20, "test_images": 8, "workers": 0},
+        "data": {"source": str(noise), "train_images": 20, "test_images": 8, "workers": 0},
         "prune": {"images": 8},
         "fit": {"epochs": 2, "batch_size": 10},
     }

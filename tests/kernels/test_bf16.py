@@ -172,34 +172,6 @@ def test_forms_of_weights_can_be_mixed_in_a_chain() -> None:
 
 
 @needs_native
-def test_nan_of_an_earlier_call_does_not_leak() -> None:
-    maker = Maker(7)
-    calls = [maker.attention_sublayer(0, 0, FEATURES, [8], [8], 17), maker.mlp_sublayer((0,), FEATURES, 31, 9, 20)]
-    frozen, x = bf16_chain(calls), maker.normal(3, 20, FEATURES)
-    before = frozen(x)
-    poisoned = x.clone()
-    poisoned[1] = float("nan")
-    result = frozen(poisoned)
-    assert result[1].isnan().any(dim=-1).all() and torch.equal(result[[0, 2]], before[[0, 2]])
-    assert torch.equal(frozen(x), before)
-
-
-@needs_native
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_result_does_not_depend_on_threads_or_batch(threads: int) -> None:
-    maker = Maker(8)
-    calls = [maker.attention_sublayer(0, 0, FEATURES, [8, 5], [8, 3]), maker.mlp_sublayer((0,), FEATURES, 64)]
-    frozen, x, before = bf16_chain(calls), maker.normal(4, 50, FEATURES), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        together = frozen(x)
-        for i in range(4):
-            assert relative_error(frozen(x[i : i + 1]), together[i : i + 1].double()) < FLIPPED
-    finally:
-        torch.set_num_threads(before)
-
-
-@needs_native
 def test_products_of_torch_between_two_calls_change_nothing() -> None:
     """oneDNN has a tile configuration of its own in the same threads."""
     maker = Maker(12)

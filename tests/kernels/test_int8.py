@@ -188,34 +188,6 @@ def test_chain_with_qk_norm_and_close_to_float64() -> None:
 
 
 @needs_native
-def test_nan_of_an_earlier_call_does_not_leak() -> None:
-    maker = Maker(7)
-    calls = [maker.attention_sublayer(0, 0, FEATURES, [8], [8], 17), maker.mlp_sublayer((0,), FEATURES, 31, 9, 20)]
-    frozen, x = int8_chain(calls), maker.normal(3, 20, FEATURES)
-    before = frozen(x)
-    poisoned = x.clone()
-    poisoned[1] = float("nan")
-    result = frozen(poisoned)
-    assert result[1].isnan().any(dim=-1).all() and torch.equal(result[[0, 2]], before[[0, 2]])
-    assert torch.equal(frozen(x), before)
-
-
-@needs_native
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_result_does_not_depend_on_threads_or_batch(threads: int) -> None:
-    maker = Maker(8)
-    calls = [maker.attention_sublayer(0, 0, FEATURES, [8, 5], [8, 3]), maker.mlp_sublayer((0,), FEATURES, 64)]
-    frozen, x, before = int8_chain(calls), maker.normal(4, 50, FEATURES), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        together = frozen(x)
-        for i in range(4):
-            assert relative_error(frozen(x[i : i + 1]), together[i : i + 1].double()) < FLIPPED
-    finally:
-        torch.set_num_threads(before)
-
-
-@needs_native
 def test_weights_take_a_quarter_and_no_cache_holds_them() -> None:
     maker = Maker(9)
     calls = [maker.attention_sublayer(0, 0, 256, [64] * 2, [64] * 2), maker.mlp_sublayer((0,), 256, 512)]

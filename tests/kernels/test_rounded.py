@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for chains whose weights are rounded, whatever they are rounded to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gohsp_kernels as gk
+from gohsp_kernels import _native, chain
+
+from .cases import Call, Maker, relative_error
+from .test_chain import FEATURES, bound
+
+needs_native = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
+each_form = pytest.mark.parametrize("form", ["int8", "bfloat16"])
+
+FLIPPED = 2e-3
+"""Tolerance of what follows a norm or a softmax: their last bit decides which way a value is rounded."""
+
+
+def frozen(calls: list[Call], form: str) -> gk.FrozenChain:
+    """As ``SublayerChain.frozen(weights=form)``, on any instruction set."""
+    return gk.FrozenChain(FEATURES, tuple(chain._describe(FEATURES, bound(call)).pack(form) for call in calls))
+
+
+@needs_native
+@each_form
+def test_nan_of_an_earlier_call_does_not_leak(form: str) -> None:
+    maker = Maker(7)
+    calls = [maker.attention_sublayer(0, 0, FEATURES, [8], [8], 17), maker.mlp_sublayer((0,), FEATURES, 31, 9, 20)]
+    model, x = frozen(calls, form), maker.normal(3, 20, FEATURES)
+    before = model(x)
+    poisoned = x.clone()
+    poisoned[1] = float("nan")
+    result = model(poisoned)
+    assert result[1].isnan().any(dim=-1).all() and torch.equal(result[[0, 2]], before[[0, 2]])
+    assert torch.equal(model(x), before)
+
+
+@needs_native
+@each_form
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_result_does_not_depend_on_threads_or_batch(form: str, threads: int) -> None:
+    maker = Maker(8)
+    calls = [maker.attention_sublayer(0, 0, FEATURES, [8, 5], [8, 3]), maker.mlp_sublayer((0,), FEATURES, 64)]
+    model, x, before = frozen(calls, form), maker.normal(4, 50, FEATURES), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = model(x)
+        for i in range(4):
+            assert relative_error(model(x[i : i + 1]), together[i : i + 1].double()) < FLIPPED
+    finally:
+        torch.set_num_threads(before)
