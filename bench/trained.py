@@ -2,7 +2,8 @@
 """What pruned models are worth after light training: one model a method and seed, all trained by the same loop.
 
 A run is a folder with the checkpoint of its training and, when it has ended, result.json; so a study that was killed
-goes on in the middle of a training run, and several processes can share one. The table holds all results there are.
+goes on in the middle of a training run, and processes with other methods or seeds can share the folder of all runs. The
+table holds all results there are.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from bench.accuracy import write
 from gohsp.artefacts import open_model, set_classifier
 from gohsp.data import Images, open_images
 from gohsp.files import write_json
-from gohsp.recipe import Fit, Recipe
+from gohsp.recipe import Fit, Recipe, make_recipe
 from gohsp.train import make_accelerator
 from gohsp.training.evaluation import evaluate
 from gohsp.training.loop import Loop, Stage
@@ -144,11 +145,15 @@ what remains keeps its weights, as other tools leave it."""
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Mapping[str, Any]]) -> Recipe:
-    """Return a recipe with other values, given by section and name, and checked."""
+    """Return a recipe with other values, given by section and name.
+
+    Raises:
+        ValueError: A value is not what it has to be.
+    """
     values = recipe.model_dump()
     for section, named in changes.items():
         values[section].update(named)
-    return Recipe.model_validate(values)
+    return make_recipe(values)
 
 
 def run(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], work: Path, out: Path) -> None:

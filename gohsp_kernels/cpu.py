@@ -120,8 +120,17 @@ class PackedLinear:
 
 
 def pack_linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
-    """Pack a linear layer that reads and writes every column: weight [n, k], bias [n]."""
-    return PackedLinear(_panels(weight, bias), None, None, weight.shape[0], weight.shape[0], ACTIVATION_IDS["identity"])
+    """Pack a linear layer that reads and writes every column.
+
+    Args:
+        weight, bias: float32 on the CPU, [n, k] and [n]; they are not held.
+
+    Raises:
+        ValueError: for other weights.
+    """
+    _check_weights((weight, bias))
+    panels = _panels(weight.detach(), None if bias is None else bias.detach())
+    return PackedLinear(panels, None, None, weight.shape[0], weight.shape[0], ACTIVATION_IDS["identity"])
 
 
 @dataclass(frozen=True)
@@ -144,9 +153,17 @@ class PackedEmbedding:
 
 
 def pack_embedding(weight: Tensor, bias: Tensor | None, base: Tensor) -> PackedEmbedding:
-    """Pack the convolution of a patch embedding: weight [features, channels, height, width], bias [features]."""
+    """Pack the convolution of a patch embedding.
+
+    Args:
+        weight, bias: float32 on the CPU, [features, channels, height, width] and [features]; they are not held.
+        base: see :class:`PackedEmbedding`.
+
+    Raises:
+        ValueError: for other weights.
+    """
     _, _, height, width = weight.shape
-    return PackedEmbedding(_panels(weight.flatten(1), bias), base.to(torch.float32).contiguous(), (height, width))
+    return PackedEmbedding(pack_linear(weight.flatten(1), bias).panels, base.detach().contiguous(), (height, width))
 
 
 @dataclass(frozen=True)

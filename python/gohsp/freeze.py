@@ -86,11 +86,11 @@ class FrozenEmbedding(nn.Module):
         embed = model.patch_embed
         self.img_size, self.patch_size, self.grid_size = embed.img_size, embed.patch_size, embed.grid_size
         self.num_patches, self.channels = embed.num_patches, embed.proj.in_channels
-        weight, bias = _constants(embed.proj)
+        weight = embed.proj.weight
         # What timm adds to patches of which nothing is left: the tokens in front of them, and all positions.
         with torch.no_grad():
             base = model._pos_embed(weight.new_zeros(1, embed.num_patches, weight.shape[0]))[0]
-        self.packed = gk.cpu.pack_embedding(weight, bias, base)
+        self.packed = gk.cpu.pack_embedding(weight, embed.proj.bias, base)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return tokens [B, N, D] for images [B, C, height, width]; no gradient flows through it."""
@@ -102,13 +102,6 @@ class FrozenEmbedding(nn.Module):
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Return how many patches lie below and beside each other; timm asks for it."""
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
-
-
-def _constants(layer: Any) -> tuple[Tensor, Tensor | None]:
-    weight, bias = layer.weight.detach(), layer.bias
-    if weight.dtype != torch.float32 or weight.device.type != "cpu":
-        raise ValueError(f"weights: wanted float32 on the cpu, got {weight.dtype} on {weight.device}")
-    return weight, None if bias is None else bias.detach()
 
 
 class FrozenLinear(nn.Module):
@@ -124,7 +117,7 @@ class FrozenLinear(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.packed = gk.cpu.pack_linear(*_constants(layer))
+        self.packed = gk.cpu.pack_linear(layer.weight, layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product [..., out_features] for x [..., in_features]; no gradient flows through it."""

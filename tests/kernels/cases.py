@@ -3,14 +3,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 import gohsp_kernels as gk
+from gohsp_kernels import cpu
 
 OPERATORS = {
     "packed_linear": gk.packed_linear,
@@ -47,6 +54,16 @@ def relative_error(result: Tensor, truth: Tensor) -> float:
     if not torch.isfinite(result).all():
         return float("inf")
     return float((result.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30))
+
+
+def run_again(files: Sequence[Path | str], capability: str) -> None:
+    """Run test files in a process that is told to use another instruction set; skipped in such a process itself."""
+    if os.environ.get("GOHSP_CPU_CAPABILITY") or capability == cpu.capability():
+        pytest.skip("this process runs it")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, files)]
+    environment = {**os.environ, "GOHSP_CPU_CAPABILITY": capability}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
 
 
 class Maker:

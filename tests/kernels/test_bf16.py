@@ -6,11 +6,6 @@ Every instruction set has the arithmetic, so that it is tested on every machine;
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -223,17 +218,6 @@ def test_a_cpu_without_tiles_refuses_by_name() -> None:
     reason = f"needs AMX for bfloat16 weights; runs on {cpu.capability()}"
     with pytest.raises(RuntimeError, match=f"backend 'cpu': {reason}"):
         gk.SublayerChain([member]).frozen(FEATURES, weights="bfloat16")
-
-
-@every_capability
-def test_other_instruction_sets(capability: str) -> None:
-    """This file again, in a process that was told to use another instruction set."""
-    if os.environ.get("GOHSP_CPU_CAPABILITY") or capability == cpu.capability():
-        pytest.skip("this process runs it")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    environment = {**os.environ, "GOHSP_CPU_CAPABILITY": capability}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
 
 
 def test_checks_refuse_shapes_that_do_not_fit() -> None:

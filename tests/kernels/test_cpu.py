@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 import gohsp_kernels as gk
 from gohsp_kernels import cpu
 
-from .cases import OPERATORS, Call, Maker, calls, relative_error, samples
+from .cases import OPERATORS, Call, Maker, calls, relative_error, run_again, samples
 
 TOLERANCE = 2e-6
 """Relative norm of the error in fp32. Sums of a few hundred products leave some 5e-7."""
@@ -174,12 +173,7 @@ def test_other_instruction_sets(capability: str) -> None:
     checks = pytest.importorskip("gohsp_kernels._checks", reason="the checks module is not built")
     if capability not in checks.capabilities():
         pytest.skip(f"this machine or build has no {capability}")
-    if os.environ.get("GOHSP_CPU_CAPABILITY"):
-        pytest.skip("already in a process for one instruction set")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    environment = {**os.environ, "GOHSP_CPU_CAPABILITY": capability}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+    run_again([__file__], capability)
 
 
 def test_unknown_instruction_set_is_refused() -> None:

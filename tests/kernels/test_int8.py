@@ -4,11 +4,7 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -229,17 +225,6 @@ def test_support_is_told() -> None:
         assert not support and support.reason == "has no int8 weights; the backend 'cpu' has"
     with pytest.raises(ValueError, match="weights: wanted one of 'float32', 'bfloat16', 'int8'; got 'fp8'"):
         gk.can_run("cpu", weights="fp8")
-
-
-@pytest.mark.parametrize("capability", checks.capabilities())
-def test_other_instruction_sets(capability: str) -> None:
-    """This file again, in a process that was told to use another instruction set."""
-    if os.environ.get("GOHSP_CPU_CAPABILITY") or capability == cpu.capability():
-        pytest.skip("this process runs it")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    environment = {**os.environ, "GOHSP_CPU_CAPABILITY": capability}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
 
 
 def test_checks_refuse_shapes_that_do_not_fit() -> None:

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import gohsp_kernels as gk
 from gohsp_kernels import _native, chain
 
-from .cases import Call, Maker, relative_error
+from .cases import Call, Maker, relative_error, run_again
 from .test_chain import FEATURES, bound
 
+checks = pytest.importorskip("gohsp_kernels._checks", reason="the checks module is not built")
 needs_native = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
 each_form = pytest.mark.parametrize("form", ["int8", "bfloat16"])
 
@@ -52,3 +55,10 @@ def test_result_does_not_depend_on_threads_or_batch(form: str, threads: int) -> 
             assert relative_error(model(x[i : i + 1]), together[i : i + 1].double()) < FLIPPED
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("capability", checks.capabilities())
+def test_other_instruction_sets(capability: str) -> None:
+    """This file and those of the forms again."""
+    here = Path(__file__)
+    run_again([here, here.with_name("test_int8.py"), here.with_name("test_bf16.py")], capability)
