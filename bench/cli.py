@@ -161,12 +161,20 @@ def trained_command(
     methods: Annotated[list[str], typer.Option(help="Who is compared.")] = list(trained.METHODS),  # noqa: B006
     seeds: Annotated[list[int], typer.Option(help="One run of each method for each.")] = [0, 1, 2],  # noqa: B006
     precision: Annotated[str, typer.Option(help="Of training: bf16, for CPUs that have AMX, or no: float32.")] = "no",
+    again: Annotated[
+        bool,
+        typer.Option("--again", help="Prune the dense models that this study ended with, and train all once more."),
+    ] = False,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate instead of the recipe's.")] = None,
     work: Annotated[Path, typer.Option(help="Folder of the runs, which go on where they were.")] = trained.WORK,
-    out: Annotated[Path, typer.Option(help="CSV file.")] = accuracy.DEFAULT_FOLDER / "trained.csv",
+    out: Annotated[Path, typer.Option(help="Folder of the CSV files.")] = accuracy.DEFAULT_FOLDER,
 ) -> None:
     """Top-1 after light training: dense, gohsp, magnitude, Taylor and Torch-Pruning, all trained alike."""
-    changes = {"data": {"source": str(data)}, "fit": {"precision": precision}}
-    trained.run(trained.changed(read_recipe(recipe), changes), methods, seeds, work, out)
+    changes: dict[str, dict[str, Any]] = {"data": {"source": str(data)}, "fit": {"precision": precision}}
+    if lr is not None:
+        changes["fit"]["lr"] = lr
+    table = out / ("trained-again.csv" if again else "trained.csv")
+    trained.run(trained.changed(read_recipe(recipe), changes), methods, seeds, work, table, again=again)
 
 
 @app.command("roofline", cls=SpreadCommand)

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What pruned models are worth after light training: one model a method and seed, all trained by the same loop.
 
+Two studies. In the first the model as it was downloaded is pruned and learns the task afterwards. In the second
+(``again``) it has learnt the task already: all methods start from the dense model that the first study ended with, and
+train for as many epochs again.
+
 A run is a folder with the checkpoint of its training and, when it has ended, result.json; so a study that was killed
 goes on in the middle of a training run, and processes with other methods or seeds can share the folder of all runs. The
 table holds all results there are.
@@ -26,14 +30,18 @@ from bench.accuracy import write
 from gohsp.artefacts import open_model, set_classifier
 from gohsp.data import Images, open_images
 from gohsp.files import write_json
-from gohsp.recipe import Fit, Recipe, make_recipe
+from gohsp.recipe import Distillation, Recipe, make_recipe
 from gohsp.train import make_accelerator
+from gohsp.training import checkpoint
 from gohsp.training.evaluation import evaluate
-from gohsp.training.loop import Loop, Stage
+from gohsp.training.loop import CHECKPOINT, Loop, Stage
+from gohsp.training.losses import Distilled
 
 BATCH = 32
 RECIPE = Path("recipes/vit_small_cifar10_40_cpu.yaml")
 WORK = Path("build/trained")
+AGAIN = 1000  # added to the seed of training, so that it draws other things than the first study did
+TEACHER = Distillation(kind="soft", weight=0.5, temperature=2.0)
 
 
 @dataclass(frozen=True)
@@ -125,23 +133,23 @@ def _labelled(images: Images, count: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 @dataclass(frozen=True)
 class Method:
-    """How a model is made smaller, and after how many epochs of training."""
+    """How a model is made smaller, and whether it then learns from the dense one as well."""
 
     prune: Callable[[Any, Images, Recipe], nn.Module]
-    after: int = 0
+    distilled: bool = False
 
 
 METHODS = {
     "dense": Method(lambda model, images, recipe: model),
     "gohsp": Method(_ours("gohsp", "ridge")),
-    "gohsp-after-1": Method(_ours("gohsp", "ridge"), after=1),
+    "gohsp-distilled": Method(_ours("gohsp", "ridge"), distilled=True),
     "l2": Method(_ours("l2", "drop")),
     "taylor": Method(_ours("taylor", "drop")),
     "torch-pruning": Method(_torch_pruning),
 }
-"""All see the same images in as many epochs. gohsp-after-1 is dense in the first of them, so that what is pruned knows
-the task. l2 and taylor are gohsp's criteria of these names and gohsp's way to share a budget out, without compensation:
-what remains keeps its weights, as other tools leave it."""
+"""All see the same images in as many epochs. gohsp-distilled has the dense model that it was pruned from as a teacher,
+so that the study of trained models is the one for it. l2 and taylor are gohsp's criteria of these names and gohsp's way
+to share a budget out, without compensation: what remains keeps its weights, as other tools leave it."""
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Mapping[str, Any]]) -> Recipe:
@@ -156,7 +164,9 @@ def changed(recipe: Recipe, changes: Mapping[str, Mapping[str, Any]]) -> Recipe:
     return make_recipe(values)
 
 
-def run(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], work: Path, out: Path) -> None:
+def run(
+    recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], work: Path, out: Path, *, again: bool = False
+) -> None:
     """Do the runs that have no result yet, seed by seed, and write the table.
 
     Args:
@@ -165,45 +175,57 @@ def run(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], work: Path
         seeds: One run each.
         work: Folder of the runs.
         out: CSV file of the table.
+        again: Start from the dense models that the first study ended with; those are in ``work``, the runs in a folder
+            within it.
 
     Raises:
+        FileNotFoundError: The first study has no dense model of a seed.
         ValueError: There is no method of that name.
     """
     if unknown := [name for name in methods if name not in METHODS]:
         raise ValueError(f"methods: wanted some of {', '.join(METHODS)}; got {', '.join(unknown)}")
     console = Console()
+    runs = work / "again" if again else work
     for seed in seeds:
+        seeded = recipe.model_copy(update={"seed": seed})
+        start = _dense_end(work, seed) if again else None
         for method in methods:
-            folder = work / f"{method}-{seed}"
+            folder = runs / f"{method}-{seed}"
             if not (folder / "result.json").is_file():
                 folder.mkdir(parents=True, exist_ok=True)
-                result = _run_one(recipe.model_copy(update={"seed": seed}), method, folder)
+                result = _run_one(seeded, method, folder, work / f"head-{seed}.safetensors", start)
                 write_json(folder / "result.json", asdict(result))
                 console.print(f"{method}, seed {seed}: {result.before:.2%} -> {result.curve}", highlight=False)
-            results = [json.loads(path.read_text()) for path in sorted(work.glob("*/result.json"))]
+            results = [json.loads(path.read_text()) for path in sorted(runs.glob("*/result.json"))]
             write(out, COLUMNS, sorted(results, key=lambda r: (list(METHODS).index(r["method"]), r["seed"])))
 
 
-def _run_one(recipe: Recipe, method: str, folder: Path) -> Result:
+def _dense_end(work: Path, seed: int) -> Path:
+    """Return the checkpoint of the dense model of the first study."""
+    folder = work / f"dense-{seed}"
+    if not (folder / "result.json").is_file():
+        raise FileNotFoundError(f"{folder}: the study of trained models starts from the dense one; run that one first")
+    return folder / CHECKPOINT
+
+
+def _run_one(recipe: Recipe, method: str, folder: Path, head: Path, start: Path | None) -> Result:
     model = open_model(recipe.model, recipe.seed)
     images = open_images(recipe.data, model, recipe.augment, recipe.seed)
-    set_classifier(model, recipe.model, images, folder.parent / f"head-{recipe.seed}.safetensors", lambda: None)
-    whole, own = recipe.fit, METHODS[method]
-    history: list[dict[str, Any]] = []
-    if own.after:
-        first = whole.model_copy(update={"epochs": own.after, "scheduler": "constant"})
-        history += _train(model, images, recipe, first, folder / "before")
-        whole = whole.model_copy(update={"epochs": whole.epochs - own.after, "warmup_epochs": 0.1})
+    set_classifier(model, recipe.model, images, head, lambda: None)
+    if start is not None:
+        model.load_state_dict(checkpoint.read(start).part("model"))
     started = time.perf_counter()
-    model = own.prune(model, images, recipe)
+    own = METHODS[method]
+    student = own.prune(model, images, recipe)
     pruned = time.perf_counter() - started
-    before = evaluate(model, images.test)["top1"]
-    history += _train(model, images, recipe, whole, folder)
+    before = evaluate(student, images.test)["top1"]
+    teacher = model if own.distilled else None
+    history = _train(student, teacher, images, recipe, recipe.seed + (AGAIN if start else 0), folder)
     top1 = [row["top1"] for row in history]
     return Result(
         method=method,
         seed=recipe.seed,
-        params_m=round(_params(model) / 1e6, 3),
+        params_m=round(_params(student) / 1e6, 3),
         before=before,
         top1=top1[-1],
         curve=" ".join(f"{share:.4f}" for share in top1),
@@ -217,19 +239,22 @@ def _run_one(recipe: Recipe, method: str, folder: Path) -> Result:
     )
 
 
-def _train(model: nn.Module, images: Images, recipe: Recipe, fit: Fit, folder: Path) -> list[dict[str, Any]]:
+def _train(
+    model: nn.Module, teacher: nn.Module | None, images: Images, recipe: Recipe, seed: int, folder: Path
+) -> list[dict[str, Any]]:
     """Train in place. The loop of :func:`gohsp.train`, which itself takes no model of another tool."""
     loop = Loop(
         accelerator=make_accelerator(),
         data=images.train,
         test=images.test,
-        fit=fit,
-        seed=recipe.seed,
+        fit=recipe.fit,
+        seed=seed,
         settings=recipe.model_dump(mode="json"),
+        distilled=None if teacher is None else lambda loss: Distilled(loss, teacher, TEACHER),
         directory=folder,
         workers=recipe.data.workers,
     )
-    loop.run(Stage("finetune", fit.epochs, fit.lr), model, loop.find_checkpoint())
+    loop.run(Stage("finetune", recipe.fit.epochs, recipe.fit.lr), model, loop.find_checkpoint())
     return loop.history
 
 

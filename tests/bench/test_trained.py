@@ -10,6 +10,7 @@ import pytest
 
 from bench import accuracy, trained
 from gohsp.recipe import Recipe, read_recipe
+from gohsp.training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,24 @@ def test_a_stopped_study_goes_on(recipe: Recipe, tmp_path: Path, monkeypatch: py
     assert [row["curve"] for row in accuracy.read(table)] == [row["curve"] for row in whole]
     monkeypatch.setattr(trained, "_run_one", lambda *_: pytest.fail("it has its result"))
     trained.run(recipe, ["dense"], [0], work, table)
+
+
+def test_trained_models_are_pruned_and_trained_again(recipe: Recipe, tmp_path: Path) -> None:
+    work, table = tmp_path / "work", tmp_path / "again.csv"
+    with pytest.raises(FileNotFoundError, match=r"dense-0: .* run that one first"):
+        trained.run(recipe, ["dense"], [0], work, table, again=True)
+    trained.run(recipe, ["dense"], [0], work, tmp_path / "first.csv")
+    trained.run(recipe, ["dense", "gohsp", "gohsp-distilled"], [0], work, table, again=True)
+    (first,) = accuracy.read(tmp_path / "first.csv")
+    dense, plain, distilled = accuracy.read(table)
+    assert dense["before"] == first["top1"]  # it goes on where that one ended
+    # The same model was pruned, and the teacher made a difference.
+    assert plain["before"] == distilled["before"]
+    assert _weights(work / "again" / "gohsp-0") != _weights(work / "again" / "gohsp-distilled-0")
+
+
+def _weights(folder: Path) -> list[float]:
+    return checkpoint.read(folder / "checkpoint.safetensors").part("model")["head.weight"].flatten().tolist()
 
 
 def test_unknown_methods_are_refused(recipe: Recipe, tmp_path: Path) -> None:
