@@ -147,9 +147,9 @@ METHODS = {
     "taylor": Method(_ours("taylor", "drop")),
     "torch-pruning": Method(_torch_pruning),
 }
-"""All see the same images in as many epochs. gohsp-distilled has the dense model that it was pruned from as a teacher,
-so that the study of trained models is the one for it. l2 and taylor are gohsp's criteria of these names and gohsp's way
-to share a budget out, without compensation: what remains keeps its weights, as other tools leave it."""
+"""All see the same images in as many epochs. gohsp-distilled learns from the answers of the study's dense model, trained
+to its end, as well as from labels. l2 and taylor are gohsp's criteria of these names and gohsp's way to share a budget
+out, without compensation: what remains keeps its weights, as other tools leave it."""
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Mapping[str, Any]]) -> Recipe:
@@ -179,7 +179,7 @@ def run(
             within it.
 
     Raises:
-        FileNotFoundError: The first study has no dense model of a seed.
+        FileNotFoundError: A dense model of a seed is wanted, to start from or to learn from, and has not been trained.
         ValueError: There is no method of that name.
     """
     if unknown := [name for name in methods if name not in METHODS]:
@@ -188,7 +188,7 @@ def run(
     runs = work / "again" if again else work
     for seed in seeds:
         seeded = recipe.model_copy(update={"seed": seed})
-        start = _dense_end(work, seed) if again else None
+        start = _trained_dense(work, seed) if again else None
         for method in methods:
             folder = runs / f"{method}-{seed}"
             if not (folder / "result.json").is_file():
@@ -200,26 +200,29 @@ def run(
             write(out, COLUMNS, sorted(results, key=lambda r: (list(METHODS).index(r["method"]), r["seed"])))
 
 
-def _dense_end(work: Path, seed: int) -> Path:
-    """Return the checkpoint of the dense model of the first study."""
-    folder = work / f"dense-{seed}"
+def _trained_dense(runs: Path, seed: int) -> dict[str, Tensor]:
+    """Return the weights that the dense model of a study ended with."""
+    folder = runs / f"dense-{seed}"
     if not (folder / "result.json").is_file():
-        raise FileNotFoundError(f"{folder}: the study of trained models starts from the dense one; run that one first")
-    return folder / CHECKPOINT
+        raise FileNotFoundError(f"{folder}: wanted the dense model, trained to its end; run that method first")
+    return checkpoint.read(folder / CHECKPOINT).part("model")
 
 
-def _run_one(recipe: Recipe, method: str, folder: Path, head: Path, start: Path | None) -> Result:
+def _run_one(recipe: Recipe, method: str, folder: Path, head: Path, start: Mapping[str, Tensor] | None) -> Result:
     model = open_model(recipe.model, recipe.seed)
     images = open_images(recipe.data, model, recipe.augment, recipe.seed)
     set_classifier(model, recipe.model, images, head, lambda: None)
     if start is not None:
-        model.load_state_dict(checkpoint.read(start).part("model"))
+        model.load_state_dict(start)
     started = time.perf_counter()
     own = METHODS[method]
     student = own.prune(model, images, recipe)
     pruned = time.perf_counter() - started
     before = evaluate(student, images.test)["top1"]
-    teacher = model if own.distilled else None
+    teacher = None
+    if own.distilled:
+        teacher = copy.deepcopy(model)
+        teacher.load_state_dict(_trained_dense(folder.parent, recipe.seed))
     history = _train(student, teacher, images, recipe, recipe.seed + (AGAIN if start else 0), folder)
     top1 = [row["top1"] for row in history]
     return Result(

@@ -27,7 +27,7 @@ def recipe(noise: Path) -> Recipe:
 
 def test_every_method_trains_and_is_as_small_as_asked(recipe: Recipe, tmp_path: Path) -> None:
     methods = [m for m in trained.METHODS if m != "torch-pruning" or importlib.util.find_spec("torch_pruning")]
-    trained.run(recipe, methods, [0], tmp_path / "work", tmp_path / "table.csv")
+    trained.run(recipe, methods, [0], tmp_path / "work", tmp_path / "table.csv")  # the dense one, a teacher, leads
     rows = accuracy.read(tmp_path / "table.csv")
     assert [row["method"] for row in rows] == methods
     dense = float(rows[0]["params_m"])
@@ -48,9 +48,14 @@ def test_a_stopped_study_goes_on(recipe: Recipe, tmp_path: Path, monkeypatch: py
     trained.run(recipe, ["dense"], [0], work, table)
 
 
+def test_a_teacher_has_to_be_there(recipe: Recipe, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"dense-0: wanted the dense model, trained to its end"):
+        trained.run(recipe, ["gohsp-distilled"], [0], tmp_path, tmp_path / "table.csv")
+
+
 def test_trained_models_are_pruned_and_trained_again(recipe: Recipe, tmp_path: Path) -> None:
     work, table = tmp_path / "work", tmp_path / "again.csv"
-    with pytest.raises(FileNotFoundError, match=r"dense-0: .* run that one first"):
+    with pytest.raises(FileNotFoundError, match=r"dense-0: wanted the dense model, trained to its end"):
         trained.run(recipe, ["dense"], [0], work, table, again=True)
     trained.run(recipe, ["dense"], [0], work, tmp_path / "first.csv")
     trained.run(recipe, ["dense", "gohsp", "gohsp-distilled"], [0], work, table, again=True)
