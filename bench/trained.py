@@ -147,9 +147,9 @@ METHODS = {
     "taylor": Method(_ours("taylor", "drop")),
     "torch-pruning": Method(_torch_pruning),
 }
-"""All see the same images in as many epochs. gohsp-distilled learns from the answers of the study's dense model, trained
-to its end, as well as from labels. l2 and taylor are gohsp's criteria of these names and gohsp's way to share a budget
-out, without compensation: what remains keeps its weights, as other tools leave it."""
+"""All see the same images in as many epochs. gohsp-distilled learns from the answers of the study's dense model,
+trained to its end, as well as from labels. l2 and taylor are gohsp's criteria of these names and gohsp's way to share a
+budget out, without compensation: what remains keeps its weights, as other tools leave it."""
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Mapping[str, Any]]) -> Recipe:
