@@ -188,12 +188,11 @@ def run(
     runs = work / "again" if again else work
     for seed in seeds:
         seeded = recipe.model_copy(update={"seed": seed})
-        start = _trained_dense(work, seed) if again else None
         for method in methods:
             folder = runs / f"{method}-{seed}"
             if not (folder / "result.json").is_file():
                 folder.mkdir(parents=True, exist_ok=True)
-                result = _run_one(seeded, method, folder, work / f"head-{seed}.safetensors", start)
+                result = _run_one(seeded, method, work, folder, again)
                 write_json(folder / "result.json", asdict(result))
                 console.print(f"{method}, seed {seed}: {result.before:.2%} -> {result.curve}", highlight=False)
             results = [json.loads(path.read_text()) for path in sorted(runs.glob("*/result.json"))]
@@ -208,12 +207,12 @@ def _trained_dense(runs: Path, seed: int) -> dict[str, Tensor]:
     return checkpoint.read(folder / CHECKPOINT).part("model")
 
 
-def _run_one(recipe: Recipe, method: str, folder: Path, head: Path, start: Mapping[str, Tensor] | None) -> Result:
+def _run_one(recipe: Recipe, method: str, work: Path, folder: Path, again: bool) -> Result:
     model = open_model(recipe.model, recipe.seed)
     images = open_images(recipe.data, model, recipe.augment, recipe.seed)
-    set_classifier(model, recipe.model, images, head, lambda: None)
-    if start is not None:
-        model.load_state_dict(start)
+    set_classifier(model, recipe.model, images, work / f"head-{recipe.seed}.safetensors", lambda: None)
+    if again:
+        model.load_state_dict(_trained_dense(work, recipe.seed))
     started = time.perf_counter()
     own = METHODS[method]
     student = own.prune(model, images, recipe)
@@ -223,7 +222,7 @@ def _run_one(recipe: Recipe, method: str, folder: Path, head: Path, start: Mappi
     if own.distilled:
         teacher = copy.deepcopy(model)
         teacher.load_state_dict(_trained_dense(folder.parent, recipe.seed))
-    history = _train(student, teacher, images, recipe, recipe.seed + (AGAIN if start else 0), folder)
+    history = _train(student, teacher, images, recipe, recipe.seed + (AGAIN if again else 0), folder)
     top1 = [row["top1"] for row in history]
     return Result(
         method=method,
