@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ BATCH = 32
 RECIPE = Path("recipes/vit_small_cifar10_40_cpu.yaml")
 WORK = Path("build/trained")
 AGAIN = 1000  # added to the seed of training, so that it draws other things than the first study did
-TEACHER = Distillation(kind="soft", weight=0.5, temperature=2.0)
+ANSWERS = Distillation(kind="soft", weight=0.5, temperature=2.0)
+FEATURES = Distillation(kind="soft", weight=0.7, temperature=2.0, features=4.0)
 
 
 @dataclass(frozen=True)
@@ -133,23 +135,25 @@ def _labelled(images: Images, count: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 @dataclass(frozen=True)
 class Method:
-    """How a model is made smaller, and whether it then learns from the dense one as well."""
+    """How a model is made smaller, and how it then learns from the dense one as well, if it does."""
 
     prune: Callable[[Any, Images, Recipe], nn.Module]
-    distilled: bool = False
+    distill: Distillation | None = None
 
 
 METHODS = {
     "dense": Method(lambda model, images, recipe: model),
     "gohsp": Method(_ours("gohsp", "ridge")),
-    "gohsp-distilled": Method(_ours("gohsp", "ridge"), distilled=True),
+    "gohsp-distilled": Method(_ours("gohsp", "ridge"), ANSWERS),
+    "gohsp-features": Method(_ours("gohsp", "ridge"), FEATURES),
     "l2": Method(_ours("l2", "drop")),
     "taylor": Method(_ours("taylor", "drop")),
     "torch-pruning": Method(_torch_pruning),
 }
 """All see the same images in as many epochs. gohsp-distilled learns from the answers of the study's dense model,
-trained to its end, as well as from labels. l2 and taylor are gohsp's criteria of these names and gohsp's way to share a
-budget out, without compensation: what remains keeps its weights, as other tools leave it."""
+trained to its end, as well as from labels; gohsp-features from its residual stream, too. l2 and taylor are gohsp's
+criteria of these names and gohsp's way to share a budget out, without compensation: what remains keeps its weights, as
+other tools leave it."""
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Mapping[str, Any]]) -> Recipe:
@@ -218,11 +222,12 @@ def _run_one(recipe: Recipe, method: str, work: Path, folder: Path, again: bool)
     student = own.prune(model, images, recipe)
     pruned = time.perf_counter() - started
     before = evaluate(student, images.test)["top1"]
-    teacher = None
-    if own.distilled:
+    distilled = None
+    if own.distill is not None:
         teacher = copy.deepcopy(model)
         teacher.load_state_dict(_trained_dense(folder.parent, recipe.seed))
-    history = _train(student, teacher, images, recipe, recipe.seed + (AGAIN if again else 0), folder)
+        distilled = partial(Distilled, teacher=teacher, settings=own.distill)
+    history = _train(student, distilled, images, recipe, recipe.seed + (AGAIN if again else 0), folder)
     top1 = [row["top1"] for row in history]
     return Result(
         method=method,
@@ -242,7 +247,12 @@ def _run_one(recipe: Recipe, method: str, work: Path, folder: Path, again: bool)
 
 
 def _train(
-    model: nn.Module, teacher: nn.Module | None, images: Images, recipe: Recipe, seed: int, folder: Path
+    model: nn.Module,
+    distilled: Callable[[nn.Module], Distilled] | None,
+    images: Images,
+    recipe: Recipe,
+    seed: int,
+    folder: Path,
 ) -> list[dict[str, Any]]:
     """Train in place. The loop of :func:`gohsp.train`, which itself takes no model of another tool."""
     loop = Loop(
@@ -252,7 +262,7 @@ def _train(
         fit=recipe.fit,
         seed=seed,
         settings=recipe.model_dump(mode="json"),
-        distilled=None if teacher is None else lambda loss: Distilled(loss, teacher, TEACHER),
+        distilled=distilled,
         directory=folder,
         workers=recipe.data.workers,
     )

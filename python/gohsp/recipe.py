@@ -141,17 +141,21 @@ class Admm(Section):
 
 
 class Distillation(Section):
-    """Learning from the dense model's answers.
+    """Learning from the dense model's answers, and from its residual stream.
 
     Attributes:
         kind: "soft" compares distributions (Hinton et al., 2015), "hard" takes the teacher's class as a label (DeiT).
-        weight: Share of the loss that comes from the teacher.
+        weight: Share of the loss that comes from the teacher's answers, beside that from the labels.
         temperature: Softens both distributions; for "soft".
+        features: What the distance between the residual streams counts, on top of both (FitNets, Romero et al., 2015):
+            squared error over variance, mean over all blocks and the last norm. Pruned blocks write into a stream of
+            the dense width, so nothing has to be projected. 0 leaves it out.
     """
 
     kind: Literal["soft", "hard"] = "soft"
     weight: Share = 0.5
     temperature: Positive = 1.0
+    features: NonNegative = 0.0
 
 
 class Fit(Section):

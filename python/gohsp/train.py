@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from gohsp import vit
@@ -103,6 +104,8 @@ def train(
     accelerator, fit = make_accelerator(), fit or Fit()
     model, mask = _start(start)
     _check(model, admm, plan, distill, teacher)
+    if distill is not None:
+        teacher = copy.deepcopy(model if teacher is None else teacher)
     scores = _scores(plan, importance)
     wanted = plan.mask if isinstance(plan, PruneResult) else plan or mask
     loop = Loop(
@@ -111,8 +114,8 @@ def train(
         test=test,
         fit=fit,
         seed=seed,
-        settings=_settings(model, wanted, scores, (fit, admm, distill), seed, len(data)),
-        distilled=_distilled(model if teacher is None else teacher, distill, accelerator.device),
+        settings=_settings(model, teacher, wanted, scores, (fit, admm, distill), seed, len(data)),
+        distilled=_distilled(teacher, distill, accelerator.device),
         directory=None if directory is None else Path(directory),
         checkpoint_steps=checkpoint_steps,
         workers=workers,
@@ -175,17 +178,29 @@ def _check(
         )
     if teacher is not None and distill is None:
         raise ValueError("teacher: wanted none without settings for distill")
+    if teacher is not None and distill is not None and distill.features and _stream(teacher) != _stream(model):
+        raise ValueError(
+            f"teacher: wanted a residual stream of {_stream(model)} like the student's, for distill.features; "
+            f"it has {_stream(teacher)}"
+        )
+
+
+def _stream(model: nn.Module) -> str:
+    if not isinstance(model, VisionTransformer):
+        return "no vision transformer"
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    return f"{len(model.blocks)} blocks x {tokens} tokens x {model.embed_dim} features"
 
 
 def _distilled(
-    teacher: nn.Module, settings: Distillation | None, device: torch.device
+    teacher: nn.Module | None, settings: Distillation | None, device: torch.device
 ) -> Callable[[nn.Module], Distilled] | None:
-    if settings is None:
+    if teacher is None or settings is None:
         return None
     from gohsp.training.losses import Distilled
 
-    frozen = copy.deepcopy(teacher).to(device)
-    return lambda loss: Distilled(loss, frozen, settings)
+    on_device = teacher.to(device)
+    return lambda loss: Distilled(loss, on_device, settings)
 
 
 def _scores(plan: PruneResult | ModelMask | None, importance: Sequence[Tensor] | None) -> Sequence[Tensor]:
@@ -210,6 +225,7 @@ def _pruner(
 
 def _settings(
     model: nn.Module,
+    teacher: nn.Module | None,
     mask: ModelMask,
     importance: Sequence[Tensor],
     sections: tuple[Fit, Admm | None, Distillation | None],
@@ -220,7 +236,8 @@ def _settings(
     fit, admm, distill = (None if part is None else part.model_dump(mode="json") for part in sections)
     named = {"fit": fit, "admm": admm, "distill": distill, "seed": seed, "number of images": images}
     scores = [block.tolist() for block in importance]
-    return {**named, "mask": mask.to_dict(), "importance": scores, "start": _digest(model)}
+    weights = {"start": _digest(model), "teacher": None if teacher is None else _digest(teacher)}
+    return {**named, **weights, "mask": mask.to_dict(), "importance": scores}
 
 
 def _digest(model: nn.Module) -> str:

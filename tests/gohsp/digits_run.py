@@ -71,6 +71,7 @@ def make_plan(model: VisionTransformer) -> gohsp.ModelMask:
 
 FIT = gohsp.Fit(epochs=2, batch_size=16, lr=3e-3, warmup_epochs=0, smoothing=0.0, mixup=0.0, cutmix=0.0)
 ADMM = gohsp.Admm(epochs=3, rho=300, rho_max=3000, projections=3)
+DISTILL = gohsp.Distillation(weight=0.3, temperature=2.0, features=0.5)
 EVEN = [torch.full((4,), 0.25, dtype=torch.float64)] * 2
 
 
@@ -99,8 +100,7 @@ def run(
 def noisy_run(directory: Path) -> None:
     """A run with every source of randomness and a checkpoint after each step; leaves its final weights."""
     fit = FIT.model_copy(update={"mixup": 0.5, "cutmix": 0.5, "smoothing": 0.1, "clip": 1.0})
-    distill = gohsp.Distillation(weight=0.3, temperature=2.0)
-    result = run(directory, fit, noisy=True, distill=distill, checkpoint_steps=1)
+    result = run(directory, fit, noisy=True, distill=DISTILL, checkpoint_steps=1)
     save_file(result.model.state_dict(), directory / FINAL)
 
 
@@ -160,7 +160,7 @@ def final_weights(directory: Path) -> dict[str, Tensor]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    outcome = run(folder, dtype=torch.float64)
+    outcome = run(folder, dtype=torch.float64, distill=DISTILL)
     state = PartialState()
     print(f"process {state.process_index} of {state.num_processes} over {state.backend}")
     if state.is_main_process:

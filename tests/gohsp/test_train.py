@@ -18,6 +18,7 @@ from torch import Tensor
 import gohsp
 from gohsp.training import checkpoint
 from gohsp.training.loop import CHECKPOINT, METRICS, Loop
+from gohsp.training.losses import stream_distance, watch
 
 from . import digits_run as runs
 
@@ -104,6 +105,34 @@ def test_a_teacher_pulls_the_student_to_its_answers(kind: Any) -> None:
     assert all(parameter.requires_grad for parameter in teacher.parameters())
 
 
+def test_features_pull_the_student_to_the_teachers_stream_and_leave_no_hook() -> None:
+    teacher, data = runs.make_vit().eval(), runs.Digits()
+
+    def far(model: torch.nn.Module) -> float:
+        with torch.inference_mode(), watch(model) as own, watch(teacher) as wanted:
+            model(data.images), teacher(data.images)
+        return float(stream_distance(own, wanted))
+
+    start = compact().eval()
+    fit = runs.FIT.model_copy(update={"epochs": 6})
+    distances = [
+        far(gohsp.train(start, data, fit=fit, distill=distill, teacher=teacher).model)
+        for distill in (gohsp.Distillation(weight=0.0), gohsp.Distillation(weight=0.0, features=10.0))
+    ]
+    assert distances[1] < 0.8 * far(start) and distances[1] < 0.5 * distances[0]
+    assert not any(module._forward_hooks for module in teacher.modules())
+
+
+def test_the_checkpoint_of_another_teacher_is_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"fit": runs.FIT, "distill": gohsp.Distillation(), "directory": tmp_path}
+    gohsp.train(compact(), runs.Digits(), teacher=runs.make_vit(), **options)
+    other = runs.make_vit()
+    with torch.no_grad():
+        other.head.bias += 1
+    with pytest.raises(ValueError, match="another teacher"):
+        gohsp.train(compact(), runs.Digits(), teacher=other, **options)
+
+
 def test_bf16_autocast_trains_the_compact_model() -> None:
     fit = runs.FIT.model_copy(update={"precision": "bf16"})
     result = gohsp.train(compact(), runs.Digits(), fit=fit)
@@ -165,6 +194,12 @@ def test_the_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
         (runs.make_vit, {"admm": runs.ADMM}, "wanted both"),
         (compact, {"distill": gohsp.Distillation()}, "teacher: wanted one"),
         (compact, {"teacher": runs.make_vit()}, "teacher: wanted none"),
+        (
+            compact,
+            {"distill": gohsp.Distillation(features=1.0), "teacher": runs.make_vit(depth=3)},
+            "stream of 2 blocks x 5 tokens x 32 features like the student's.* it has 3 blocks",
+        ),
+        (compact, {"distill": gohsp.Distillation(features=1.0), "teacher": torch.nn.Flatten()}, "no vision trans"),
         (compact, {"fit": runs.FIT.model_copy(update={"batch_size": 64})}, "at most the 48 images"),
         (
             runs.make_vit,
@@ -208,7 +243,7 @@ def test_two_processes_over_gloo_end_where_one_does(tmp_path: Path) -> None:
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     told = script(*launch, HERE / "digits_run.py", tmp_path)
     assert all(f"process {process} of 2 over gloo" in told for process in range(2))
-    alone = runs.run(None, dtype=torch.float64)
+    alone = runs.run(None, dtype=torch.float64, distill=runs.DISTILL)
     together = runs.final_weights(tmp_path)
     assert together.keys() == alone.model.state_dict().keys()
     for name, tensor in alone.model.state_dict().items():

@@ -26,7 +26,7 @@ from gohsp.training.admm import SoftMaskAdmm
 from gohsp.training.batches import BatchKeys, training_batches
 from gohsp.training.checkpoint import Checkpoint
 from gohsp.training.evaluation import evaluate
-from gohsp.training.losses import Distilled, make_loss, make_mixup
+from gohsp.training.losses import Distilled, make_loss, make_mixup, watch
 from gohsp.training.seeds import STEP, seeded
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class Loop:
         """Return the function that makes one step and gives its loss on this process's images."""
         device, process = self.accelerator.device, self.accelerator.process_index
         mixup, on_labels = make_mixup(self.fit, model.num_classes), make_loss(self.fit)
-        loss_of = on_labels if self.distilled is None else self.distilled(on_labels)
+        distilled = None if self.distilled is None else self.distilled(on_labels)
         half = self.fit.precision == "bf16"
 
         def update(step: int, images: Tensor, labels: Tensor) -> Tensor:
@@ -208,9 +208,10 @@ class Loop:
             with seeded(*key, device=device), torch.autocast(device.type, torch.bfloat16, enabled=half):
                 if mixup is not None:
                     images, labels = mixup(images, labels)
-                logits = wrapped(images)
-                inputs = (images,) if self.distilled is not None else ()
-                loss = loss_of(logits.float() if half else logits, labels, *inputs)
+                with watch(model, on=distilled is not None and distilled.watches) as stream:
+                    logits = wrapped(images)
+                logits = logits.float() if half else logits
+                loss = on_labels(logits, labels) if distilled is None else distilled(logits, labels, images, stream)
             optimizer.zero_grad()
             self.accelerator.backward(loss)
             if self.fit.clip is not None:

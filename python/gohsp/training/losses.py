@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is minimised: timm's losses on the labels, and the distance to a teacher's answers."""
+"""What is minimised: timm's losses on the labels, and the distance to a teacher's answers and residual stream."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -34,11 +37,12 @@ def make_loss(fit: Fit) -> nn.Module:
 
 
 class Distilled(nn.Module):
-    """The loss on the labels and that on a teacher's answers, in the shares that the settings give.
+    """The loss on the labels and that on a teacher, in the shares that the settings give.
 
     Args:
         loss: On the labels.
-        teacher: Gives logits [B, classes] for the images that the student sees.
+        teacher: Gives logits [B, classes] for the images that the student sees. For features it is a vision transformer
+            of the student's depth and width.
         settings: See :class:`gohsp.recipe.Distillation`.
     """
 
@@ -47,12 +51,47 @@ class Distilled(nn.Module):
         self.loss, self.settings = loss, settings
         self.teacher = teacher.eval().requires_grad_(False)
 
-    def forward(self, logits: Tensor, labels: Tensor, images: Tensor) -> Tensor:
-        """Return the mean loss of a batch."""
-        with torch.no_grad():
+    def forward(self, logits: Tensor, labels: Tensor, images: Tensor, stream: Sequence[Tensor]) -> Tensor:
+        """Return the mean loss of a batch; ``stream`` is what :func:`watch` saw of the student."""
+        with torch.no_grad(), watch(self.teacher, self.watches) as wanted:
             answers = self.teacher(images).to(logits.dtype)
         weight = self.settings.weight
-        return (1 - weight) * self.loss(logits, labels) + weight * distance(logits, answers, self.settings)
+        loss = (1 - weight) * self.loss(logits, labels) + weight * distance(logits, answers, self.settings)
+        if self.watches:
+            loss = loss + self.settings.features * stream_distance(stream, wanted)
+        return loss
+
+    @property
+    def watches(self) -> bool:
+        """Whether the residual stream counts."""
+        return self.settings.features > 0
+
+
+@contextmanager
+def watch(model: nn.Module, on: bool = True) -> Iterator[list[Tensor]]:
+    """Collect the residual stream [B, N, D] of the forward passes within: after each block, and after the last norm."""
+    stream: list[Tensor] = []
+    places = [*model.blocks, model.norm] if on else []  # type: ignore[misc]
+    hooks = [place.register_forward_hook(lambda module, inputs, output: stream.append(output)) for place in places]
+    try:
+        yield stream
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def stream_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Return how far residual streams [B, N, D] are apart: squared error over variance, mean over images and places.
+
+    Each image has its own variance, so that the share of a batch that a process has does not matter.
+    """
+    return torch.stack([_relative(own, other) for own, other in zip(student, teacher, strict=True)]).mean()
+
+
+def _relative(student: Tensor, teacher: Tensor) -> Tensor:
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    return ((student - teacher).square().mean(dim=(1, 2)) / teacher.var(dim=(1, 2), correction=0)).mean()
 
 
 def distance(logits: Tensor, answers: Tensor, settings: Distillation) -> Tensor:
