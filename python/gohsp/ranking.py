@@ -11,7 +11,7 @@ means important. All of them are parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -262,6 +262,24 @@ def check_reading(similarity: str, teleport: float, high_is: str) -> None:
         raise ValueError(f"teleport: wanted a probability from 0 to 1, got {teleport!r}")
     if high_is not in (*READINGS, "auto"):
         raise ValueError(f"high_is: wanted one of {', '.join(READINGS)}, auto, got {high_is!r}")
+
+
+def check_scores(importance: Sequence[Tensor], depth: int, heads: int) -> Sequence[Tensor]:
+    """Return scores of heads that a user gave, float64 [H] a block with the sum 1; those of a ranking as they are.
+
+    Raises:
+        ValueError: They do not fit a model of so many blocks and heads, or are no scores.
+    """
+    if len(importance) != depth:
+        raise ValueError(f"importance: wanted scores for each of {depth} blocks, got {len(importance)}")
+    for index, scores in enumerate(importance):
+        if tuple(scores.shape) != (heads,):
+            raise ValueError(f"importance: wanted {heads} scores for block {index}, got shape {tuple(scores.shape)}")
+        if not bool(torch.isfinite(scores).all()) or bool((scores < 0).any()) or not bool((scores > 0).any()):
+            raise ValueError(f"importance: wanted finite scores from 0 up, not all 0, for block {index}")
+    if isinstance(importance, HeadScores):
+        return importance
+    return [(scores.double() / scores.double().sum()).cpu() for scores in importance]
 
 
 def cka(covariance: Tensor, heads: int) -> Tensor:

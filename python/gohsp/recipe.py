@@ -88,7 +88,7 @@ class Pruning(Section):
     def _known(cls, options: dict[str, Any]) -> dict[str, Any]:
         parameters = inspect.signature(prune).parameters.values()
         own = {*cls.model_fields, "max_images", "on_progress"}
-        own |= {"budgets", "latency"}  # objects, which a file cannot name
+        own |= {"budgets", "latency", "importance"}  # objects, which a file cannot name
         known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in own]
         if unknown := sorted(options.keys() - set(known)):
             raise ValueError(f"wanted some of {', '.join(known)}; got {', '.join(unknown)}")

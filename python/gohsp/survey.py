@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,12 +62,12 @@ class Survey:
 
     Attributes:
         sensitivities: Of each sublayer.
-        heads: The graph's scores.
+        heads: Scores of the heads, [H] a block: the graph's, or those that were given.
         steps: For each block the steps of each kind of group that may go.
     """
 
     sensitivities: list[Sensitivity]
-    heads: HeadScores
+    heads: Sequence[Tensor]
     steps: list[dict[str, list[Step]]]
 
 
@@ -96,6 +96,7 @@ def survey(
     settings: Settings,
     generator: torch.Generator,
     tick: Callable[[], None],
+    importance: Sequence[Tensor] | None = None,
 ) -> Survey:
     """Walk once through a dense model.
 
@@ -106,20 +107,23 @@ def survey(
         settings: What was asked for.
         generator: Source of the draws of the random criterion.
         tick: Called after each sublayer.
+        importance: Scores of the heads; ranked by the graph where none are given.
     """
     size, x = vit.geometry(model), stream.clone()
     chains, attentions, steps = [], [], []
     for index, layer in enumerate(sublayers(model)):
         is_attention = index % 2 == 0
-        graph = SIMILARITIES[settings.similarity](size.num_heads, size.head_dim, x.device) if is_attention else None
+        ranks = is_attention and importance is None
+        graph = SIMILARITIES[settings.similarity](size.num_heads, size.head_dim, x.device) if ranks else None
         look = _look(layer, x, sensitivities[index], settings, size, generator, graph)
         if graph is not None:
             chains.append(stationary_distribution(graph.result(), settings.teleport).cpu())
+        if is_attention:
             attentions.append((layer, look))
         else:
             steps.append(_mlp_steps(layer, look, size, settings))
         tick()
-    heads = _read(chains, [look.write for _, look in attentions], settings)
+    heads = _read(chains, [look.write for _, look in attentions], settings) if importance is None else importance
     for found, scores, (layer, look) in zip(steps, heads, attentions, strict=True):
         found |= _attention_steps(layer, look, head_guide(scores, settings.guidance), size, settings)
     return Survey(sensitivities, heads, [{g: s[g] for g in settings.groups} for s in steps])
@@ -138,7 +142,8 @@ def _look(
     reads = _prefix(layer) + "_in" in settings.groups
     moments = Moments(layer.write.in_features, device=x.device)
     seen = Moments(layer.read.in_features, device=x.device)
-    energy = qk_energies(layer, x, sensitivity, size) if "qk" in settings.groups and graph is not None else None
+    has_qk = "qk" in settings.groups and _prefix(layer) == "attn"
+    energy = qk_energies(layer, x, sensitivity, size) if has_qk else None
     for part in x.split(CHUNK):
         with inputs_of(layer.read, layer.write) as inputs, outputs_of(layer.read) as qkv:
             after = layer(part)

@@ -11,7 +11,6 @@ Accelerate spreads a run over processes and machines; timm gives the optimiser, 
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from gohsp import vit
 from gohsp.compress import compress
+from gohsp.io import digest_weights
 from gohsp.mask import ModelMask
 from gohsp.prune import PruneResult
 from gohsp.recipe import Admm, Distillation, Fit
@@ -236,13 +236,5 @@ def _settings(
     fit, admm, distill = (None if part is None else part.model_dump(mode="json") for part in sections)
     named = {"fit": fit, "admm": admm, "distill": distill, "seed": seed, "number of images": images}
     scores = [block.tolist() for block in importance]
-    weights = {"start": _digest(model), "teacher": None if teacher is None else _digest(teacher)}
+    weights = {"start": digest_weights(model), "teacher": None if teacher is None else digest_weights(teacher)}
     return {**named, **weights, "mask": mask.to_dict(), "importance": scores}
-
-
-def _digest(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -103,6 +103,24 @@ def test_each_command_goes_on_from_the_one_before(call: Call, recipe: Path, tmp_
     assert picture.read_text().lstrip().startswith("<?xml")
 
 
+def test_pruning_takes_the_scores_of_rank_and_ranks_again_where_they_are_of_another_ranking(
+    call: Call, recipe: Path, tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run")
+    out = ("--out", run.directory)
+    done(call("rank", "--recipe", recipe, *out))
+    stored = json.loads(run.scores.read_text())
+    stored["scores"] = [[0.0, 0.0, 0.0, 1.0]] * 2  # a ranking of one's own: the last head above all
+    run.scores.write_text(json.dumps(stored))
+    done(call("prune", *out, "--groups", "heads", "--target", "params=0.85"))
+    for block in gohsp.ModelMask.load(run.mask).blocks:
+        assert block.heads[3] and not block.heads.all()
+    assert json.loads(run.scores.read_text()) == stored
+    done(call("prune", *out, "--images", 16))
+    again = json.loads(run.scores.read_text())
+    assert again["ranked"] != stored["ranked"] and again["scores"] != stored["scores"]
+
+
 def test_training_prunes_first_where_nothing_was_pruned_and_by_admm_if_asked(
     call: Call, recipe: Path, tmp_path: Path
 ) -> None:
@@ -232,9 +250,9 @@ def test_training_by_admm_needs_counts(call: Call, recipe: Path, tmp_path: Path)
 
 def test_damaged_scores_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "scores.json"
-    path.write_text('{"format": 2, "model": "x", "scores": []}')
-    with pytest.raises(ValueError, match="wanted format 1"):
+    path.write_text('{"format": 1, "ranked": {}, "scores": []}')
+    with pytest.raises(ValueError, match="wanted format 2"):
         read_scores(path)
-    path.write_text('{"format": 1, "model": "x", "scores": ["a"]}')
+    path.write_text('{"format": 2, "ranked": {}, "scores": ["a"]}')
     with pytest.raises(ValueError, match="list of numbers a block"):
         read_scores(path)

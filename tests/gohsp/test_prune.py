@@ -238,6 +238,36 @@ def test_every_similarity_guides(make_model, images, similarity: str) -> None:
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-9)
 
 
+def test_a_ranking_of_ones_own_guides(make_model, images) -> None:
+    model, target = make_model(**SMALL), {"params": 0.7}
+    ranked = rank_heads(model, batches_of(images), "cosine")
+    own = prune(model, batches_of(images), target, importance=ranked)
+    assert own.report.importance is ranked
+    assert same(own, prune(model, batches_of(images), target, similarity="cosine"))
+    depth = len(ranked)
+    for head in range(3):
+        scores = [torch.eye(3)[head] * 7] * depth
+        result = prune(model, batches_of(images), target, groups=("heads", "hidden", "qk", "v"), importance=scores)
+        assert all(block.heads[head] for block in result.mask.blocks)
+        assert all(torch.equal(block, torch.eye(3).double()[head]) for block in result.report.importance)
+
+
+@pytest.mark.parametrize(
+    ("importance", "message"),
+    [
+        ([torch.ones(3)], "each of 2 blocks, got 1"),
+        ([torch.ones(3), torch.ones(2)], r"3 scores for block 1, got shape \(2,\)"),
+        ([torch.tensor([1.0, -1.0, 1.0])] * 2, "from 0 up, not all 0, for block 0"),
+        ([torch.zeros(3)] * 2, "from 0 up, not all 0, for block 0"),
+        ([torch.tensor([1.0, torch.nan, 1.0])] * 2, "finite scores"),
+    ],
+)
+def test_scores_that_do_not_fit_are_refused(make_model, images, importance, message) -> None:
+    model = make_model(**SMALL | {"depth": 2})
+    with pytest.raises(ValueError, match=f"importance: wanted .*{message}"):
+        prune(model, batches_of(images), importance=importance)
+
+
 def table(scale: float = 1.0) -> LatencyTable:
     return LatencyTable(
         dim=48,
