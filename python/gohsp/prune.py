@@ -118,8 +118,8 @@ def prune(
         budgets: What each block keeps, instead of a target, such as the budgets in another report.
         floors: The least share of a kind of group that stays in each block, such as {"heads": 0.5}.
         latency: What the sublayers cost on this machine, for a target in milliseconds.
-        importance: Scores of the heads, non-negative [H] a block, high = keep: of :func:`gohsp.rank_heads`, or a ranking
-            of one's own. By default the graph ranks them here, on all of the images.
+        importance: Scores of the heads, non-negative [H] a block, high = keep: those of :func:`gohsp.rank_heads`, or a
+            ranking of one's own. By default the graph ranks them here, on all of the images.
         similarity, teleport, high_is: The graph's, where it ranks here; see :func:`gohsp.rank_heads`.
         guidance: How much a head's score sways the choice of heads by "gohsp": costs are multiplied by
             ``(H * score) ** guidance``; 0 leaves the scores out.
