@@ -286,7 +286,7 @@ def add_times(path: Path, rounds: int = 15) -> None:
     kept = list(dict.fromkeys(row["kept"] for row in rows if row["kept"]))
     for some in (kept[start : start + TIMED_TOGETHER] for start in range(0, len(kept), TIMED_TOGETHER)):
         models = {text: gohsp.freeze(gohsp.compress(model, mask_with(model, text))) for text in some}
-        times = interleave({name: _runner(m, image) for name, m in {**models, "dense": model}.items()}, rounds=rounds)
+        times = interleave({name: runner(m, image) for name, m in {**models, "dense": model}.items()}, rounds=rounds)
         for row in rows:
             if row["kept"] in models:
                 own, dense = times[row["kept"]], times["dense"]
@@ -310,7 +310,9 @@ def mask_with(model: nn.Module, kept: str) -> gohsp.ModelMask:
     return mask
 
 
-def _runner(model: nn.Module, image: Tensor) -> Callable[[], None]:
+def runner(model: nn.Module, image: Tensor) -> Callable[[], None]:
+    """Return what runs a model once, without gradients."""
+
     def run() -> None:
         with torch.inference_mode():
             model(image)

@@ -166,6 +166,9 @@ def trained_command(
         typer.Option("--again", help="Prune the dense models that this study ended with, and train all once more."),
     ] = False,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate instead of the recipe's.")] = None,
+    times: Annotated[
+        bool, typer.Option("--times", help="Measure what the models cost instead, on a quiet machine.")
+    ] = False,
     work: Annotated[Path, typer.Option(help="Folder of the runs, which go on where they were.")] = trained.WORK,
     out: Annotated[Path, typer.Option(help="Folder of the CSV files.")] = accuracy.DEFAULT_FOLDER,
 ) -> None:
@@ -173,8 +176,11 @@ def trained_command(
     changes: dict[str, dict[str, Any]] = {"data": {"source": str(data)}, "fit": {"precision": precision}}
     if lr is not None:
         changes["fit"]["lr"] = lr
-    table = out / ("trained-again.csv" if again else "trained.csv")
-    trained.run(trained.changed(read_recipe(recipe), changes), methods, seeds, work, table, again=again)
+    name, own = "trained-again" if again else "trained", trained.changed(read_recipe(recipe), changes)
+    if times:
+        trained.add_times(own, methods, work, out / f"{name}-times.csv", again=again)
+        return
+    trained.run(own, methods, seeds, work, out / f"{name}.csv", again=again)
 
 
 @app.command("roofline", cls=SpreadCommand)

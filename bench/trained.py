@@ -27,11 +27,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import gohsp
-from bench.accuracy import write
+from bench.accuracy import runner, write
+from gohsp import vit
 from gohsp.artefacts import open_model, set_classifier
 from gohsp.data import Images, open_images
 from gohsp.files import write_json
+from gohsp.mask import ModelMask
 from gohsp.recipe import Distillation, Recipe, make_recipe
+from gohsp.timing import interleave
 from gohsp.train import make_accelerator
 from gohsp.training import checkpoint
 from gohsp.training.evaluation import evaluate
@@ -141,11 +144,13 @@ class Method:
     distill: Distillation | None = None
 
 
+_GOHSP = _ours("gohsp", "ridge")
+
 METHODS = {
     "dense": Method(lambda model, images, recipe: model),
-    "gohsp": Method(_ours("gohsp", "ridge")),
-    "gohsp-distilled": Method(_ours("gohsp", "ridge"), ANSWERS),
-    "gohsp-features": Method(_ours("gohsp", "ridge"), FEATURES),
+    "gohsp": Method(_GOHSP),
+    "gohsp-distilled": Method(_GOHSP, ANSWERS),
+    "gohsp-features": Method(_GOHSP, FEATURES),
     "l2": Method(_ours("l2", "drop")),
     "taylor": Method(_ours("taylor", "drop")),
     "torch-pruning": Method(_torch_pruning),
@@ -186,8 +191,7 @@ def run(
         FileNotFoundError: A dense model of a seed is wanted, to start from or to learn from, and has not been trained.
         ValueError: There is no method of that name.
     """
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise ValueError(f"methods: wanted some of {', '.join(METHODS)}; got {', '.join(unknown)}")
+    _check(methods)
     console = Console()
     runs = work / "again" if again else work
     for seed in seeds:
@@ -211,12 +215,50 @@ def _trained_dense(runs: Path, seed: int) -> dict[str, Tensor]:
     return checkpoint.read(folder / CHECKPOINT).part("model")
 
 
-def _run_one(recipe: Recipe, method: str, work: Path, folder: Path, again: bool) -> Result:
+def add_times(recipe: Recipe, methods: Sequence[str], work: Path, out: Path, *, again: bool = False) -> None:
+    """Measure what one image takes on gohsp's kernels (frozen, fp32), the models of all methods in turns with the dense
+    one in plain PyTorch, and write a table. Training changes no shape, so the models are made anew and not trained.
+
+    Args:
+        recipe, methods, work, again: See :func:`run`.
+        out: CSV file of the table.
+    """
+    _check(methods)
+    model, images = _open(recipe, work, again)
+    students: dict[Any, nn.Module] = {}  # by how they were pruned, which some methods share
+    for prune in dict.fromkeys(METHODS[method].prune for method in methods):
+        student = prune(model, images, recipe)
+        mask = ModelMask.of(student) if vit.is_compressed(student) else ModelMask.full(student)
+        compact = student if vit.is_compressed(student) else gohsp.compress(student, mask)
+        students[prune] = gohsp.freeze(compact.eval())
+    image = images.test[0][0][None]
+    times = interleave({prune: runner(one, image) for prune, one in {**students, "torch": model}.items()}, rounds=30)
+    rows = []
+    for method in methods:
+        own, dense = times[METHODS[method].prune], times["torch"]
+        seconds = {"ms": own.median, "dense_ms": dense.median}
+        row = {name: f"{1e3 * value:.4g}" for name, value in seconds.items()}
+        rows.append({"method": method, **row, "speedup": f"{dense.ratio_to(own):.4g}"})
+    write(out, tuple(rows[0]), rows)
+
+
+def _check(methods: Sequence[str]) -> None:
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise ValueError(f"methods: wanted some of {', '.join(METHODS)}; got {', '.join(unknown)}")
+
+
+def _open(recipe: Recipe, work: Path, again: bool) -> tuple[Any, Images]:
+    """Return the dense model that a run starts from, and its images."""
     model = open_model(recipe.model, recipe.seed)
     images = open_images(recipe.data, model, recipe.augment, recipe.seed)
     set_classifier(model, recipe.model, images, work / f"head-{recipe.seed}.safetensors", lambda: None)
     if again:
         model.load_state_dict(_trained_dense(work, recipe.seed))
+    return model, images
+
+
+def _run_one(recipe: Recipe, method: str, work: Path, folder: Path, again: bool) -> Result:
+    model, images = _open(recipe, work, again)
     started = time.perf_counter()
     own = METHODS[method]
     student = own.prune(model, images, recipe)

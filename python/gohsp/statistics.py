@@ -148,7 +148,7 @@ def attention_probabilities(attention: Any, qkv: Tensor) -> Tensor:
         qkv: What its qkv gave, [B, N, 3 H d].
     """
     q, k, _ = qkv.unflatten(-1, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)
-    scores = attention.q_norm(q) * attention.scale @ attention.k_norm(k).mT
+    scores = attention.q_norm(q) * vit.softmax_scale(attention) @ attention.k_norm(k).mT
     return scores.softmax(dim=-1)
 
 

@@ -257,7 +257,8 @@ def qk_energies(layer: Sublayer, x: Tensor, sensitivity: Sensitivity, size: vit.
         qkv = layer.read(layer.norm(part)).unflatten(-1, (3, heads, width))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         channels += qk_energy(q, k)
-        gap = nn.functional.scaled_dot_product_attention(q, k, v, scale=layer.body.scale) - v.mean(dim=2, keepdim=True)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=vit.softmax_scale(layer.body))
+        gap = mixed - v.mean(dim=2, keepdim=True)
         moments.update(gap.transpose(1, 2).flatten(2), weight=sensitivity.weights().expand(part.shape[:2]))
     weight = layer.write.weight.detach().double() * layer.gain()[:, None]
     cost = weight.T @ sensitivity.metric @ weight * (moments.xx / moments.weight)

@@ -144,6 +144,15 @@ def activation_name(module: nn.Module) -> str | None:
     return _NAMES.get(type(module))
 
 
+def softmax_scale(attn: Attention) -> float:
+    """Return what timm's attention multiplies q k by before the softmax.
+
+    Its fused path takes that from the width of the heads, whatever ``attn.scale`` says; models that other tools made
+    narrower have an old value there.
+    """
+    return attn.head_dim**-0.5 if attn.fused_attn else attn.scale
+
+
 def _block_geometry(block: Block, depth: int) -> Geometry:
     return Geometry(
         depth=depth,

@@ -68,6 +68,15 @@ def test_trained_models_are_pruned_and_trained_again(recipe: Recipe, tmp_path: P
     assert len({tuple(_weights(work / "again" / f"{method}-0")) for method in methods}) == len(methods)
 
 
+def test_models_are_timed_on_the_kernels(recipe: Recipe, tmp_path: Path) -> None:
+    methods = [m for m in trained.METHODS if m != "torch-pruning" or importlib.util.find_spec("torch_pruning")]
+    trained.add_times(recipe, methods, tmp_path, tmp_path / "times.csv")
+    rows = {row["method"]: row for row in accuracy.read(tmp_path / "times.csv")}
+    assert list(rows) == methods and all(float(row["ms"]) > 0 for row in rows.values())
+    assert len({row["dense_ms"] for row in rows.values()}) == 1
+    assert rows["gohsp"]["ms"] == rows["gohsp-features"]["ms"]  # one model
+
+
 def _weights(folder: Path) -> list[float]:
     return checkpoint.read(folder / "checkpoint.safetensors").part("model")["head.weight"].flatten().tolist()
 

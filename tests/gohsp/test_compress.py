@@ -78,6 +78,22 @@ def test_random_masks_in_float32_on_each_backend(
             assert relative_error(compact(x.float()), mask.apply_(model)(x)) < 1e-5, seed
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scale_other_than_that_of_the_width_is_taken_as_timm_takes_it(
+    make_model: Callable[..., Any], images: Callable[..., Tensor], relative_error: Callable[..., float], fused: bool
+) -> None:
+    model, x = make_model("vit_tiny_patch16_224"), images()
+    for block in model.blocks:  # as other tools leave it that make heads narrower
+        block.attn.scale, block.attn.fused_attn = 3 * block.attn.scale, fused
+    mask = random_mask(model)
+    compact = gohsp.compress(model, mask)
+    with torch.no_grad():
+        assert relative_error(compact(x), mask.apply_(model)(x)) < 1e-10
+    result = gohsp.prune(model, [x], {"params": 0.9}, groups=("heads", "hidden", "qk"), similarity="attention")
+    with torch.no_grad():
+        assert relative_error(gohsp.compress(result.model, result.mask)(x), result.model(x)) < 1e-10
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_way_to_call_the_model_agrees(
     make_model: Callable[..., Any], images: Callable[..., Tensor], relative_error: Callable[..., float], variant: str
