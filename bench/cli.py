@@ -162,9 +162,13 @@ def trained_command(
     seeds: Annotated[list[int], typer.Option(help="One run of each method for each.")] = [0, 1, 2],  # noqa: B006
     precision: Annotated[str, typer.Option(help="Of training: bf16, for CPUs that have AMX, or no: float32.")] = "no",
     again: Annotated[
-        bool,
-        typer.Option("--again", help="Prune the dense models that this study ended with, and train all once more."),
-    ] = False,
+        int,
+        typer.Option(
+            "--again",
+            count=True,
+            help="Prune the dense models that this study ended with, and train all once more; twice for twice more.",
+        ),
+    ] = 0,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate instead of the recipe's.")] = None,
     times: Annotated[
         bool, typer.Option("--times", help="Measure what the models cost instead, on a quiet machine.")
@@ -176,7 +180,7 @@ def trained_command(
     changes: dict[str, dict[str, Any]] = {"data": {"source": str(data)}, "fit": {"precision": precision}}
     if lr is not None:
         changes["fit"]["lr"] = lr
-    name, own = "trained-again" if again else "trained", trained.changed(read_recipe(recipe), changes)
+    name, own = "trained" + again * "-again", trained.changed(read_recipe(recipe), changes)
     if times:
         trained.add_times(own, methods, work, out / f"{name}-times.csv", again=again)
         return

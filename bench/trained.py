@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What pruned models are worth after light training: one model a method and seed, all trained by the same loop.
 
-Two studies. In the first the model as it was downloaded is pruned and learns the task afterwards. In the second
-(``again``) it has learnt the task already: all methods start from the dense model that the first study ended with, and
-train for as many epochs again.
+In the first study the model as it was downloaded is pruned and learns the task afterwards. In the second (``again``)
+it has learnt the task already: all methods start from the dense model that the first study ended with, and train for as
+many epochs again; in the third (``again`` twice) from the dense model of the second, and so on.
 
 A run is a folder with the checkpoint of its training and, when it has ended, result.json; so a study that was killed
 goes on in the middle of a training run, and processes with other methods or seeds can share the folder of all runs. The
@@ -44,7 +44,7 @@ from gohsp.training.losses import Distilled
 BATCH = 32
 RECIPE = Path("recipes/vit_small_cifar10_40_cpu.yaml")
 WORK = Path("build/trained")
-AGAIN = 1000  # added to the seed of training, so that it draws other things than the first study did
+AGAIN = 1000  # added to the seed of training, so that each study draws other things than the one before
 ANSWERS = Distillation(kind="soft", weight=0.5, temperature=2.0)
 FEATURES = Distillation(kind="soft", weight=0.7, temperature=2.0, features=4.0)
 
@@ -173,9 +173,7 @@ def changed(recipe: Recipe, changes: Mapping[str, Mapping[str, Any]]) -> Recipe:
     return make_recipe(values)
 
 
-def run(
-    recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], work: Path, out: Path, *, again: bool = False
-) -> None:
+def run(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], work: Path, out: Path, *, again: int = 0) -> None:
     """Do the runs that have no result yet, seed by seed, and write the table.
 
     Args:
@@ -184,8 +182,8 @@ def run(
         seeds: One run each.
         work: Folder of the runs.
         out: CSV file of the table.
-        again: Start from the dense models that the first study ended with; those are in ``work``, the runs in a folder
-            within it.
+        again: 0 for the first study, 1 for the second, and so on. The runs of one are in a folder within those of the
+            one before, with whose dense models they start.
 
     Raises:
         FileNotFoundError: A dense model of a seed is wanted, to start from or to learn from, and has not been trained.
@@ -193,7 +191,7 @@ def run(
     """
     _check(methods)
     console = Console()
-    runs = work / "again" if again else work
+    runs = _runs(work, again)
     for seed in seeds:
         seeded = recipe.model_copy(update={"seed": seed})
         for method in methods:
@@ -215,7 +213,7 @@ def _trained_dense(runs: Path, seed: int) -> dict[str, Tensor]:
     return checkpoint.read(folder / CHECKPOINT).part("model")
 
 
-def add_times(recipe: Recipe, methods: Sequence[str], work: Path, out: Path, *, again: bool = False) -> None:
+def add_times(recipe: Recipe, methods: Sequence[str], work: Path, out: Path, *, again: int = 0) -> None:
     """Measure what one image takes on gohsp's kernels (frozen, fp32), the models of all methods in turns with the dense
     one in plain PyTorch, and write a table. Training changes no shape, so the models are made anew and not trained.
 
@@ -247,17 +245,21 @@ def _check(methods: Sequence[str]) -> None:
         raise ValueError(f"methods: wanted some of {', '.join(METHODS)}; got {', '.join(unknown)}")
 
 
-def _open(recipe: Recipe, work: Path, again: bool) -> tuple[Any, Images]:
+def _open(recipe: Recipe, work: Path, again: int) -> tuple[Any, Images]:
     """Return the dense model that a run starts from, and its images."""
     model = open_model(recipe.model, recipe.seed)
     images = open_images(recipe.data, model, recipe.augment, recipe.seed)
     set_classifier(model, recipe.model, images, work / f"head-{recipe.seed}.safetensors", lambda: None)
     if again:
-        model.load_state_dict(_trained_dense(work, recipe.seed))
+        model.load_state_dict(_trained_dense(_runs(work, again - 1), recipe.seed))
     return model, images
 
 
-def _run_one(recipe: Recipe, method: str, work: Path, folder: Path, again: bool) -> Result:
+def _runs(work: Path, again: int) -> Path:
+    return work.joinpath(*["again"] * again)
+
+
+def _run_one(recipe: Recipe, method: str, work: Path, folder: Path, again: int) -> Result:
     model, images = _open(recipe, work, again)
     started = time.perf_counter()
     own = METHODS[method]
@@ -269,7 +271,7 @@ def _run_one(recipe: Recipe, method: str, work: Path, folder: Path, again: bool)
         teacher = copy.deepcopy(model)
         teacher.load_state_dict(_trained_dense(folder.parent, recipe.seed))
         distilled = partial(Distilled, teacher=teacher, settings=own.distill)
-    history = _train(student, distilled, images, recipe, recipe.seed + (AGAIN if again else 0), folder)
+    history = _train(student, distilled, images, recipe, recipe.seed + AGAIN * again, folder)
     top1 = [row["top1"] for row in history]
     return Result(
         method=method,

@@ -56,13 +56,15 @@ def test_a_teacher_has_to_be_there(recipe: Recipe, tmp_path: Path) -> None:
 def test_trained_models_are_pruned_and_trained_again(recipe: Recipe, tmp_path: Path) -> None:
     work, table = tmp_path / "work", tmp_path / "again.csv"
     with pytest.raises(FileNotFoundError, match=r"dense-0: wanted the dense model, trained to its end"):
-        trained.run(recipe, ["dense"], [0], work, table, again=True)
+        trained.run(recipe, ["dense"], [0], work, table, again=1)
     trained.run(recipe, ["dense"], [0], work, tmp_path / "first.csv")
     methods = ["dense", "gohsp", "gohsp-distilled", "gohsp-features"]
-    trained.run(recipe, methods, [0], work, table, again=True)
+    trained.run(recipe, methods, [0], work, table, again=1)
     (first,) = accuracy.read(tmp_path / "first.csv")
     dense, *pruned = accuracy.read(table)
     assert dense["before"] == first["top1"]  # it goes on where that one ended
+    trained.run(recipe, ["dense"], [0], work, tmp_path / "third.csv", again=2)
+    assert accuracy.read(tmp_path / "third.csv")[0]["before"] == dense["top1"]
     assert len({row["before"] for row in pruned}) == 1  # the same model was pruned
     # The teacher's answers made a difference, and its stream another one.
     assert len({tuple(_weights(work / "again" / f"{method}-0")) for method in methods}) == len(methods)
