@@ -33,7 +33,7 @@ from gohsp.artefacts import open_model, set_classifier
 from gohsp.data import Images, open_images
 from gohsp.files import write_json
 from gohsp.mask import ModelMask
-from gohsp.recipe import Distillation, Recipe, make_recipe
+from gohsp.recipe import Admm, Distillation, Recipe, make_recipe
 from gohsp.timing import interleave
 from gohsp.train import make_accelerator
 from gohsp.training import checkpoint
@@ -47,6 +47,7 @@ WORK = Path("build/trained")
 AGAIN = 1000  # added to the seed of training, so that each study draws other things than the one before
 ANSWERS = Distillation(kind="soft", weight=0.5, temperature=2.0)
 FEATURES = Distillation(kind="soft", weight=0.7, temperature=2.0, features=4.0)
+SHORT = Admm(epochs=2, rho=500, rho_max=10_000, projections=10)  # strong, for it has a few hundred steps
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Result:
         method: A key of :data:`METHODS`.
         seed: Of the images that are taken, the pruning and the training.
         params_m: Millions of parameters.
-        before, top1: Share of test images that are classified right, just after pruning and after all training.
+        before, top1: Share of test images that are classified right, just after pruning without training and after all
+            training.
         curve: The same after each epoch.
         images, test_images, epochs, lr, precision: Of the training.
         prune_seconds, epoch_seconds: On the machine and in the company that the run had.
@@ -138,10 +140,17 @@ def _labelled(images: Images, count: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 @dataclass(frozen=True)
 class Method:
-    """How a model is made smaller, and how it then learns from the dense one as well, if it does."""
+    """How a model is made smaller, and what else happens while it trains.
+
+    Attributes:
+        prune: Gives the small model, from the dense one.
+        distill: It learns from the dense model as well.
+        admm: The dense model is pruned anew while it trains, to the counts of the small one.
+    """
 
     prune: Callable[[Any, Images, Recipe], nn.Module]
     distill: Distillation | None = None
+    admm: Admm | None = None
 
 
 _GOHSP = _ours("gohsp", "ridge")
@@ -151,14 +160,16 @@ METHODS = {
     "gohsp": Method(_GOHSP),
     "gohsp-distilled": Method(_GOHSP, ANSWERS),
     "gohsp-features": Method(_GOHSP, FEATURES),
+    "gohsp-admm": Method(_GOHSP, admm=SHORT),
     "l2": Method(_ours("l2", "drop")),
     "taylor": Method(_ours("taylor", "drop")),
     "torch-pruning": Method(_torch_pruning),
 }
 """All see the same images in as many epochs. gohsp-distilled learns from the answers of the study's dense model,
-trained to its end, as well as from labels; gohsp-features from its residual stream, too. l2 and taylor are gohsp's
-criteria of these names and gohsp's way to share a budget out, without compensation: what remains keeps its weights, as
-other tools leave it."""
+trained to its end, as well as from labels; gohsp-features from its residual stream, too. gohsp-admm is GOHSP's own
+order: soft-mask ADMM on the dense model, hard pruning, fine-tuning of what is left. l2 and taylor are gohsp's criteria
+of these names and gohsp's way to share a budget out, without compensation: what remains keeps its weights, as other
+tools leave it."""
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Mapping[str, Any]]) -> Recipe:
@@ -271,7 +282,11 @@ def _run_one(recipe: Recipe, method: str, work: Path, folder: Path, again: int) 
         teacher = copy.deepcopy(model)
         teacher.load_state_dict(_trained_dense(folder.parent, recipe.seed))
         distilled = partial(Distilled, teacher=teacher, settings=own.distill)
-    history = _train(student, distilled, images, recipe, recipe.seed + AGAIN * again, folder)
+    seed = recipe.seed + AGAIN * again
+    if own.admm is None:
+        history = _train(student, distilled, images, recipe, seed, folder)
+    else:
+        student, history = _prune_while_training(model, ModelMask.of(student), own.admm, images, recipe, seed, folder)
     top1 = [row["top1"] for row in history]
     return Result(
         method=method,
@@ -312,6 +327,25 @@ def _train(
     )
     loop.run(Stage("finetune", recipe.fit.epochs, recipe.fit.lr), model, loop.find_checkpoint())
     return loop.history
+
+
+def _prune_while_training(
+    model: Any, plan: ModelMask, admm: Admm, images: Images, recipe: Recipe, seed: int, folder: Path
+) -> tuple[nn.Module, list[dict[str, Any]]]:
+    """Spend the first of the epochs on ADMM; returns the small model and the history."""
+    result = gohsp.train(
+        model,
+        images.train,
+        fit=recipe.fit.model_copy(update={"epochs": recipe.fit.epochs - admm.epochs}),
+        admm=admm,
+        plan=plan,
+        importance=gohsp.rank_heads(model, images.calibration(recipe.prune.images, BATCH)),
+        test=images.test,
+        directory=folder,
+        workers=recipe.data.workers,
+        seed=seed,
+    )
+    return result.model, result.history
 
 
 def _params(model: nn.Module) -> int:
