@@ -237,9 +237,9 @@ def add_times(recipe: Recipe, methods: Sequence[str], work: Path, out: Path, *, 
     students: dict[Any, nn.Module] = {}  # by how they were pruned, which some methods share
     for prune in dict.fromkeys(METHODS[method].prune for method in methods):
         student = prune(model, images, recipe)
-        mask = ModelMask.of(student) if vit.is_compressed(student) else ModelMask.full(student)
-        compact = student if vit.is_compressed(student) else gohsp.compress(student, mask)
-        students[prune] = gohsp.freeze(compact.eval())
+        if not vit.is_compressed(student):
+            student = gohsp.compress(student, ModelMask.full(student))
+        students[prune] = gohsp.freeze(student.eval())
     image = images.test[0][0][None]
     times = interleave({prune: runner(one, image) for prune, one in {**students, "torch": model}.items()}, rounds=30)
     rows = []
