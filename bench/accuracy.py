@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,8 @@ class Outcome:
     kept: str
 
 
-COLUMNS = (*KEYS, *(f.name for f in fields(Outcome)), "ms", "dense_ms", "speedup")
+TIMES = ("ms", "dense_ms", "speedup")
+COLUMNS = (*KEYS, *(f.name for f in fields(Outcome)), *TIMES)
 
 
 def one_shot() -> Iterator[Trial]:
@@ -274,11 +275,8 @@ def append(path: Path, trial: Trial, outcome: Outcome) -> None:
 def add_times(path: Path, rounds: int = 15) -> None:
     """Measure what the rows of a study cost, all in turns with the dense model, and put it into its CSV.
 
-    Each row gets ``ms``, the median for one image on gohsp's kernels, ``dense_ms`` of the dense model in plain PyTorch
-    in the same rounds, and ``speedup``, the median over the rounds of their ratio.
-
     Args:
-        path: The CSV.
+        path: The CSV; its rows get the columns of :func:`time_against`.
         rounds: Of the timing.
     """
     rows, model = read(path), weights.load_backbone(IMAGE_SIZE).eval()
@@ -286,13 +284,25 @@ def add_times(path: Path, rounds: int = 15) -> None:
     kept = list(dict.fromkeys(row["kept"] for row in rows if row["kept"]))
     for some in (kept[start : start + TIMED_TOGETHER] for start in range(0, len(kept), TIMED_TOGETHER)):
         models = {text: gohsp.freeze(gohsp.compress(model, mask_with(model, text))) for text in some}
-        times = interleave({name: runner(m, image) for name, m in {**models, "dense": model}.items()}, rounds=rounds)
+        times = time_against(model, models, image, rounds)
         for row in rows:
-            if row["kept"] in models:
-                own, dense = times[row["kept"]], times["dense"]
-                row["ms"], row["dense_ms"] = f"{1e3 * own.median:.4g}", f"{1e3 * dense.median:.4g}"
-                row["speedup"] = f"{dense.ratio_to(own):.4g}"
+            row.update(times.get(row["kept"], {}))
     write(path, COLUMNS, rows)
+
+
+def time_against(
+    dense: nn.Module, models: Mapping[Any, nn.Module], image: Tensor, rounds: int
+) -> dict[Any, dict[str, str]]:
+    """Time models in turns with the dense one; returns the columns :data:`TIMES` of each.
+
+    ``ms`` is the median for the image, ``dense_ms`` that of the dense model in the same rounds, and ``speedup`` the
+    median over the rounds of their ratio.
+    """
+    runners = {name: _runner(model, image) for name, model in models.items()}
+    times = interleave({**runners, "dense": _runner(dense, image)}, rounds=rounds)
+    base = times.pop("dense")
+    values = {name: (1e3 * own.median, 1e3 * base.median, base.ratio_to(own)) for name, own in times.items()}
+    return {name: dict(zip(TIMES, (f"{v:.4g}" for v in row), strict=True)) for name, row in values.items()}
 
 
 def mask_with(model: nn.Module, kept: str) -> gohsp.ModelMask:
@@ -310,9 +320,7 @@ def mask_with(model: nn.Module, kept: str) -> gohsp.ModelMask:
     return mask
 
 
-def runner(model: nn.Module, image: Tensor) -> Callable[[], None]:
-    """Return what runs a model once, without gradients."""
-
+def _runner(model: nn.Module, image: Tensor) -> Callable[[], None]:
     def run() -> None:
         with torch.inference_mode():
             model(image)

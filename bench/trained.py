@@ -27,14 +27,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import gohsp
-from bench.accuracy import runner, write
+from bench.accuracy import TIMES, time_against, write
 from gohsp import vit
 from gohsp.artefacts import open_model, set_classifier
 from gohsp.data import Images, open_images
 from gohsp.files import write_json
 from gohsp.mask import ModelMask
 from gohsp.recipe import Admm, Distillation, Recipe, make_recipe
-from gohsp.timing import interleave
 from gohsp.train import make_accelerator
 from gohsp.training import checkpoint
 from gohsp.training.evaluation import evaluate
@@ -198,7 +197,7 @@ def run(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], work: Path
 
     Raises:
         FileNotFoundError: A dense model of a seed is wanted, to start from or to learn from, and has not been trained.
-        ValueError: There is no method of that name.
+        ValueError: There is no method of that name, or ADMM has too few epochs.
     """
     _check(methods)
     console = Console()
@@ -234,21 +233,15 @@ def add_times(recipe: Recipe, methods: Sequence[str], work: Path, out: Path, *, 
     """
     _check(methods)
     model, images = _open(recipe, work, again)
-    students: dict[Any, nn.Module] = {}  # by how they were pruned, which some methods share
-    for prune in dict.fromkeys(METHODS[method].prune for method in methods):
+    students: dict[Any, nn.Module] = {}
+    for prune in dict.fromkeys(METHODS[method].prune for method in methods):  # which some methods share
         student = prune(model, images, recipe)
         if not vit.is_compressed(student):
             student = gohsp.compress(student, ModelMask.full(student))
         students[prune] = gohsp.freeze(student.eval())
     image = images.test[0][0][None]
-    times = interleave({prune: runner(one, image) for prune, one in {**students, "torch": model}.items()}, rounds=30)
-    rows = []
-    for method in methods:
-        own, dense = times[METHODS[method].prune], times["torch"]
-        seconds = {"ms": own.median, "dense_ms": dense.median}
-        row = {name: f"{1e3 * value:.4g}" for name, value in seconds.items()}
-        rows.append({"method": method, **row, "speedup": f"{dense.ratio_to(own):.4g}"})
-    write(out, tuple(rows[0]), rows)
+    times = time_against(model, students, image, rounds=30)
+    write(out, ("method", *TIMES), [{"method": method, **times[METHODS[method].prune]} for method in methods])
 
 
 def _check(methods: Sequence[str]) -> None:
@@ -333,6 +326,8 @@ def _prune_while_training(
     model: Any, plan: ModelMask, admm: Admm, images: Images, recipe: Recipe, seed: int, folder: Path
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """Spend the first of the epochs on ADMM; returns the small model and the history."""
+    if recipe.fit.epochs < admm.epochs:
+        raise ValueError(f"fit.epochs: wanted at least the {admm.epochs} of ADMM, got {recipe.fit.epochs}")
     result = gohsp.train(
         model,
         images.train,

@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gohsp_kernels as gk
-from gohsp import vit
-from gohsp.vit import activation_name
+from gohsp.vit import activation_name, softmax_scale
 
 if TYPE_CHECKING:
     from gohsp.mask import BlockLayout, BlockMask
@@ -81,7 +80,7 @@ class PrunedAttention(nn.Module):
         super().__init__()
         self.dim: int = attn.proj.out_features
         self.num_heads: int = attn.num_heads  # of the dense module: what an attention mask may be shaped for
-        self.scale = vit.softmax_scale(attn)  # of the original head width, which the scores of a cut head still need
+        self.scale = softmax_scale(attn)  # of the original head width, which the scores of a cut head still need
         self.heads = layout.heads
         self.qk_widths = layout.qk_widths
         self.v_widths = layout.v_widths

@@ -111,11 +111,11 @@ def survey(
     """
     size, x = vit.geometry(model), stream.clone()
     chains, attentions, steps = [], [], []
-    for index, layer in enumerate(sublayers(model)):
-        is_attention = index % 2 == 0
+    for layer, sensitivity in zip(sublayers(model), sensitivities, strict=True):
+        is_attention = _prefix(layer) == "attn"
         ranks = is_attention and importance is None
         graph = SIMILARITIES[settings.similarity](size.num_heads, size.head_dim, x.device) if ranks else None
-        look = _look(layer, x, sensitivities[index], settings, size, generator, graph)
+        look = _look(layer, x, sensitivity, settings, size, generator, graph)
         if graph is not None:
             chains.append(stationary_distribution(graph.result(), settings.teleport).cpu())
         if is_attention:

@@ -189,7 +189,10 @@ def _stream(model: nn.Module) -> str:
     if not isinstance(model, VisionTransformer):
         return "no vision transformer"
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    return f"{len(model.blocks)} blocks x {tokens} tokens x {model.embed_dim} features"
+    features = (
+        model.patch_embed.proj.out_channels
+    )  # embed_dim keeps its old value where another tool narrowed the model
+    return f"{len(model.blocks)} blocks x {tokens} tokens x {features} features"
 
 
 def _distilled(

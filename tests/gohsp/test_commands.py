@@ -121,6 +121,20 @@ def test_pruning_takes_the_scores_of_rank_and_ranks_again_where_they_are_of_anot
     assert again["ranked"] != stored["ranked"] and again["scores"] != stored["scores"]
 
 
+def test_the_runs_seed_is_that_of_pruning(
+    call: Call, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds, prune = [], gohsp.prune
+
+    def record(*arguments: Any, **options: Any) -> gohsp.PruneResult:
+        seeds.append(options["seed"])
+        return prune(*arguments, **options)
+
+    monkeypatch.setattr(gohsp, "prune", record)
+    done(call("prune", "--recipe", recipe, "--out", tmp_path / "run", "--seed", 3))
+    assert seeds == [3]
+
+
 def test_training_prunes_first_where_nothing_was_pruned_and_by_admm_if_asked(
     call: Call, recipe: Path, tmp_path: Path
 ) -> None:
