@@ -4,55 +4,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from contextlib import contextmanager, nullcontext
+from typing import TypeVar
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from ._stamp import Stamp, trusting
 
 Packed = TypeVar("Packed")
 
-
-@dataclass(frozen=True)
-class _Fingerprint:
-    """What a packed weight was made from.
-
-    The detached aliases keep the storage alive, so that no other tensor can take its address while the fingerprint
-    lives; they share the version counter, so that any in-place change shows.
-    """
-
-    aliases: tuple[Tensor | None, ...]
-    pointers: tuple[int, ...]
-    versions: tuple[int, ...]
-    constants: tuple[object, ...]
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor | None], constants: tuple[object, ...]) -> _Fingerprint:
-        present = [t for t in tensors if t is not None]
-        return cls(
-            tuple(None if t is None else t.detach() for t in tensors),
-            tuple(t.data_ptr() for t in present),
-            tuple(t._version for t in present),
-            constants,
-        )
-
-    def matches(self, tensors: Sequence[Tensor | None], constants: tuple[object, ...]) -> bool:
-        if constants != self.constants:
-            return False
-        pointers, versions, i = self.pointers, self.versions, 0
-        for tensor, alias in zip(tensors, self.aliases, strict=True):
-            if tensor is None or alias is None:
-                if tensor is not alias:
-                    return False
-                continue
-            if tensor.data_ptr() != pointers[i] or tensor._version != versions[i] or tensor.shape != alias.shape:
-                return False
-            i += 1
-        return True
-
-
 _keepers: list[list[object]] = []
+
+# What graphs that others capture (torch.compile among them) read by address, and so must not go.
+_captured: list[object] = []
 
 
 @contextmanager
@@ -66,11 +34,43 @@ def keeping() -> Iterator[list[object]]:
         _keepers.pop()
 
 
-class PackedCache:
-    """What one backend has prepared, by parameter. An entry goes when its key tensor goes."""
+def up_to_date(
+    entry: tuple[Stamp, Packed] | None,
+    tensors: Sequence[Tensor | None],
+    constants: tuple[object, ...],
+    pack: Callable[[], Packed],
+    by_content: bool = True,
+) -> tuple[Stamp, Packed]:
+    """``entry`` if it is there and still true, otherwise what ``pack`` makes now, beside a stamp that is older still.
 
-    def __init__(self) -> None:
+    Stamp and packed form are one object, so that no thread meets the form of one state with the stamp of another.
+    """
+    capturing = any(t is not None and t.device.type == "cuda" for t in tensors[:3])
+    capturing = capturing and torch.cuda.is_current_stream_capturing()
+    # A capture only writes kernels down, so nothing can be read back in it; the call before it has just compared.
+    with trusting() if capturing or not by_content else nullcontext():
+        if entry is None or not entry[0].is_of(tensors, constants):
+            # Without the modes of the caller: a form made under FakeTensorMode would be a fake for good.
+            with _disable_current_modes():
+                entry = (Stamp(tensors, constants), pack())
+    for kept in _keepers:
+        kept.append(entry[1])
+    if capturing and not _keepers:
+        _captured.append(entry[1])
+    return entry
+
+
+class PackedCache:
+    """What one backend has prepared, by parameter. An entry goes when its key tensor goes.
+
+    Args:
+        by_content: whether a change is told by the bytes of the tensors. Otherwise version counters are believed,
+            which costs no wait for a GPU: for lists of columns, that no optimiser writes.
+    """
+
+    def __init__(self, by_content: bool = True) -> None:
         self._entries: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._by_content = by_content
 
     def get(
         self,
@@ -87,12 +87,14 @@ class PackedCache:
             constants: whatever else the result depends on.
             pack: called without arguments.
         """
-        if key.is_inference():
-            # Such a tensor keeps no version counter, so a change could not be seen.
+        if isinstance(key, FakeTensor) or key.device.type == "meta":
             return pack()
-        entry: tuple[_Fingerprint, Any] | None = self._entries.get(key)
-        if entry is None or not entry[0].matches(tensors, constants):
-            entry = self._entries[key] = (_Fingerprint.of(tensors, constants), pack())
-        for kept in _keepers:
-            kept.append(entry[1])
+        if not self._by_content:
+            if any(t is not None and t.is_inference() for t in tensors):
+                return pack()  # such a tensor keeps no version counter, so a change could not be seen
+            constants = (*constants, *(t._version for t in tensors if t is not None))
+        before: tuple[Stamp, Packed] | None = self._entries.get(key)
+        entry = up_to_date(before, tensors, constants, pack, self._by_content)
+        if entry is not before:
+            self._entries[key] = entry
         return entry[1]

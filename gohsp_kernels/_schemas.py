@@ -38,16 +38,18 @@ PUBLIC = {
     ),
 }
 
+# packing is what gohsp_cpu_packing() said where the panels were packed; elsewhere they are refused. Layouts begin
+# with it.
 # Panels are float32, or int8 or bfloat16 for what matrices of those hold, scales and biases included.
 # widths is int64 [2, heads]: QK widths, then V widths. qk_norm is [4, head width]: weight and bias of q, then of k.
 NATIVE = {
     "cpu_pack": "(Tensor weight, Tensor? bias) -> Tensor",
     "cpu_pack_int8": "(Tensor weight, Tensor scales, Tensor? bias) -> Tensor",
     "cpu_pack_bf16": "(Tensor weight, Tensor? bias) -> Tensor",
-    "cpu_embed": "(Tensor images, Tensor panels, Tensor base, int[] patch) -> Tensor",
+    "cpu_embed": "(Tensor images, Tensor panels, int packing, Tensor base, int[] patch) -> Tensor",
     "cpu_linear": (
-        "(Tensor x, Tensor panels, Tensor? in_cols, Tensor? out_cols, int kept_outputs, int out_features, "
-        "int activation) -> Tensor"
+        "(Tensor x, Tensor panels, int packing, Tensor? in_cols, Tensor? out_cols, int kept_outputs, "
+        "int out_features, int activation) -> Tensor"
     ),
     "cpu_attention": (
         "(Tensor qkv, Tensor widths, Tensor? qk_norm, float scale, float eps, int v_total, int num_queries) -> Tensor"
@@ -110,7 +112,7 @@ def _cpu_linear(x: Tensor, *rest: Any) -> Tensor:
 
 
 @_fake("cpu_embed")
-def _cpu_embed(images: Tensor, panels: Tensor, base: Tensor, patch: object) -> Tensor:
+def _cpu_embed(images: Tensor, panels: Tensor, packing: int, base: Tensor, patch: object) -> Tensor:
     return images.new_empty(images.shape[0], *base.shape)
 
 

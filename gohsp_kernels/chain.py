@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import cpu, cuda, dispatch
 from .ops import attention_sublayer, check_attention, check_mlp, check_queries, mlp_sublayer, wrong
@@ -30,7 +31,7 @@ class SublayerChain:
 
     On the CPU the workers wait for each other once a block instead of three times, and images of a batch not at all; on
     a GPU the kernels follow each other without Python between them. Build
-    the chain once and call it often: a call then costs a look at the parameters' version counters.
+    the chain once and call it often: a call then reads the parameters once, to tell whether they have changed.
 
     Args:
         sublayers: ``functools.partial`` of :func:`attention_sublayer` or :func:`mlp_sublayer` that binds, by keyword,
@@ -49,7 +50,7 @@ class SublayerChain:
         attentions = [i for i, sublayer in enumerate(sublayers) if sublayer.func is attention_sublayer]
         self._last_attention = attentions[-1] if attentions else -1
         self._packed: cpu.PackedChain | None = None
-        self._packed_cuda: cuda.PackedChain | None = None
+        self._packed_gpu: dict[str, cuda.PackedChain] = {}
         widths = ("qk_widths", "v_widths")
         self._widest = max((w for s in sublayers for name in widths for w in s.keywords.get(name, ())), default=0)
         self._tensors = [t for s in sublayers for t in s.keywords.values() if isinstance(t, Tensor)]
@@ -72,14 +73,14 @@ class SublayerChain:
         if x.dim() != 3:
             raise wrong("x", "3 dimensions (batch, tokens, features)", f"shape {list(x.shape)}")
         queries = check_queries(num_queries, x.shape[1])
-        if self._sublayers and not torch.compiler.is_compiling():
-            needs_grad = torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in self._tensors))
+        if self._sublayers and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor):
+            needs_grad = dispatch.needs_grad((x, *self._tensors))
             rows = x.shape[0] * x.shape[1]
             chosen = dispatch.choose(backend, x.device, x.dtype, needs_grad, self._widest, rows)
             if chosen == "cpu":
                 return self._on_cpu(x, queries)
-            if chosen == "cuda":
-                return self._on_cuda(x, queries)
+            if chosen == "cuda" or (chosen == "triton" and not needs_grad):
+                return self._on_gpu(chosen, x, queries)
         return self._one_by_one(x, queries, backend)
 
     def frozen(self, features: int, weights: str = "float32") -> FrozenChain:
@@ -112,10 +113,12 @@ class SublayerChain:
     def _on_cpu(self, x: Tensor, queries: int) -> Tensor:
         return self._pack(x.shape[2])(x, queries)
 
-    def _on_cuda(self, x: Tensor, queries: int) -> Tensor:
-        if self._packed_cuda is None or not self._packed_cuda.fits(x):
-            self._packed_cuda = cuda.PackedChain(x, [_describe(x.shape[2], s) for s in self._sublayers])
-        return self._packed_cuda(x, queries)
+    def _on_gpu(self, backend: str, x: Tensor, queries: int) -> Tensor:
+        packed = self._packed_gpu.get(backend)
+        if packed is None or not packed.fits(x):
+            kind = cuda.PackedChain if backend == "cuda" else _triton_chain()
+            packed = self._packed_gpu[backend] = kind(x, [_describe(x.shape[2], s) for s in self._sublayers])
+        return packed(x, queries)
 
     def _one_by_one(self, x: Tensor, queries: int, backend: str | None) -> Tensor:
         for i, sublayer in enumerate(self._sublayers):
@@ -145,6 +148,12 @@ class FrozenChain:
             raise wrong("x", wanted, f"{x.dtype} {list(x.shape)} on {x.device}")
         queries = check_queries(num_queries, x.shape[1])
         return cpu.run_packed(x, self.sublayers, queries) if self.sublayers else x[:, :queries]
+
+
+def _triton_chain() -> type[cuda.PackedChain]:
+    from .triton.operators import PackedChain  # imports Triton, which a machine without a GPU need not have
+
+    return PackedChain
 
 
 def _describe(features: int, sublayer: partial[Tensor]) -> cpu.Sublayer:

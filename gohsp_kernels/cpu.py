@@ -14,6 +14,7 @@ bias, so there the k bias and the q scale stay where they are.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,9 @@ import torch
 from torch import Tensor
 
 from . import _native, reference
-from ._cache import PackedCache
+from ._cache import PackedCache, up_to_date
 from ._packing import double, fold_layer_scale, fold_norm, qk_norm_table
+from ._stamp import Stamp
 
 ACTIVATION_IDS = {"identity": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4, "quick_gelu": 5}
 """Numbers of the activations; the same as in csrc/cpu/kernels.h."""
@@ -50,6 +52,17 @@ def activation_levels() -> int:
         RuntimeError: if the native library cannot be loaded.
     """
     return int(_ask_library("gohsp_cpu_activation_levels", ctypes.c_int64))
+
+
+@functools.cache
+def packing() -> int:
+    """A number for the way in which this process arranges packed weights: by its instruction set, and by the version
+    of the format. What was packed where the number is another one is refused by the native operators.
+
+    Raises:
+        RuntimeError: if the native library cannot be loaded.
+    """
+    return int(_ask_library("gohsp_cpu_packing", ctypes.c_int64))
 
 
 def missing(device: torch.device, dtype: torch.dtype, needs_grad: bool = False, weights: str = "float32") -> str:
@@ -107,6 +120,7 @@ class PackedLinear:
     """A linear layer ready for the CPU kernel."""
 
     panels: Tensor
+    packing: int
     in_cols: Tensor | None
     out_cols: Tensor | None
     kept_outputs: int
@@ -115,7 +129,14 @@ class PackedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.ops.gohsp_kernels.cpu_linear(
-            x, self.panels, self.in_cols, self.out_cols, self.kept_outputs, self.out_features, self.activation
+            x,
+            self.panels,
+            self.packing,
+            self.in_cols,
+            self.out_cols,
+            self.kept_outputs,
+            self.out_features,
+            self.activation,
         )
 
 
@@ -130,7 +151,7 @@ def pack_linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
     """
     _check_weights((weight, bias))
     panels = _panels(weight.detach(), None if bias is None else bias.detach())
-    return PackedLinear(panels, None, None, weight.shape[0], weight.shape[0], ACTIVATION_IDS["identity"])
+    return PackedLinear(panels, packing(), None, None, weight.shape[0], weight.shape[0], ACTIVATION_IDS["identity"])
 
 
 @dataclass(frozen=True)
@@ -139,17 +160,19 @@ class PackedEmbedding:
 
     Attributes:
         panels: the packed matrix [features, channels x height x width of a patch].
+        packing: see :func:`packing`.
         base: float32 [tokens, features], what the patches' products are added to in its last rows.
         patch: height and width of a patch in pixels.
     """
 
     panels: Tensor
+    packing: int
     base: Tensor
     patch: tuple[int, int]
 
     def __call__(self, images: Tensor) -> Tensor:
         """Tokens [batch, tokens, features] of images [batch, channels, height, width], float32 on the CPU."""
-        return torch.ops.gohsp_kernels.cpu_embed(images, self.panels, self.base, self.patch)
+        return torch.ops.gohsp_kernels.cpu_embed(images, self.panels, self.packing, self.base, self.patch)
 
 
 def pack_embedding(weight: Tensor, bias: Tensor | None, base: Tensor) -> PackedEmbedding:
@@ -163,7 +186,8 @@ def pack_embedding(weight: Tensor, bias: Tensor | None, base: Tensor) -> PackedE
         ValueError: for other weights.
     """
     _, _, height, width = weight.shape
-    return PackedEmbedding(pack_linear(weight.flatten(1), bias).panels, base.detach().contiguous(), (height, width))
+    panels = pack_linear(weight.flatten(1), bias).panels
+    return PackedEmbedding(panels, packing(), base.detach().contiguous(), (height, width))
 
 
 @dataclass(frozen=True)
@@ -173,7 +197,8 @@ class PackedSublayer:
     Attributes:
         panels: its packed matrices one behind the other, then the affine parts of the q and k norms; of the
             dtype of their weights, as bits.
-        layout: int64, kind and sizes, then widths and kept columns; csrc/torch/cpu_ops.cpp reads it in this order.
+        layout: int64, :func:`packing`, kind and sizes, then widths and kept columns; csrc/torch/cpu_ops.cpp reads it
+            in this order.
         constants: eps, eps of the q and k norms, softmax scale.
     """
 
@@ -277,7 +302,7 @@ def pack_attention(
     panels.append(_panels(folded.proj, folded.proj_bias, weights))
     if qk_norm is not None:
         panels.append(qk_norm.flatten().view(panels[0].dtype))
-    layout = [_ATTENTION, len(qk_widths), int(qk_norm is not None), *_columns(in_cols), *_columns(out_cols)]
+    layout = [packing(), _ATTENTION, len(qk_widths), int(qk_norm is not None), *_columns(in_cols), *_columns(out_cols)]
     constants = (eps, qk_eps, folded.scale)
     return PackedSublayer(torch.cat(panels), torch.tensor([*layout, *qk_widths, *v_widths]), constants)
 
@@ -324,7 +349,7 @@ def pack_mlp(
     fc1, fc1_constant, fc2, fc2_constant = fold_mlp(
         norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, in_cols
     )
-    layout = [_MLP, fc1.shape[0], ACTIVATION_IDS[activation], *_columns(in_cols), *_columns(out_cols)]
+    layout = [packing(), _MLP, fc1.shape[0], ACTIVATION_IDS[activation], *_columns(in_cols), *_columns(out_cols)]
     panels = torch.cat([_panels(fc1, fc1_constant, weights), _panels(fc2, fc2_constant, weights)])
     return PackedSublayer(panels, torch.tensor(layout), (eps, 0.0, 1.0))
 
@@ -341,7 +366,9 @@ def packed_linear(
     def pack() -> PackedLinear:
         _check_weights((weight, bias))
         panels = _panels(weight.detach(), None if bias is None else bias.detach())
-        return PackedLinear(panels, in_cols, out_cols, weight.shape[0], out_features, ACTIVATION_IDS[activation])
+        gather, scatter = (None if cols is None else cols.contiguous() for cols in (in_cols, out_cols))
+        kept, act = weight.shape[0], ACTIVATION_IDS[activation]
+        return PackedLinear(panels, packing(), gather, scatter, kept, out_features, act)
 
     return _cache.get(weight, (weight, bias, in_cols, out_cols), (out_features, activation), pack)(x)
 
@@ -460,28 +487,15 @@ class PackedChain:
         self.features = features
         self._sublayers = sublayers
         self._tensors = [t for s in sublayers for t in s.tensors if t is not None]
-        self._packed: list[PackedSublayer] | None = None
-        # As in _cache: aliases keep the storage, and so the address, from being taken by another tensor.
-        self._aliases: list[Tensor] = []
-        self._stamps: list[tuple[Tensor, int, int]] = []
+        self._entry: tuple[Stamp, list[PackedSublayer]] | None = None
 
     def __call__(self, x: Tensor, num_queries: int) -> Tensor:
         return run_packed(x, self.current(), num_queries)
 
     def current(self) -> list[PackedSublayer]:
         """The packed sublayers as their tensors are now."""
-        if self._packed is None or not self._is_current():
-            self._packed = [sublayer.packed() for sublayer in self._sublayers]
-            self._remember()
-        return self._packed
+        entry = self._entry = up_to_date(self._entry, self._tensors, (), self._pack)
+        return entry[1]
 
-    def _is_current(self) -> bool:
-        if len(self._stamps) != len(self._tensors):
-            return False
-        return not any(t._version != version or t.data_ptr() != place for t, version, place in self._stamps)
-
-    def _remember(self) -> None:
-        if any(t.is_inference() for t in self._tensors):
-            return  # such a tensor keeps no version counter: never current
-        self._aliases = [t.detach() for t in self._tensors]
-        self._stamps = [(t, t._version, t.data_ptr()) for t in self._tensors]
+    def _pack(self) -> list[PackedSublayer]:
+        return [sublayer.packed() for sublayer in self._sublayers]

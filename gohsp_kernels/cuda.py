@@ -467,7 +467,7 @@ def mlp_sublayer(x: Tensor, *arguments: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Sublayer(cpu.Sublayer):
+class SublayerLike(cpu.Sublayer):
     """A sublayer of a chain, packed for activations like ``like`` [0, features]."""
 
     like: Tensor
@@ -485,9 +485,11 @@ class PackedChain(cpu.PackedChain):
         sublayers: in their order.
     """
 
+    member: type[SublayerLike] = SublayerLike
+
     def __init__(self, x: Tensor, sublayers: Sequence[cpu.Sublayer]) -> None:
         self._like = x.new_empty(0, x.shape[2])
-        own = [_Sublayer(s.name, s.tensors, s.constants, s.check, self._like) for s in sublayers]
+        own = [self.member(s.name, s.tensors, s.constants, s.check, self._like) for s in sublayers]
         super().__init__(x.shape[2], own)
 
     def fits(self, x: Tensor) -> bool:

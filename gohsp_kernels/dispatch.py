@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import cpu, cuda
 from .triton import support as triton_support
@@ -48,7 +51,9 @@ def _check_name(name: str) -> str:
     return name
 
 
-_selected = _check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
+# Of the thread (or task) that calls, so that a block of one thread neither reaches nor outlives that of another.
+_from_environment = _check_name(os.environ.get(ENVIRONMENT_VARIABLE, "auto"))
+_selected: ContextVar[str] = ContextVar("gohsp_kernels_backend", default=_from_environment)
 _already_logged: set[str] = set()
 
 
@@ -113,15 +118,28 @@ def backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.floa
 def use_backend(name: str) -> Iterator[None]:
     """Run every call in the ``with`` block on the backend ``name``, or on the best one for ``"auto"``.
 
+    It holds for the calling thread. Threads that are started meanwhile follow the environment variable.
+
     Raises:
         ValueError: for a backend that does not exist. One that exists but cannot run a call raises at that call.
     """
-    global _selected
-    previous, _selected = _selected, _check_name(name)
+    token = _selected.set(_check_name(name))
     try:
         yield
     finally:
-        _selected = previous
+        _selected.reset(token)
+
+
+def selected() -> str:
+    """The backend that calls of this thread run on: the name of one, or ``"auto"``."""
+    return _selected.get()
+
+
+def needs_grad(tensors: Iterable[object]) -> bool:
+    """Whether a call on these tensors must be differentiable, backwards or forwards."""
+    if forward_ad._current_level >= 0:
+        return True  # a tangent may be on any of them, whatever requires_grad says
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 def _preference(device: torch.device, rows: int) -> tuple[str, ...]:
@@ -145,7 +163,7 @@ def choose(
         ValueError: if the named backend does not exist.
         RuntimeError: if the named backend cannot run the call; the message is its reason.
     """
-    wanted = _selected if backend is None else _check_name(backend)
+    wanted = selected() if backend is None else _check_name(backend)
     if wanted != "auto":
         support = can_run(wanted, device, dtype, needs_grad=needs_grad, widest_head=widest_head)
         if not support:

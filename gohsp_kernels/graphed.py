@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import dispatch
 from ._cache import keeping
+from ._stamp import Stamp
 
 CAPTURABLE = "cuda"  # type of the device that has graphs; PyTorch gives AMD's the same name
 WARM_UP = 3
@@ -19,9 +20,9 @@ WARM_UP = 3
 class GraphedModel:
     """``model`` for inference at a few fixed input shapes, each captured in a CUDA graph on its first call.
 
-    For small batches, whose kernels end sooner than the CPU can start the next. A changed parameter is noticed, and the
-    graph is captured anew; one that was exchanged for another object (``load_state_dict(assign=True)``) is not. Calls
-    share buffers, so they must not overlap: one thread, one stream.
+    For small batches, whose kernels end sooner than the CPU can start the next. Each call compares the content of all
+    parameters and buffers with what was captured, and captures the graph anew where one has changed or was exchanged
+    for another object. Calls share buffers, so they must not overlap: one thread, one stream.
 
     Args:
         model: a module from one tensor to one tensor, in evaluation mode, that reads nothing back to the CPU.
@@ -29,7 +30,6 @@ class GraphedModel:
 
     Raises:
         TypeError: for anything but a module.
-        ValueError: for parameters made under ``torch.inference_mode``, whose changes could not be seen.
     """
 
     def __init__(self, model: nn.Module, max_shapes: int = 4) -> None:
@@ -37,10 +37,10 @@ class GraphedModel:
             raise TypeError(f"model: wanted a torch.nn.Module; got {type(model).__name__}")
         self.model = model
         self.max_shapes = max_shapes
-        self._tensors = (*model.parameters(), *model.buffers())
-        if any(tensor.is_inference() for tensor in self._tensors):
-            raise ValueError("model: wanted ordinary parameters; got some that were made under torch.inference_mode")
-        self._graphs: dict[tuple[Any, ...], tuple[list[tuple[int, int]], _Graph]] = {}
+        # The tables and not what is in them, which load_state_dict(assign=True) exchanges; a list of all parameters
+        # made at each call would take as long as a replay.
+        self._tables = [table for module in model.modules() for table in (module._parameters, module._buffers)]
+        self._graphs: dict[tuple[Any, ...], tuple[Stamp, _Graph]] = {}
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -55,10 +55,10 @@ class GraphedModel:
             raise RuntimeError("model: wanted evaluation mode, as a graph repeats one forward pass; call model.eval()")
         if x.device.type != CAPTURABLE:
             raise ValueError(f"x: wanted a tensor on {CAPTURABLE}, as only a GPU has graphs; got one on {x.device}")
-        key = (x.shape, x.dtype, x.device, dispatch._selected)
-        state = [(tensor.data_ptr(), tensor._version) for tensor in self._tensors]
+        key = (x.shape, x.dtype, x.device, dispatch.selected())
+        tensors = [tensor for table in self._tables for tensor in table.values()]
         captured = self._graphs.get(key)
-        if captured is None or captured[0] != state:
+        if captured is None or not captured[0].is_of(tensors):
             if captured is None and len(self._graphs) >= self.max_shapes:
                 known = ", ".join(str(list(shape)) for shape, *_ in self._graphs)
                 raise RuntimeError(
@@ -66,7 +66,7 @@ class GraphedModel:
                     f"got {list(x.shape)} {x.dtype}. Pad the batch, or raise max_shapes"
                 )
             self._graphs.pop(key, None)  # before the next one asks for its memory
-            captured = self._graphs[key] = (state, _Graph(self.model, x))
+            captured = self._graphs[key] = (Stamp(tensors), _Graph(self.model, x))
         return captured[1].replay(x)
 
 

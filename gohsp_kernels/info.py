@@ -52,7 +52,7 @@ def report() -> str:
         f"instruction set   {instruction_set()}",
         f"int8 activations  {int8_activations()}",
         f"bfloat16 weights  {bf16_weights()}",
-        f"selected backend  {dispatch._selected} ({dispatch.ENVIRONMENT_VARIABLE} or use_backend)",
+        f"selected backend  {dispatch.selected()} ({dispatch.ENVIRONMENT_VARIABLE} or use_backend)",
         "backends on this machine, in order of preference",
     ]
     for device in ("cpu", "cuda"):

@@ -8,12 +8,15 @@ are *compact*: pruned rows and columns are gone from them. Any of the sizes may 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _schemas, cpu, cuda, dispatch, reference
+from ._cache import PackedCache
 
 
 def _on_triton(name: str) -> Callable[..., Tensor]:
@@ -37,10 +40,6 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Tensor]]] = {
 }
 
 
-def _needs_grad(arguments: Iterable[Any]) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
-
-
 def _widest_head(arguments: Iterable[Any]) -> int:
     """Most channels that a head has: the tuples among the arguments are widths of heads."""
     return max((width for a in arguments if isinstance(a, tuple) for width in a), default=0)
@@ -52,12 +51,13 @@ def _rows(x: Tensor) -> int:
 
 def _run(name: str, arguments: tuple[Any, ...], backend: str | None) -> Tensor:
     x = arguments[0]
-    needs_grad = _needs_grad(arguments)
     if torch.compiler.is_compiling():
-        wanted = backend or dispatch._selected
-        if needs_grad or wanted == "reference":
+        if dispatch.needs_grad(arguments) or backend == "reference":
             return _IMPLEMENTATIONS[name]["reference"](*arguments)
         # One node in the graph; the backend is chosen, and weights are packed, when it runs.
+        return getattr(torch.ops.gohsp_kernels, name)(*arguments)
+    needs_grad = dispatch.needs_grad(arguments)
+    if isinstance(x, FakeTensor) and not needs_grad:  # only shapes are wanted, and nothing can be packed
         return getattr(torch.ops.gohsp_kernels, name)(*arguments)
     chosen = dispatch.choose(backend, x.device, x.dtype, needs_grad, _widest_head(arguments), _rows(x))
     return _IMPLEMENTATIONS[name][chosen](*arguments)
@@ -68,6 +68,7 @@ def _graph_node(name: str) -> Callable[..., Tensor]:
         # Torch hands lists of ints over; the functions compare layouts as tuples.
         plain: Any = tuple(tuple(a) if isinstance(a, list) else a for a in arguments)
         x = plain[0]
+        _check_traced(name, plain)
         chosen = dispatch.choose(None, x.device, x.dtype, False, _widest_head(plain), _rows(x))
         result = _IMPLEMENTATIONS[name][chosen](*plain)
         # A torch operator may not return one of its inputs, as an empty sublayer of the reference would.
@@ -88,12 +89,39 @@ def _check_shape(argument: str, tensor: Tensor | None, *shape: int) -> None:
         raise wrong(argument, f"shape {list(shape)}", f"shape {list(tensor.shape)}")
 
 
+_widths_needed = PackedCache(by_content=False)
+
+
+def _width_needed(cols: Tensor) -> int:
+    """Fewest features that have the columns ``cols``; -1 if these do not ascend from 0 on, without repeats."""
+    columns = cols.tolist()
+    ascend = all(before < after for before, after in pairwise([-1, *columns]))
+    return max(columns, default=-1) + 1 if ascend else -1
+
+
+def _shown(columns: Sequence[int]) -> str:
+    """The list; of a long one only its ends, and the place where it first fails to ascend."""
+    if len(columns) <= 16:
+        return str(list(columns))
+    ends = f"[{', '.join(map(str, columns[:4]))}, ..., {columns[-1]}]"
+    falls = (i for i, (before, after) in enumerate(pairwise(columns)) if before >= after)
+    return ends + next((f", where {columns[i + 1]} follows {columns[i]}" for i in falls), "")
+
+
 def _columns(argument: str, cols: Tensor | None, features: int) -> int:
     """Number of kept columns."""
     if cols is None:
         return features
     if cols.dim() != 1 or cols.dtype != torch.int64:
         raise wrong(argument, "a 1-D int64 tensor", f"{cols.dim()}-D {cols.dtype}")
+    # Such tensors hold no numbers.
+    if torch.compiler.is_compiling() or cols.is_meta or isinstance(cols, FakeTensor):
+        return cols.shape[0]
+    # Read once a list, not once a call: on a GPU reading waits for all that was launched before.
+    needed = _widths_needed.get(cols, (cols,), (), lambda: _width_needed(cols))
+    if not 0 <= needed <= features:
+        wanted = f"ascending indices of the {features} features, without repeats"
+        raise wrong(argument, wanted, _shown(cols.tolist()))
     return cols.shape[0]
 
 
@@ -163,6 +191,18 @@ def check_mlp(features: int, tensors: Sequence[Any], constants: tuple[Any, ...])
     _check_shape("fc2_weight", fc2_weight, outputs, hidden)
     _check_shape("fc2_bias", fc2_bias, outputs)
     _check_shape("layer_scale", layer_scale, outputs)
+
+
+def _check_traced(name: str, arguments: tuple[Any, ...]) -> None:
+    """What could not be checked while a call was traced, when nothing was in its columns yet."""
+    features = arguments[0].shape[-1]
+    if name == "packed_linear":
+        _columns("in_cols", arguments[3], features)
+        _columns("out_cols", arguments[4], arguments[5])
+    elif name == "attention_sublayer":
+        check_attention(features, arguments[1:14], arguments[14:19])
+    elif name == "mlp_sublayer":
+        check_mlp(features, arguments[1:10], arguments[10:])
 
 
 def check_queries(num_queries: int | None, tokens: int) -> int:

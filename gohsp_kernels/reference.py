@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -183,12 +185,19 @@ def ragged_attention(
         else:
             queries = _norm_channels(_heads(q, qk_starts, qk), q_norm_weight, q_norm_bias, eps)
             keys = _norm_channels(_heads(k, qk_starts, qk), k_norm_weight, k_norm_bias, eps)
-            out = F.scaled_dot_product_attention(queries, keys, values, scale=scale)
+            out = _attend(queries, keys, values, scale)
         for head, head_out in zip(ids, out.unbind(1), strict=True):
             outputs[head] = head_out
     if not outputs:
         return qkv.new_zeros(qkv.shape[0], num_queries, 0)
     return torch.cat(outputs, dim=-1)
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    if forward_ad._current_level < 0:
+        return F.scaled_dot_product_attention(queries, keys, values, scale=scale)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused forms have no forward derivative
+        return F.scaled_dot_product_attention(queries, keys, values, scale=scale)
 
 
 def bf16_attention(

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Body of every isa_*.cpp: the kernels compiled for one instruction set, and the table of them.
 // Tile sizes are chosen so that the accumulators, one panel row and one broadcast fit the vector registers.
+#include "checksum.h"
 #include "primitives.h"
 
 namespace gohsp::GOHSP_ISA {
@@ -48,6 +49,6 @@ void exponential(const float* x, int64_t count, float* y) {
 extern const KernelTable table;
 const KernelTable table = {GOHSP_ISA_NAME, packed_size, pack,  packed_size_int8, pack_int8, packed_size_bf16, pack_bf16,
                            kLevels,        sublayers,   embed, linear,           attention, rounded_product,  apply,
-                           exponential};
+                           exponential,    checksum};
 
 }  // namespace gohsp::GOHSP_ISA

@@ -13,6 +13,17 @@ constexpr int64_t kActivations = 6;
 
 enum class Weights : int64_t { fp32, int8, bf16 };
 
+// Raise this when packed weights are arranged in another way than before.
+constexpr uint64_t kPackingFormat = 1;
+
+// A number for the arrangement of weights that the kernels of this name read (FNV-1a of the name and the format). Not
+// negative.
+constexpr int64_t packing_of(const char* name) {
+  uint64_t hash = 0xcbf29ce484222325u ^ kPackingFormat;
+  for (; *name != '\0'; ++name) hash = (hash ^ static_cast<uint8_t>(*name)) * 0x100000001b3u;
+  return static_cast<int64_t>(hash >> 1);
+}
+
 // A weight matrix [n, k] with its bias, packed into panels by KernelTable::pack, pack_int8 or pack_bf16.
 struct Matrix {
   const void* panels;
@@ -127,6 +138,9 @@ struct KernelTable {
   // y[i] = activation(x[i]) and exp(x[i]), for tests of their accuracy.
   void (*apply)(Activation activation, const float* x, int64_t count, float* y);
   void (*exponential)(const float* x, int64_t count, float* y);
+
+  // A number that changes with the bytes; see checksum.h.
+  uint64_t (*checksum)(const void* data, int64_t bytes);
 };
 
 // The table for this machine: the widest instruction set that it has, or the one that the environment variable

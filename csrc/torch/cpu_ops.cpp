@@ -7,6 +7,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <atomic>
 #include <optional>
 #include <vector>
 
@@ -125,7 +127,21 @@ Tensor cpu_pack_bf16(Tensor weight, std::optional<Tensor> bias) {
   return panels;
 }
 
-Tensor cpu_embed(Tensor images, Tensor panels, Tensor base, std::vector<int64_t> patch) {
+// Panels go with pickled and exported models to machines whose kernels arrange weights in another way. They would read
+// them without complaint where the sizes happen to agree.
+void check_packing(int64_t packing) {
+  const char* here = gohsp::kernels().name;
+  if (packing == gohsp::packing_of(here)) return;
+  const char* there = "another version of gohsp";
+  for (const char* name : {"scalar", "avx2", "avx512", "avx512vnni", "amx", "neon"})
+    if (packing == gohsp::packing_of(name)) there = name;
+  STD_TORCH_CHECK(false, "panels: wanted weights that were packed for ", here,
+                  ", the instruction set of this process; ", "got some that were packed for ", there,
+                  ". Save the compressed model instead, and freeze it here");
+}
+
+Tensor cpu_embed(Tensor images, Tensor panels, int64_t packing, Tensor base, std::vector<int64_t> patch) {
+  check_packing(packing);
   images = torch::stable::contiguous(images);
   STD_TORCH_CHECK(images.dim() == 4, "images: wanted 4 dimensions; got ", images.dim());
   STD_TORCH_CHECK(base.dim() == 2, "base: wanted 2 dimensions; got ", base.dim());
@@ -143,8 +159,9 @@ Tensor cpu_embed(Tensor images, Tensor panels, Tensor base, std::vector<int64_t>
   return y;
 }
 
-Tensor cpu_linear(Tensor x, Tensor panels, std::optional<Tensor> in_cols, std::optional<Tensor> out_cols,
-                  int64_t kept_outputs, int64_t out_features, int64_t activation) {
+Tensor cpu_linear(Tensor x, Tensor panels, int64_t packing, std::optional<Tensor> in_cols,
+                  std::optional<Tensor> out_cols, int64_t kept_outputs, int64_t out_features, int64_t activation) {
+  check_packing(packing);
   x = torch::stable::contiguous(x);
   const int64_t features = x.size(x.dim() - 1);
   const Columns in = columns(in_cols, features, "in_cols"), out = columns(out_cols, out_features, "out_cols");
@@ -315,6 +332,7 @@ Tensor cpu_sublayers(Tensor x, std::vector<Tensor> panels, std::vector<Tensor> l
   for (size_t i = 0; i < count; ++i) {
     Layout layout(layouts[i]);
     Panels matrices(panels[i]);
+    check_packing(layout.number());
     const int64_t kind = layout.number();
     STD_TORCH_CHECK(kind == kAttention || kind == kMlp, "layouts: unknown kind of sublayer ", kind);
     const double* own = constants.data() + kConstants * i;
@@ -333,6 +351,38 @@ Tensor cpu_sublayers(Tensor x, std::vector<Tensor> panels, std::vector<Tensor> l
   return y;
 }
 
+// One number for the bytes of all spans, each an address and a size, computed on torch's threads.
+uint64_t checksum_of(const int64_t* spans, int64_t count) {
+  constexpr int64_t kPiece = 1 << 18;  // a quarter of a mebibyte: some 10 us of reading
+  struct Piece {
+    const char* data;
+    int64_t bytes;
+    uint64_t sum;
+  };
+  std::vector<Piece> pieces;
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t begin = 0; begin < spans[2 * i + 1]; begin += kPiece)
+      pieces.push_back(
+          {reinterpret_cast<const char*>(spans[2 * i]) + begin, std::min(kPiece, spans[2 * i + 1] - begin), 0});
+  const auto checksum = gohsp::kernels().checksum;
+  std::atomic<size_t> next{0};
+  const auto work = [&] {
+    for (size_t i = next++; i < pieces.size(); i = next++) pieces[i].sum = checksum(pieces[i].data, pieces[i].bytes);
+  };
+  const int64_t workers = std::min(pool().workers, static_cast<int64_t>(pieces.size()));
+  if (workers <= 1) {
+    work();
+  } else {
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker) work();
+    });
+  }
+  // Over the sums once more, so that their order counts: two tensors that change places are a change.
+  std::vector<uint64_t> sums;
+  for (const Piece& piece : pieces) sums.push_back(piece.sum);
+  return checksum(sums.data(), static_cast<int64_t>(sums.size() * sizeof(uint64_t)));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gohsp_kernels, CPU, m) {
@@ -349,3 +399,22 @@ STABLE_TORCH_LIBRARY_IMPL(gohsp_kernels, CPU, m) {
 
 GOHSP_EXPORT const char* gohsp_cpu_capability() { return gohsp::kernels().name; }
 GOHSP_EXPORT int64_t gohsp_cpu_activation_levels() { return gohsp::kernels().activation_levels; }
+
+// Called by ctypes, which no exception may cross. -1 where no kernels can run; packing itself then says why.
+GOHSP_EXPORT int64_t gohsp_cpu_packing() noexcept {
+  try {
+    return gohsp::packing_of(gohsp::kernels().name);
+  } catch (const std::exception&) {
+    return -1;
+  }
+}
+
+// Likewise; false where the sum could not be computed.
+GOHSP_EXPORT bool gohsp_cpu_checksum(const int64_t* spans, int64_t count, uint64_t* sum) noexcept {
+  try {
+    *sum = checksum_of(spans, count);
+    return true;
+  } catch (const std::exception&) {
+    return false;
+  }
+}

@@ -14,6 +14,7 @@ from .._packing import round_up
 from .attention import HeadLayout, attention
 from .linear import PackedLinear
 from .packing import fold_norm, pack_linear
+from .rows import as_rows, as_vector
 
 
 def aligned_channels(widths: Sequence[int], keep: Sequence[bool], align: int) -> tuple[list[int], list[int], list[int]]:
@@ -118,12 +119,12 @@ class PackedAttention:
     def __call__(self, x: Tensor, num_queries: int) -> Tensor:
         """``x`` [batch, tokens, features] to [batch, num_queries, features]."""
         batch, tokens, features = x.shape
-        rows = x.reshape(-1, features)
+        rows = as_rows(x)
         # All tokens' queries are computed even where few are asked for: they are a third of this product in one block.
         qkv = self.qkv(rows).view(batch, tokens, self.qkv.out_features)
         heads = new_heads(qkv, num_queries, self.layout)
         attention(qkv, self.layout, self.scale, num_queries, norms=self.norms, eps=self.qk_eps, out=heads)
-        residual = rows if num_queries == tokens else x[:, :num_queries].reshape(-1, features)
+        residual = rows if num_queries == tokens else as_rows(rows.view(x.shape)[:, :num_queries])
         return self.proj(heads.flatten(0, 1), residual).view(batch, num_queries, features)
 
 
@@ -183,7 +184,7 @@ def pack_attention(
             out_cols=out_cols,
             layer_scale=layer_scale,
         ),
-        (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias),
+        tuple(map(as_vector, (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias))),
         scale,
         qk_eps,
     )

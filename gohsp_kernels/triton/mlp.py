@@ -28,6 +28,7 @@ from .activations import activate
 from .config import cdiv
 from .linear import PackedLinear
 from .packing import fold_norm, pack_linear
+from .rows import as_rows
 
 
 @triton.jit
@@ -139,7 +140,7 @@ class PackedMlp:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` [..., features] to the same shape, in one launch or two."""
-        rows = x.reshape(-1, x.shape[-1])
+        rows = as_rows(x)
         tile = config.fused_mlp_tile(config.Target.of(x.device), x.element_size(), *rows.shape)
         return (self.in_two(rows) if tile is None else self.in_one(rows, tile)).view(x.shape)
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from .._cache import PackedCache
 from .._packing import kept_first, round_up
 from .linear import PackedLinear
+from .rows import as_vector
 
-_orders = PackedCache()
+_orders = PackedCache(by_content=False)
 
 
 def column_order(cols: Tensor | None, features: int) -> Tensor | None:
@@ -80,10 +81,10 @@ def pack_linear(
     return PackedLinear(
         stored,
         out_features,
-        bias=None if bias is None else bias.detach().to(torch.float32),
+        bias=as_vector(bias, torch.float32),
         # Of the weights as they are rounded: only those cancel against the product (see linear.py).
         row_sum=None if norm_eps is None else stored.to(torch.float64).sum(1).to(torch.float32),
-        scale=None if layer_scale is None else layer_scale.detach().to(torch.float32),
+        scale=as_vector(layer_scale, torch.float32),
         in_cols=column_order(in_cols, features),
         out_cols=column_order(out_cols, out_features),
         eps=norm_eps or 0.0,

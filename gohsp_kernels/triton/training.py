@@ -23,6 +23,7 @@ from .linear import PackedLinear
 from .linear_backward import epilogue_gradient, norm_gradient, weight_gradient
 from .mlp import align_hidden
 from .packing import fold_norm, pack_linear
+from .rows import as_rows, as_tokens
 
 
 class LinearFunction(torch.autograd.Function):
@@ -65,7 +66,7 @@ class LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, in_cols, out_cols, statistics, pre_activation = ctx.saved_tensors
         n_out, n_in = weight.shape
-        grad_out = grads[0].contiguous()
+        grad_out = as_rows(grads[0])
         grad = grad_out
         if pre_activation is not None or out_cols is not None:
             grad = epilogue_gradient(grad_out, pre_activation, out_cols, n_out, ctx.activation)
@@ -103,7 +104,8 @@ class AttentionFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, log_sums = ctx.saved_tensors
-        return attention_gradient(grads[0].contiguous(), qkv, out, log_sums, ctx.layout, ctx.scale), None, None, None
+        grad_qkv = attention_gradient(as_tokens(grads[0]), qkv, out, log_sums, ctx.layout, ctx.scale)
+        return grad_qkv, None, None, None
 
 
 def linear(
@@ -133,7 +135,7 @@ def packed_linear(
     activation: str,
 ) -> Tensor:
     rows = linear(
-        x.reshape(-1, x.shape[-1]),
+        as_rows(x),
         weight,
         bias,
         out_features=out_features,
@@ -169,7 +171,7 @@ def ragged_attention(
         norms = (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias)
         qkv = normalise_heads(qkv, len(qk_widths), qk_widths[0], norms, eps)
     layout = HeadLayout.of(qk_widths, v_widths, qkv.device)
-    result: Tensor = AttentionFunction.apply(qkv.contiguous(), layout, scale, num_queries)
+    result: Tensor = AttentionFunction.apply(as_tokens(qkv), layout, scale, num_queries)
     return result.contiguous()
 
 
@@ -216,7 +218,7 @@ def attention_sublayer(
     weights = (norm_weight, norm_bias, qkv_weight.float(), qkv_bias, proj_weight)
     aligned = align_attention(*weights, in_cols, qk_widths, v_widths, qk_norm)
     channels = aligned.qkv_weight.shape[0]
-    rows = x.reshape(-1, features)
+    rows = as_rows(x)
     qkv = linear(rows, aligned.qkv_weight, aligned.qkv_bias, out_features=channels, in_cols=in_cols, eps=eps)
     qkv = qkv.view(batch, tokens, channels)
     heads = aligned.layout.table.shape[0]
@@ -224,7 +226,7 @@ def attention_sublayer(
         norms = (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias)
         qkv = normalise_heads(qkv, heads, qk_widths[0], norms, qk_eps)
     out: Tensor = AttentionFunction.apply(qkv, aligned.layout, scale, num_queries)
-    residual = x[:, :num_queries].reshape(-1, features)
+    residual = as_rows(rows.view(x.shape)[:, :num_queries])
     y = finish_sublayer(out.flatten(0, 1), aligned.proj_weight, proj_bias, residual, layer_scale, out_cols)
     return y.view(batch, num_queries, features)
 
@@ -243,7 +245,7 @@ def mlp_sublayer(
     activation: str,
     eps: float,
 ) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = as_rows(x)
     weight, bias = fold_norm(fc1_weight.float(), fc1_bias, norm_weight, norm_bias, in_cols)
     weight, bias, fc2_weight = align_hidden(weight, bias, fc2_weight)
     hidden = linear(rows, weight, bias, out_features=weight.shape[0], in_cols=in_cols, eps=eps, activation=activation)

@@ -16,9 +16,15 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 import gohsp_kernels as gk
 from gohsp.vit import activation_name, softmax_scale
+
+# Hooks before a forward pass that compute the weight it uses.
+_WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
 
 if TYPE_CHECKING:
     from gohsp.mask import BlockLayout, BlockMask
@@ -208,6 +214,7 @@ class PrunedBlock(nn.Module):
         Raises:
             ValueError: See :class:`PrunedAttention`, or ``num_queries`` is not one of 0 to N.
         """
+        compute_weights(self)
         if attn_mask is not None or is_causal or self.must_call_modules():
             return self._by_modules(x, attn_mask, is_causal)[:, :num_queries]
         return gk.SublayerChain(self.sublayers())(x, num_queries=num_queries)
@@ -290,7 +297,7 @@ class PrunedBlocks(nn.Sequential):
         chain = _chains.get(self)
         if chain is None or not chain.is_current():
             chain = _chains[self] = _BlockChain(self)
-        return self._one_by_one(x, num_queries) if chain.is_hooked() else chain.run(x, num_queries)
+        return chain.run(x, num_queries) if chain.is_whole() else self._one_by_one(x, num_queries)
 
     def _one_by_one(self, x: Tensor, num_queries: int | None) -> Tensor:
         blocks = list(self)
@@ -312,6 +319,7 @@ class _BlockChain:
         self._entries: list[tuple[dict[str, Any], str, Any]] = []
         self._sizes: list[tuple[dict[str, Any], int]] = []
         self._hooks: list[dict[int, Any]] = []
+        self._computes = any(_is_computed(module) for module in blocks.modules())
         for module in blocks.modules():
             for table in (module._modules, module._parameters, module._buffers):
                 self._entries += [(table, name, value) for name, value in table.items()]
@@ -331,9 +339,12 @@ class _BlockChain:
             return False
         return all(table.get(name) is value for table, name, value in self._entries)
 
-    def is_hooked(self) -> bool:
-        """Return whether a hook waits on a module that the chain would not call."""
-        return any(self._hooks)
+    def is_whole(self) -> bool:
+        """Return whether the chain does all that calls of the modules would do.
+
+        It calls no hook, and it holds parameters: a weight that is computed from others would stay as it was.
+        """
+        return not self._computes and not any(self._hooks)
 
 
 # Plain attributes of the modules that the sublayers are told of.
@@ -406,6 +417,23 @@ def head_masks(
         raise ValueError(f"attn_mask: wanted a shape that broadcasts to {wanted}, got {given}")
     full_mask = attn_mask.expand(wanted)
     return [full_mask[:, head : head + 1] for head in heads]
+
+
+def compute_weights(module: nn.Module) -> None:
+    """Let ``torch.nn.utils.prune``, ``weight_norm`` and ``spectral_norm`` set the weights that they compute.
+
+    They do so in a hook before the forward pass of the module that they hang on, and the parameter holders are never
+    called. Newer parametrizations need nothing: they compute the weight when it is read.
+    """
+    for holder in module.modules():
+        for hook in holder._forward_pre_hooks.values():
+            if isinstance(holder, CompactLinear) and isinstance(hook, _WEIGHT_HOOKS):
+                hook(holder, ())
+
+
+def _is_computed(module: nn.Module) -> bool:
+    """Whether a weight or bias of a holder is not a parameter of it."""
+    return isinstance(module, CompactLinear) and not {"weight", "bias"} <= module._parameters.keys()
 
 
 def _hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:

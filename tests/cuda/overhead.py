@@ -45,7 +45,7 @@ def main() -> None:
             run(x, *arguments)
 
     with torch.no_grad():
-        print(f"one call of a chain of 24   {median_us(lambda: chain._on_cuda(x, 197)):7.1f} us")
+        print(f"one call of a chain of 24   {median_us(lambda: chain._on_gpu('cuda', x, 197)):7.1f} us")
         print(f"24 calls of one sublayer    {median_us(one_by_one):7.1f} us")
 
 

@@ -195,7 +195,7 @@ def test_tensor_cores_do_not_mix_the_heads_padding_in() -> None:
 def run_chain(x: Tensor, calls: list[Call], queries: int) -> Tensor:
     chain = gk.SublayerChain([bound(call) for call in calls])
     with torch.no_grad():
-        return chain._on_cuda(x, queries)
+        return chain._on_gpu("cuda", x, queries)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -217,10 +217,10 @@ def test_chain_follows_its_parameters_and_its_input() -> None:
     chain = gk.SublayerChain([bound(call) for call in calls])
     with torch.no_grad():
         for call in calls:
-            chain._on_cuda(x, 5)
+            chain._on_gpu("cuda", x, 5)
             call.args[3].mul_(2)
-            assert_close(chain._on_cuda(x, 5), one_by_one(x.double(), calls), 2 * TOLERANCE[HALF])
-        assert chain._on_cuda(x.float(), 5).dtype == torch.float32
+            assert_close(chain._on_gpu("cuda", x, 5), one_by_one(x.double(), calls), 2 * TOLERANCE[HALF])
+        assert chain._on_gpu("cuda", x.float(), 5).dtype == torch.float32
 
 
 def test_a_sublayer_leaves_its_input_alone() -> None:
@@ -232,8 +232,8 @@ def test_a_sublayer_leaves_its_input_alone() -> None:
 
 # --- what is refused --------------------------------------------------------------------------------------------------
 WRONG: dict[str, Any] = {
-    "in_cols: wanted ascending columns in [0, 24)": {"in_cols": torch.arange(17).flip(0)},
-    "out_cols: wanted ascending columns in [0, 24)": {"out_cols": torch.arange(5, 25)},
+    "in_cols: wanted ascending indices of the 24 features, without repeats": {"in_cols": torch.arange(17).flip(0)},
+    "out_cols: wanted ascending indices of the 24 features, without repeats": {"out_cols": torch.arange(5, 25)},
 }
 
 

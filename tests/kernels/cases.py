@@ -38,6 +38,9 @@ class Call:
     def run(self, backend: str | None = None) -> Tensor:
         return OPERATORS[self.operator](*self.args, **self.kwargs, backend=backend)
 
+    def with_x(self, x: Tensor) -> Call:
+        return Call(self.operator, (x, *self.args[1:]), self.kwargs)
+
     def to(self, dtype: torch.dtype) -> Call:
         def convert(value: Any) -> Any:
             return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -196,7 +196,7 @@ def test_wrong_arguments_are_refused() -> None:
         pack(values[0], None)
     with pytest.raises(RuntimeError, match="bias: wanted 3 elements"):
         pack(values, torch.zeros(2))
-    layout = torch.tensor([1, 8, 1, -1, -1])
+    layout = torch.tensor([cpu.packing(), 1, 8, 1, -1, -1])
     with pytest.raises(RuntimeError, match="panels: too short"):
         torch.ops.gohsp_kernels.cpu_sublayers(torch.ones(1, 1, 8), [torch.ones(8, dtype=torch.bfloat16)], [layout],
                                               [1e-6, 0.0, 1.0], 1)  # fmt: skip

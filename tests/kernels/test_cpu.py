@@ -160,8 +160,12 @@ WRONG_COLUMNS = {
 @pytest.mark.parametrize("columns", WRONG_COLUMNS)
 def test_column_lists_are_checked(columns: str) -> None:
     x, weight = torch.randn(3, 16), torch.randn(4, 2)
-    with pytest.raises(RuntimeError, match="in_cols: wanted ascending columns"):
+    with pytest.raises(ValueError, match="in_cols: wanted ascending indices of the 16 features, without repeats"):
         gk.packed_linear(x, weight, in_cols=WRONG_COLUMNS[columns], backend="cpu")
+    # The native operator trusts nobody either: an index past the end would be read from foreign memory.
+    packed = cpu.pack_linear(weight, None)
+    with pytest.raises(RuntimeError, match="in_cols: wanted ascending columns"):
+        torch.ops.gohsp_kernels.cpu_linear(x, packed.panels, packed.packing, WRONG_COLUMNS[columns], None, 4, 4, 0)
 
 
 OTHER_CAPABILITIES = [c for c in ("scalar", "avx2", "avx512", "avx512vnni", "amx", "neon") if c != cpu.capability()]
@@ -195,11 +199,12 @@ def test_unknown_instruction_set_is_refused() -> None:
         ({"patch": [4]}, "patch: wanted a height and a width"),
         ({"patch": [4, 0]}, "patch: wanted a height and a width"),
         ({"base": torch.zeros(20)}, "base: wanted 2 dimensions; got 1"),
+        ({"packing": 5}, "panels: wanted weights that were packed for .* got some .* for another version of gohsp"),
     ],
 )
 def test_embed_refuses(change: dict[str, Any], message: str) -> None:
     packed = cpu.pack_embedding(torch.zeros(20, 3, 4, 5), None, torch.zeros(3, 20))
-    good = {"images": torch.zeros(2, 3, 4, 10), "panels": packed.panels, "base": packed.base, "patch": packed.patch}
+    good = {"images": torch.zeros(2, 3, 4, 10), **vars(packed)}
     assert torch.ops.gohsp_kernels.cpu_embed(**good).shape == (2, 3, 20)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.gohsp_kernels.cpu_embed(**(good | change))

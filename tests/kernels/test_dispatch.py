@@ -81,12 +81,12 @@ def test_auto_is_differentiable_where_gradients_are_needed() -> None:
 
 
 def test_use_backend_nests_and_restores() -> None:
-    before = dispatch._selected
+    before = dispatch.selected()
     with gk.use_backend("reference"):
         with pytest.raises(KeyError), gk.use_backend("auto"):
             raise KeyError
-        assert dispatch._selected == "reference"
-    assert dispatch._selected == before
+        assert dispatch.selected() == "reference"
+    assert dispatch.selected() == before
 
 
 def test_unknown_backend_names_the_known_ones() -> None:
@@ -98,7 +98,7 @@ def test_unknown_backend_names_the_known_ones() -> None:
 
 
 def test_environment_variable_selects_the_backend() -> None:
-    code = "import gohsp_kernels.dispatch as d; print(d._selected)"
+    code = "import gohsp_kernels.dispatch as d; print(d.selected())"
     for value, expected in (("reference", "reference"), ("tpu", "got 'tpu'")):
         environment = {**os.environ, "GOHSP_BACKEND": value}
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

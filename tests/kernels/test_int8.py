@@ -209,7 +209,7 @@ def test_wrong_arguments_are_refused() -> None:
         pack(values, scales[:2], None)
     with pytest.raises(RuntimeError, match="weight: wanted at most 65536 inputs; got 65537"):
         pack(torch.zeros(1, 65537, dtype=torch.int8), scales[:1], None)
-    layout = torch.tensor([1, 8, 1, -1, -1])
+    layout = torch.tensor([cpu.packing(), 1, 8, 1, -1, -1])
     with pytest.raises(RuntimeError, match="panels: wanted float32, int8 or bfloat16"):
         torch.ops.gohsp_kernels.cpu_sublayers(torch.ones(1, 1, 8), [torch.ones(9, dtype=torch.int16)], [layout],
                                               [1e-6, 0.0, 1.0], 1)  # fmt: skip

@@ -49,10 +49,14 @@ def native_samples() -> dict[str, tuple[Any, ...]]:
         "cpu_embed": (
             maker.normal(2, 3, 4, 10),
             torch.ops.gohsp_kernels.cpu_pack(maker.weight(20, 60), bias),
+            cpu.packing(),
             maker.normal(3, 20),
             [4, 5],
         ),
-        "cpu_linear": (linear[0], torch.ops.gohsp_kernels.cpu_pack(weight, bias), *linear[3:5], 20, 32, 1),
+        "cpu_linear": (
+            *(linear[0], torch.ops.gohsp_kernels.cpu_pack(weight, bias), cpu.packing()),
+            *(*linear[3:5], 20, 32, 1),
+        ),
         "cpu_attention": (maker.normal(2, 9, 26 + 27), torch.tensor([[8, 0, 5], [8, 3, 16]]), None, 0.2, 1e-6, 27, 9),
         "cpu_sublayers": (
             attention[0],
