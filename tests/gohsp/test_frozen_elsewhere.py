@@ -64,8 +64,5 @@ def test_it_runs_in_a_process_that_has_called_nothing_before(folder: Path, load:
 @pytest.mark.parametrize(("load", "imports"), [(PICKLED, "gohsp"), (EXPORTED, "gohsp_kernels")])
 def test_it_is_refused_where_weights_are_arranged_otherwise(folder: Path, load: str, imports: str) -> None:
     message = call(folder, load, imports, "scalar")
-    assert (
-        "panels: wanted weights that were packed for scalar, the instruction set of this process; got some that "
-        in message
-    )
-    assert f"got some that were packed for {cpu.capability()}. Save the compressed model instead, and freeze it here" in message
+    assert "panels: wanted weights that were packed for scalar" in message
+    assert f"got some that were packed for {cpu.capability()}. Save the compressed model instead" in message
