@@ -29,11 +29,11 @@ def compress(model: nn.Module, mask: ModelMask) -> nn.Module:
         mask: What to keep of it.
 
     Raises:
-        ValueError: The model is already compressed or holds something that cannot be pruned, or the mask is not valid
-            or does not fit it.
+        ValueError: The model is already compressed or holds something that cannot be pruned, a hook hangs on a module
+            that is replaced, or the mask is not valid or does not fit it.
         TypeError: The model is not a timm VisionTransformer or VisionTransformerDistilled.
     """
-    vit.find_dense_blocks(model)
+    vit.refuse_hooks(vit.find_dense_blocks(model))
     mask.validate(model)
     result: Any = copy.deepcopy(model)
     for index, block_mask in enumerate(mask.blocks):
@@ -145,6 +145,8 @@ def _plain_attention(attn: PrunedAttention) -> nn.Module:
     if len(widths) != 1 or 0 in widths:
         return RaggedAttention(attn)
     (width,) = widths
+    if not isinstance(attn.q_norm, nn.Identity) and attn.scale != width**-0.5:
+        return RaggedAttention(attn)  # a factor in front of q_norm would be normalised away
     plain = Attention(dim=1, num_heads=1)
     plain.num_heads, plain.head_dim = len(attn.heads), width
     plain.attn_dim, plain.scale = len(attn.heads) * width, width**-0.5

@@ -21,7 +21,8 @@ def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
     A compressed model keeps its compact parameters beside the packed form that the kernels read, so that it can be
     trained, saved and moved. The frozen one cannot: its blocks have no parameters, and their weights are in memory
     once. The plain patch embedding of timm, with class token and positions, and a linear head are packed as well.
-    Everything else is shared with the given model, which is not changed; drop that one to free its memory.
+    Everything else is copied, so that the result is a snapshot: neither model changes the other. Drop the given one to
+    free its memory.
 
     Args:
         model: A model made by :func:`gohsp.compress` or :func:`gohsp.load`, float32 on the CPU.
@@ -44,19 +45,19 @@ def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
         raise RuntimeError(f"backend 'cpu': {support.reason}")
     if not vit.is_compressed(model):
         raise ValueError(f"model: wanted a model made by gohsp.compress, got {type(model).__name__}")
-    result: Any = copy.copy(model)
-    result._modules = dict(model._modules)
+    # All but the blocks is copied, a few kilobytes: neither model's training, mode or dtype reaches the other.
+    result: Any = copy.deepcopy(model, {id(model.blocks): model.blocks})
     *blocks, last = vit.find_blocks(model)
     of_last = "float32" if weights == "int8" else weights
     result.blocks = FrozenBlocks(*(FrozenBlock(block, weights) for block in blocks), FrozenBlock(last, of_last))
     result.eval()
     if _is_plain(model):
-        result.patch_embed = FrozenEmbedding(model)
+        result.patch_embed = FrozenEmbedding(result)
         result._pos_embed = _as_it_is
     for name in ("head", "head_dist"):
         if type(getattr(model, name, None)) is nn.Linear:
             setattr(result, name, FrozenLinear(getattr(model, name)))
-    return result
+    return result.eval()
 
 
 def _is_plain(model: Any) -> bool:

@@ -7,7 +7,7 @@ belongs to. The other modules ask here, so that a change in timm is met in one f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,10 +169,57 @@ def _why_unsupported(block: Any) -> str | None:
     if type(block) is not Block:
         return f"wanted timm's pre-norm Block, got {type(block).__name__}"
     return (
-        _why_norm("norm1", block.norm1)
+        _why_altered(block)
+        or _why_norm("norm1", block.norm1)
         or _why_norm("norm2", block.norm2)
         or _why_attention(block.attn, block.norm1.normalized_shape[0])
         or _why_mlp(block.mlp, block.norm2.normalized_shape[0])
+    )
+
+
+def refuse_hooks(blocks: Iterable[Any]) -> None:
+    """Refuse hooks on modules that compact ones take the place of. Those on ``norm1`` and ``norm2`` are kept.
+
+    Raises:
+        ValueError: There is such a hook; the message names the module.
+    """
+    for index, block in enumerate(blocks):
+        for name, module in block.named_modules():
+            hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+            if any((*hooks, module._backward_pre_hooks)) and name not in ("norm1", "norm2"):
+                where = f"blocks.{index}.{name}".rstrip(".")
+                raise ValueError(
+                    f"model: a hook hangs on {where}, which compress replaces; wanted none. "
+                    "Remove it, and hang it on the compressed model"
+                )
+
+
+# Attribute that a tool leaves on a module whose weight it computes -> what undoes it.
+_COMPUTED = {
+    "parametrizations": "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')",
+    "weight_orig": "torch.nn.utils.prune.remove(module, 'weight') or torch.nn.utils.remove_spectral_norm(module)",
+    "weight_g": "torch.nn.utils.remove_weight_norm(module)",
+}
+
+
+def _why_altered(block: Any) -> str | None:
+    """Return what stands between the modules of a block and their bare weights, or None if nothing does."""
+    for name, module in block.named_modules():
+        for attribute, way_out in _COMPUTED.items():
+            if hasattr(module, attribute):
+                return f"the weight of {name} is computed ({attribute}); call {way_out} first"
+        if "forward" in vars(module):
+            return f"forward of {name or 'the block'} was replaced on the object, and would be lost; undo that first"
+    return None
+
+
+def _why_linear(name: str, layer: Any) -> str | None:
+    if type(layer) is nn.Linear:
+        return None
+    kind = type(layer)
+    return (
+        f"{name} is {kind.__module__}.{kind.__qualname__}; wanted torch.nn.Linear. "
+        "Adapters are merged first (peft: merge_and_unload())"
     )
 
 
@@ -190,6 +237,9 @@ def _why_attention(attn: Any, dim: int) -> str | None:
         return "gated attention, whose gate reads the columns that pruning removes"
     if not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
         return "attention with a norm before proj (scale_attn_norm), which mixes all heads"
+    reason = _why_linear("attn.qkv", attn.qkv) or _why_linear("attn.proj", attn.proj)
+    if reason is not None:
+        return reason
     if attn.proj.out_features != dim:
         return f"attention writes {attn.proj.out_features} features (dim_out) into a residual stream of {dim}"
     if isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity):
@@ -208,8 +258,9 @@ def _why_qk_norms(attn: Any) -> str | None:
 def _why_mlp(mlp: Any, dim: int) -> str | None:
     if type(mlp) is not Mlp:
         return f"mlp is {type(mlp).__name__}; wanted timm's Mlp"
-    if type(mlp.fc1) is not nn.Linear or type(mlp.fc2) is not nn.Linear:
-        return f"mlp is made of {type(mlp.fc1).__name__} layers; wanted Linear"
+    reason = _why_linear("mlp.fc1", mlp.fc1) or _why_linear("mlp.fc2", mlp.fc2)
+    if reason is not None:
+        return reason
     if not isinstance(mlp.norm, nn.Identity):
         return "MLP with a norm before fc2 (scale_mlp_norm), which mixes all neurons"
     if mlp.fc2.out_features != dim:

@@ -81,7 +81,7 @@ def test_other_embeddings_stay_as_they_are(images: Callable[..., Tensor]) -> Non
     model = timm.create_model("vit_tiny_patch16_224", img_size=48, depth=1, num_classes=5, dynamic_img_size=True)
     compact: Any = gohsp.compress(model, ModelMask.full(model)).eval()
     frozen: Any = gohsp.freeze(compact)
-    assert frozen.patch_embed is compact.patch_embed
+    assert type(frozen.patch_embed) is type(compact.patch_embed)
     with torch.no_grad():
         for side in (48, 64):
             torch.testing.assert_close(frozen(images(2, side).float()), compact(images(2, side).float()))

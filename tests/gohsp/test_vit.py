@@ -54,7 +54,10 @@ def test_refusal_of_single_blocks_that_were_changed() -> None:
     refused(lambda block: setattr(block.attn, "gate", nn.Linear(24, 24)), "gated attention")
     refused(lambda block: setattr(block.attn, "proj", nn.Linear(24, 25)), "attention writes 25 features")
     refused(lambda block: setattr(block.mlp, "fc2", nn.Linear(96, 25)), "MLP writes 25 features")
-    refused(lambda block: setattr(block.mlp, "fc1", nn.Conv2d(24, 96, 1)), "mlp is made of Conv2d layers")
+    refused(
+        lambda block: setattr(block.mlp, "fc1", nn.Conv2d(24, 96, 1)),
+        r"mlp\.fc1 is torch\.nn\.modules\.conv\.Conv2d; wanted torch\.nn\.Linear",
+    )
     refused(lambda block: setattr(block.attn, "q_norm", nn.Identity()), "attn.q_norm is Identity")
     refused(lambda block: setattr(block.attn.k_norm, "eps", 1e-3), "q and k norms of different eps")
     refused(lambda block: setattr(block.attn, "q_norm", nn.LayerNorm(8, elementwise_affine=False)), "without a learned")

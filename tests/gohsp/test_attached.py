@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What hangs on a user's model is kept or refused by name, and what the library hands out cannot change it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune, weight_norm
+
+import gohsp
+from gohsp_kernels import _native
+
+Make = Callable[..., Any]
+
+
+class Doubling(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Adapted(nn.Module):
+    """A wrapper as adapters have it, without the attributes of a linear layer."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.down = base, nn.Linear(base.in_features, base.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.down(x)
+
+
+def doubling(layer: nn.Linear) -> nn.Linear:
+    result = Doubling(layer.in_features, layer.out_features)
+    result.load_state_dict(layer.state_dict())
+    return result.to(layer.weight.dtype)
+
+
+PLACES = {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2")}
+PATHS = [f"{part}.{name}" for part, names in PLACES.items() for name in names]
+
+
+def refused(model: Any, message: str) -> None:
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=message):
+        gohsp.compress(model, gohsp.ModelMask.full(model))
+    with pytest.raises(ValueError, match=message):
+        gohsp.rank_heads(model, [torch.zeros(1, 3, 48, 48).double()])
+    assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize("wrap", [doubling, Adapted])
+@pytest.mark.parametrize("path", PATHS)
+def test_what_is_not_a_linear_layer_is_refused(path: str, wrap: Callable[..., nn.Module], make_model: Make) -> None:
+    model = make_model()
+    block = model.blocks[1]
+    part, name = path.split(".")
+    setattr(getattr(block, part), name, wrap(block.get_submodule(path)))
+    refused(model, rf"blocks\.1: {path} is .*test_attached\.\w+; wanted torch\.nn\.Linear\. Adapters are merged first")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize(
+    ("compute", "way_out"),
+    [
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), r"prune\.remove\(module, 'weight'\)"),
+        (weight_norm, r"remove_weight_norm\(module\)"),
+        (parametrizations.weight_norm, r"parametrize\.remove_parametrizations\(module, 'weight'\)"),
+    ],
+)
+@pytest.mark.parametrize("path", PATHS)
+def test_a_computed_weight_is_refused_with_the_way_out(
+    path: str, compute: Callable[[nn.Module], object], way_out: str, make_model: Make
+) -> None:
+    model = make_model()
+    compute(model.blocks[0].get_submodule(path))
+    refused(model, rf"blocks\.0: the weight of {path} is computed .* call .*{way_out}")
+
+
+@pytest.mark.parametrize("path", ["", "attn", "mlp", "norm1", "mlp.act", *PATHS])
+def test_a_replaced_forward_is_refused(path: str, make_model: Make) -> None:
+    model = make_model()
+    module = model.blocks[1].get_submodule(path)
+    module.forward = lambda x, **_: x
+    refused(model, rf"blocks\.1: forward of {path or 'the block'} was replaced on the object")
+
+
+@pytest.mark.parametrize("register", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+@pytest.mark.parametrize("path", ["", "attn", "mlp", "mlp.act", "attn.attn_drop", *PATHS])
+def test_a_hook_on_what_is_replaced_is_refused(path: str, register: str, make_model: Make) -> None:
+    model = make_model()
+    handle = getattr(model.blocks[1].get_submodule(path), f"register_{register}")(lambda *_: None)
+    where = f"blocks.1.{path}".rstrip(".")
+    with pytest.raises(ValueError, match=f"a hook hangs on {where}, which compress replaces; wanted none. Remove it"):
+        gohsp.compress(model, gohsp.ModelMask.full(model))
+    handle.remove()
+    gohsp.compress(model, gohsp.ModelMask.full(model))
+
+
+@pytest.mark.parametrize("path", ["blocks.0.norm1", "patch_embed", "norm", ""])
+def test_other_hooks_are_kept(path: str, make_model: Make, images: Make) -> None:
+    model, x = make_model(), images()
+    model.get_submodule(path).register_forward_hook(lambda module, arguments, result: result * 1.5)
+    small = gohsp.compress(model, gohsp.ModelMask.full(model))
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model(x))
+
+
+@pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
+def test_a_frozen_model_and_its_model_do_not_reach_each_other(make_model: Make, images: Make) -> None:
+    dense, x = make_model(drop_rate=0.1).float(), images().float()
+    small = gohsp.compress(dense, gohsp.ModelMask.full(dense)).train()
+    state = copy.deepcopy(small.state_dict())
+    frozen = gohsp.freeze(small)
+    assert all(module.training for module in small.modules())
+    assert not any(module.training for module in frozen.modules())
+    with torch.no_grad():
+        before = frozen(x)
+        for parameter in small.parameters():
+            parameter.mul_(1.5)
+        assert torch.equal(frozen(x), before)
+        small.load_state_dict(state)
+    frozen.requires_grad_(False)
+    for tensor in (*frozen.parameters(), *frozen.buffers()):
+        tensor.data.zero_()
+    frozen.half()
+    frozen.register_forward_hook(lambda *_: None)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in small.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in small.state_dict().items())
+    assert not small._forward_hooks
+
+
+def test_densify_with_norms_on_q_and_k_keeps_a_scale_of_its_own(make_model: Make, images: Make) -> None:
+    dense, x = make_model(qk_norm=True), images()
+    for block in dense.blocks:
+        block.attn.fused_attn, block.attn.scale = False, 0.3
+    small = gohsp.compress(dense, gohsp.ModelMask.full(dense))
+    with torch.no_grad():
+        torch.testing.assert_close(gohsp.densify(small)(x), dense(x))
