@@ -213,7 +213,7 @@ def _columns(cols: Tensor | None) -> list[int]:
 
 
 def _widths(qk_widths: Sequence[int], v_widths: Sequence[int]) -> Tensor:
-    return torch.tensor([list(qk_widths), list(v_widths)], dtype=torch.int64).reshape(2, len(qk_widths))
+    return torch.tensor([list(qk_widths), list(v_widths)], dtype=torch.int64, device="cpu").reshape(2, len(qk_widths))
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,7 @@ def pack_attention(
         panels.append(qk_norm.flatten().view(panels[0].dtype))
     layout = [packing(), _ATTENTION, len(qk_widths), int(qk_norm is not None), *_columns(in_cols), *_columns(out_cols)]
     constants = (eps, qk_eps, folded.scale)
-    return PackedSublayer(torch.cat(panels), torch.tensor([*layout, *qk_widths, *v_widths]), constants)
+    return PackedSublayer(torch.cat(panels), torch.tensor([*layout, *qk_widths, *v_widths], device="cpu"), constants)
 
 
 def _qkv_rows(n_qk: int) -> tuple[slice, slice, slice]:
@@ -351,7 +351,7 @@ def pack_mlp(
     )
     layout = [packing(), _MLP, fc1.shape[0], ACTIVATION_IDS[activation], *_columns(in_cols), *_columns(out_cols)]
     panels = torch.cat([_panels(fc1, fc1_constant, weights), _panels(fc2, fc2_constant, weights)])
-    return PackedSublayer(panels, torch.tensor(layout), (eps, 0.0, 1.0))
+    return PackedSublayer(panels, torch.tensor(layout, device="cpu"), (eps, 0.0, 1.0))
 
 
 def packed_linear(

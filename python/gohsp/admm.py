@@ -49,7 +49,7 @@ def choose(evidence: Evidence, grouping: Grouping, keep: int, favour: Tensor | N
     values, vectors = torch.linalg.eigh(square)
     target = weight @ vectors * values
     z, dual, rho = weight, torch.zeros_like(weight), START
-    kept, unchanged = torch.empty(0, dtype=torch.int64), 0
+    kept, unchanged = torch.empty(0, dtype=torch.int64, device="cpu"), 0
     for _ in range(STEPS):
         w = (target + rho * ((z - dual) @ vectors)) / (values + rho) @ vectors.T
         free = w + dual

@@ -81,7 +81,7 @@ class Cutter:
         size, block = self.size, self.mask.blocks[index // 2]
         block.attn_in = self._cut_inputs(index, budget.attn_in)
         moments = self._gather(index)
-        kept = torch.arange(size.num_heads * size.head_dim)
+        kept = torch.arange(size.num_heads * size.head_dim, device="cpu")
         if budget.heads < size.num_heads:
             guide = head_guide(self.survey.heads[index // 2], self.settings.guidance)
             kept = self._choose_written(index, moments, kept, heads_of(size), budget.heads * size.head_dim, guide)
@@ -102,7 +102,7 @@ class Cutter:
         scores = qk_scores(self.settings.method, weight, energy.channels, energy.worth, self.generator)
         heads = block.heads.nonzero().flatten()
         left = by_score(scores[heads].flatten(), channels_of(len(heads), size), keep).left
-        columns = torch.arange(size.num_heads * size.head_dim).view(size.num_heads, -1)[heads].flatten()
+        columns = torch.arange(size.num_heads * size.head_dim, device="cpu").view(size.num_heads, -1)[heads].flatten()
         block.qk = _marked(columns[left], size)
         gone = (~block.qk).flatten().to(weight.device)
         for rows in layer.read.weight, layer.read.bias:
@@ -113,7 +113,7 @@ class Cutter:
         block = self.mask.blocks[index // 2]
         block.mlp_in = self._cut_inputs(index, budget.mlp_in)
         moments = self._gather(index)
-        kept = torch.arange(self.size.hidden)
+        kept = torch.arange(self.size.hidden, device="cpu")
         if budget.hidden < len(kept):
             kept = self._choose_written(index, moments, kept, neurons_of(self.size), budget.hidden)
         block.hidden = torch.zeros_like(block.hidden).index_fill(0, kept, True)
@@ -123,7 +123,7 @@ class Cutter:
     def _cut_inputs(self, index: int, keep: int) -> Tensor:
         """Choose which residual features a sublayer reads, and let these stand in for the others. Returns the mask."""
         layer = self.layers[index]
-        mask = torch.ones(self.size.dim, dtype=torch.bool)
+        mask = torch.ones(self.size.dim, dtype=torch.bool, device="cpu")
         if keep == self.size.dim:
             return mask
         sensitivity = self.survey.sensitivities[index]
@@ -139,7 +139,7 @@ class Cutter:
     def _cut_outputs(self, index: int, moments: Moments, keep: int) -> Tensor:
         """Choose which residual features a sublayer writes, and silence the others. Returns the mask."""
         layer, dim = self.layers[index], self.size.dim
-        mask = torch.ones(dim, dtype=torch.bool)
+        mask = torch.ones(dim, dtype=torch.bool, device="cpu")
         if keep == dim:
             return mask
         evidence = self._written(index, moments, layer.write.weight)
@@ -218,7 +218,7 @@ class Cutter:
         parameters = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=REFINE_RATE, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.settings.refine)
-        order = torch.empty(0, dtype=torch.int64)
+        order = torch.empty(0, dtype=torch.int64, device="cpu")
         for _ in range(self.settings.refine):
             if len(order) == 0:
                 order = torch.randperm(len(before), generator=self.generator)
@@ -242,6 +242,6 @@ def _through(module: nn.Module | Sublayer, stream: Tensor) -> Tensor:
 
 def _marked(columns: Tensor, size: vit.Geometry) -> Tensor:
     """Return a boolean [H, d] that is True at some columns of head outputs."""
-    marked = torch.zeros(size.num_heads * size.head_dim, dtype=torch.bool)
+    marked = torch.zeros(size.num_heads * size.head_dim, dtype=torch.bool, device="cpu")
     marked[columns] = True
     return marked.view(size.num_heads, size.head_dim)

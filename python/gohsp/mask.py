@@ -96,7 +96,7 @@ class BlockMask:
     def full(cls, dim: int, num_heads: int, head_dim: int, hidden: int) -> BlockMask:
         """Return the mask that keeps everything."""
         shapes = _shapes(Geometry(1, dim, num_heads, head_dim, hidden))
-        return cls(**{name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()})
+        return cls(**{name: torch.ones(shape, dtype=torch.bool, device="cpu") for name, shape in shapes.items()})
 
     def clone(self) -> BlockMask:
         """Return a copy that shares no memory with this mask."""
@@ -488,10 +488,10 @@ def _from_ranges(value: Any, shape: tuple[int, ...], where: str) -> Tensor:
 
 def _row_from_ranges(value: Any, size: int, where: str) -> Tensor:
     if value == "all":
-        return torch.ones(size, dtype=torch.bool)
+        return torch.ones(size, dtype=torch.bool, device="cpu")
     if not isinstance(value, str) or not re.fullmatch(r"(\d+(-\d+)?(,\d+(-\d+)?)*)?", value, re.ASCII):
         raise ValueError(f"{where}: wanted ranges such as '0-3,7', 'all' or '', got {value!r}")
-    kept = torch.zeros(size, dtype=torch.bool)
+    kept = torch.zeros(size, dtype=torch.bool, device="cpu")
     for run in filter(None, value.split(",")):
         first, _, last = run.partition("-")
         start, stop = int(first), int(last or first)

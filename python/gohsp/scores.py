@@ -243,6 +243,11 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 
+# Those of CRITERIA whose columns cost what the loss would rise by. The costs of all others are shares of their layer's,
+# so what they say of QK channels and outputs becomes shares too: the budget compares them.
+LOSSES = {"gohsp", "obs"}
+
+
 def head_guide(importance: Tensor, strength: float) -> Tensor:
     """Return the factors by which the graph guides the choice of heads: ``(H * pi_j) ** strength``, [H].
 
@@ -287,7 +292,7 @@ def qk_scores(method: str, qkv_weight: Tensor, energy: Tensor, worth: Tensor, ge
         scores = (norms[0] * norms[1]) ** int(method[1])
     else:
         scores = energy
-    if method in ("gohsp", "obs"):
+    if method in LOSSES:
         return (scores / scores.sum(dim=1, keepdim=True).clamp_min(1e-30) * worth[:, None]).cpu()
     return _as_share(scores)
 
@@ -313,7 +318,7 @@ def output_scores(method: str, write_weight: Tensor, energy: Tensor, evidence: E
     if method in ("activation", "information"):
         return _as_share(energy)
     cost = energy * evidence.metric.diagonal()
-    return _as_share(cost) if method == "taylor" else cost.cpu()
+    return cost.cpu() if method in LOSSES else _as_share(cost)
 
 
 def by_score(scores: Tensor, grouping: Grouping, keep: int = 0) -> Elimination:
@@ -363,7 +368,7 @@ def _cheapest_together(
 
 
 def _membership(pools: list[Tensor], columns: int) -> Tensor:
-    member = torch.empty(columns, dtype=torch.int64)
+    member = torch.empty(columns, dtype=torch.int64, device="cpu")
     for index, pool in enumerate(pools):
         member[pool] = index
     return member

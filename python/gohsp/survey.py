@@ -268,21 +268,23 @@ def qk_energies(layer: Sublayer, x: Tensor, sensitivity: Sensitivity, size: vit.
 
 def heads_of(size: vit.Geometry) -> Grouping:
     """Whole heads; the last one of a block stays."""
-    return Grouping(list(torch.arange(size.num_heads * size.head_dim).split(size.head_dim)), size.head_dim, 0)
+    return Grouping(
+        list(torch.arange(size.num_heads * size.head_dim, device="cpu").split(size.head_dim)), size.head_dim, 0
+    )
 
 
 def channels_of(heads: int, size: vit.Geometry) -> Grouping:
     """Tiles of channels, of which one stays in each of so many heads."""
     # A divisor of the width, so that every head can give the same number of whole tiles.
     tile = math.gcd(CHANNEL_TILE, size.head_dim)
-    return Grouping(list(torch.arange(heads * size.head_dim).split(size.head_dim)), tile, tile)
+    return Grouping(list(torch.arange(heads * size.head_dim, device="cpu").split(size.head_dim)), tile, tile)
 
 
 def neurons_of(size: vit.Geometry) -> Grouping:
     """Tiles of neurons, of which one stays."""
-    return Grouping([torch.arange(size.hidden)], HIDDEN_TILE, min(HIDDEN_TILE, size.hidden))
+    return Grouping([torch.arange(size.hidden, device="cpu")], HIDDEN_TILE, min(HIDDEN_TILE, size.hidden))
 
 
 def columns_of(features: int) -> Grouping:
     """Tiles of residual features, of which one stays."""
-    return Grouping([torch.arange(features)], COLUMN_TILE, min(COLUMN_TILE, features))
+    return Grouping([torch.arange(features, device="cpu")], COLUMN_TILE, min(COLUMN_TILE, features))

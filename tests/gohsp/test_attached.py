@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 import gohsp
+from gohsp import scores
 from gohsp_kernels import _native
 
 Make = Callable[..., Any]
@@ -141,3 +145,42 @@ def test_densify_with_norms_on_q_and_k_keeps_a_scale_of_its_own(make_model: Make
     small = gohsp.compress(dense, gohsp.ModelMask.full(dense))
     with torch.no_grad():
         torch.testing.assert_close(gohsp.densify(small)(x), dense(x))
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[None]:
+    """New tensors are on meta, as with ``torch.set_default_device("cuda")`` on a GPU, unless a device is named."""
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
+def test_a_default_device_does_not_reach_masks_files_and_kernels(tmp_path: Path, make_model: Make) -> None:
+    with torch.device("cpu"):
+        dense, x = make_model().float(), torch.randn(2, 3, 48, 48)
+    mask = gohsp.ModelMask.full(dense)
+    mask.blocks[0].heads[1] = False
+    small = gohsp.compress(dense, mask)
+    with torch.no_grad():
+        wanted = small(x)
+        assert wanted.device.type == "cpu"
+        torch.testing.assert_close(gohsp.freeze(small)(x), wanted)
+        mask.save(tmp_path / "mask.json")
+        again = gohsp.compress(dense, gohsp.ModelMask.load(tmp_path / "mask.json"))
+        torch.testing.assert_close(again(x), wanted)
+
+
+def test_a_criterion_of_ones_own_is_on_one_scale(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered under another name, l2 of columns goes with shares of outputs, not with raw costs beside them."""
+    monkeypatch.setitem(scores.SCORES, "mine", scores.l2)
+    monkeypatch.setitem(scores.CRITERIA, "mine", partial(scores.ranked, scores.l2))
+    energy, weight = torch.rand(8, dtype=torch.float64) * 50, torch.randn(8, 4)
+    evidence = SimpleNamespace(metric=torch.eye(8, dtype=torch.float64) * 3, generator=None)
+    costs = scores.output_scores("mine", weight, energy, evidence)  # type: ignore[arg-type]
+    assert float(costs.sum()) == pytest.approx(1)
+    channels = torch.rand(2, 4, dtype=torch.float64) * 50
+    worth = torch.ones(2, dtype=torch.float64)
+    of_qk = scores.qk_scores("mine", weight, channels, worth, torch.Generator())
+    assert float(of_qk.sum()) == pytest.approx(1)
