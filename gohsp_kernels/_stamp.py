@@ -39,7 +39,7 @@ class Stamp:
         with _disable_current_modes(), torch.no_grad():
             # Aliases keep the storage, and so the address, from being taken by another tensor.
             self._content = _content([t.detach() for t in tensors if t is not None])
-            self._sum = self._content()
+            self._sum = None if _trusting.get() else self._content()
 
     def is_of(self, tensors: Sequence[Tensor | None], constants: tuple[object, ...] = ()) -> bool:
         """Whether these are the same tensors, in the same place and with the same content, and the same constants."""
@@ -117,11 +117,15 @@ def _sums(tensors: Sequence[Tensor]) -> list[int]:
         return [_sum(group) for group in groups.values()]
 
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORDS = {1: torch.int8, 2: torch.int16}  # of elements of so many bytes; all longer ones are read as words of 4
 
 
 def _sum(tensors: Sequence[Tensor]) -> int:
-    """Sum of all words, each times an odd number of its place, after its sign has been spread over its bits."""
-    words = torch.cat([t.contiguous().view(_INTEGERS[t.element_size()]).reshape(-1) for t in tensors]).to(torch.int64)
-    places = torch.arange(1, 2 * words.numel(), 2, dtype=torch.int64, device=words.device)
-    return int(((words ^ (words >> 31)) * (places * -7046029254386353131)).sum())
+    """Sum of all words, each times an odd number drawn from its place.
+
+    A word has at most 32 bits and the sum 64, so a change of one word always changes it.
+    """
+    word = _WORDS.get(tensors[0].element_size(), torch.int32)
+    words = torch.cat([t.reshape(-1).contiguous().view(word) for t in tensors]).to(torch.int64)
+    factors = torch.arange(words.numel(), dtype=torch.int64, device=words.device) * -7046029254386353131
+    return int((words * ((factors ^ (factors >> 29)) | 1)).sum())

@@ -485,7 +485,7 @@ class PackedChain(cpu.PackedChain):
         sublayers: in their order.
     """
 
-    member: type[SublayerLike] = SublayerLike
+    member: type[SublayerLike] = SublayerLike  # what packs each of the sublayers
 
     def __init__(self, x: Tensor, sublayers: Sequence[cpu.Sublayer]) -> None:
         self._like = x.new_empty(0, x.shape[2])

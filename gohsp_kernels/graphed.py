@@ -22,7 +22,8 @@ class GraphedModel:
 
     For small batches, whose kernels end sooner than the CPU can start the next. Each call compares the content of all
     parameters and buffers with what was captured, and captures the graph anew where one has changed or was exchanged
-    for another object. Calls share buffers, so they must not overlap: one thread, one stream.
+    for another object; modules that are added or replaced it does not notice. Calls share buffers, so they must not
+    overlap: one thread, one stream.
 
     Args:
         model: a module from one tensor to one tensor, in evaluation mode, that reads nothing back to the CPU.

@@ -121,6 +121,8 @@ def mlp_sublayer(x: Tensor, *arguments: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class _Sublayer(cuda.SublayerLike):
+    """A sublayer of a chain, packed for Triton."""
+
     def packed(self) -> Any:
         self.check()
         return packed_sublayer(self.name, self.like, self.tensors, self.constants)

@@ -8,7 +8,7 @@ residual stream a matrix reads and writes are not in the state dict: they come f
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -214,7 +215,7 @@ class PrunedBlock(nn.Module):
         Raises:
             ValueError: See :class:`PrunedAttention`, or ``num_queries`` is not one of 0 to N.
         """
-        compute_weights(self)
+        _compute_weights((self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2))
         if attn_mask is not None or is_causal or self.must_call_modules():
             return self._by_modules(x, attn_mask, is_causal)[:, :num_queries]
         return gk.SublayerChain(self.sublayers())(x, num_queries=num_queries)
@@ -419,21 +420,21 @@ def head_masks(
     return [full_mask[:, head : head + 1] for head in heads]
 
 
-def compute_weights(module: nn.Module) -> None:
+def _compute_weights(holders: Iterable[CompactLinear]) -> None:
     """Let ``torch.nn.utils.prune``, ``weight_norm`` and ``spectral_norm`` set the weights that they compute.
 
     They do so in a hook before the forward pass of the module that they hang on, and the parameter holders are never
     called. Newer parametrizations need nothing: they compute the weight when it is read.
     """
-    for holder in module.modules():
+    for holder in holders:
         for hook in holder._forward_pre_hooks.values():
-            if isinstance(holder, CompactLinear) and isinstance(hook, _WEIGHT_HOOKS):
+            if isinstance(hook, _WEIGHT_HOOKS):
                 hook(holder, ())
 
 
 def _is_computed(module: nn.Module) -> bool:
-    """Whether a weight or bias of a holder is not a parameter of it."""
-    return isinstance(module, CompactLinear) and not {"weight", "bias"} <= module._parameters.keys()
+    """Whether the module reads a tensor that is not a parameter or buffer, but made of others."""
+    return is_parametrized(module) or any(isinstance(value, Tensor) for value in vars(module).values())
 
 
 def _hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,10 +171,8 @@ def test_a_default_device_does_not_reach_masks_files_and_kernels(tmp_path: Path,
         torch.testing.assert_close(again(x), wanted)
 
 
-def test_a_criterion_of_ones_own_is_on_one_scale(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registered under another name, l2 of columns goes with shares of outputs, not with raw costs beside them."""
-    monkeypatch.setitem(scores.SCORES, "mine", scores.l2)
-    monkeypatch.setitem(scores.CRITERIA, "mine", partial(scores.ranked, scores.l2))
+def test_a_criterion_of_ones_own_is_on_one_scale() -> None:
+    """A name that the library does not know gets shares of outputs and of QK channels, as its columns are shares."""
     energy, weight = torch.rand(8, dtype=torch.float64) * 50, torch.randn(8, 4)
     evidence = SimpleNamespace(metric=torch.eye(8, dtype=torch.float64) * 3, generator=None)
     costs = scores.output_scores("mine", weight, energy, evidence)  # type: ignore[arg-type]

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
 import gohsp
 import gohsp_kernels as gk
+from gohsp import layers
 from gohsp_kernels import _native
 
 pytestmark = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
@@ -232,19 +235,49 @@ def alone(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("of_data", [False, True])
-def test_collectives_are_seen(of_data: bool, model: Any, x: Tensor) -> None:
-    assert_current(model, model, x)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            target = parameter.data if of_data else parameter
-            version = parameter._version
-            # A group of one cannot bring other values, so its doubled sum stands for what a peer would have sent.
-            dist.all_reduce(target, op=dist.ReduceOp.SUM)
-            parameter.data.mul_(2)
-            assert parameter._version >= version
-    assert_current(model, model, x)
+PEER = """
+import copy, sys, timm, torch, torch.distributed as dist, gohsp, gohsp_kernels as gk
+rank, meet = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method="file://" + meet, rank=rank, world_size=2)
+torch.manual_seed(rank)
+dense = timm.create_model("vit_tiny_patch16_224", img_size=48, depth=2, num_classes=5).eval()
+model = gohsp.compress(dense, gohsp.ModelMask.full(dense))
+x = torch.ones(1, 3, 48, 48).cumsum(-1) / 48
+
+def share(collective):
+    model(x)
+    for parameter in model.parameters():
+        collective(parameter)
+    seen = model(x)
+    with gk.use_backend("reference"):
+        wanted = copy.deepcopy(model)(x)
+    return float((seen - wanted).norm() / wanted.norm())
+
+def mean(parameter):
+    dist.all_reduce(parameter)
+    parameter.data.div_(2)
+
+def anew(collective):
+    torch.manual_seed(7 + rank)
+    model.load_state_dict({name: value + 0.1 * torch.randn_like(value) for name, value in model.state_dict().items()})
+    return share(collective)
+
+with torch.no_grad():
+    errors = [share(lambda p: dist.broadcast(p, 0)), anew(lambda p: dist.broadcast(p.data, 0)), anew(mean)]
+print(max(errors) < 1e-4, errors)
+dist.destroy_process_group()
+"""
+
+
+def test_what_comes_from_another_process_is_seen(tmp_path: Path) -> None:
+    """Broadcast of parameters and of their data, and all_reduce, as federated and data-parallel loops write them."""
+    start = [sys.executable, "-c", PEER]
+    peers = [
+        subprocess.Popen([*start, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    told = [peer.communicate(timeout=120)[0] for peer in peers]
+    assert all(text.startswith("True") for text in told), told
 
 
 @pytest.mark.usefixtures("alone")
@@ -309,3 +342,31 @@ def computed(layer: Any, name: str) -> Tensor:
         return layer.weight_v * (layer.weight_g / layer.weight_v.norm(dim=1, keepdim=True))
     value: Tensor = getattr(layer, name)
     return value
+
+
+def test_a_parametrized_norm_is_followed(model: Any, x: Tensor) -> None:
+    twin = copy.deepcopy(model)
+    parametrize.register_parametrization(model.blocks[0].norm1, "weight", Scaled())
+    with torch.no_grad():
+        model(x)
+        model.blocks[0].norm1.parametrizations.weight[0].factor.mul_(3)
+        twin.blocks[0].norm1.weight.mul_(3)
+    assert_current(model, twin, x)
+
+
+class Scaled(nn.Module):
+    """A factor on a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(1))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.factor
+
+
+def test_layers_without_bias_run_as_one_chain(make_model: Callable[..., Any], x: Tensor) -> None:
+    dense = make_model(qkv_bias=False).float()
+    small = gohsp.compress(dense, gohsp.ModelMask.full(dense))
+    assert_current(small, small, x)
+    assert layers._chains[small.blocks].is_whole()

@@ -91,6 +91,17 @@ def test_a_changed_parameter_is_noticed(captures: list[StandIn], model: Sublayer
     assert torch.equal(after, model(images(2)))
 
 
+def test_a_parameter_that_is_exchanged_or_changed_unseen_is_noticed(captures: list[StandIn]) -> None:
+    linear, x = nn.Linear(4, 3).eval(), torch.randn(2, 4)
+    fast = gk.GraphedModel(linear, max_shapes=1)
+    fast(x)
+    linear.load_state_dict({k: v * 2 for k, v in linear.state_dict().items()}, assign=True)
+    assert torch.equal(fast(x), linear(x)) and len(captures) == 2
+    linear.weight.data.mul_(2)
+    assert torch.equal(fast(x), linear(x)) and len(captures) == 3
+    assert torch.equal(fast(x), linear(x)) and len(captures) == 3
+
+
 @pytest.mark.interpreter
 def test_packed_weights_outlive_their_place_in_the_cache(captures: list[StandIn], model: Sublayers) -> None:
     fast, x = gk.GraphedModel(model), images(2)

@@ -43,6 +43,25 @@ def test_one_flipped_bit_is_noticed_wherever_it_is(size: int, dtype: torch.dtype
             assert not stamp.is_of([tensor])
             raw[place] ^= bit
     assert stamp.is_of([tensor])
+    if dtype != torch.bool:
+        raw[: tensor.element_size()] ^= 255  # one word becomes its complement
+        assert not stamp.is_of([tensor])
+
+
+def test_a_scalar_is_read() -> None:
+    tensor = torch.tensor(2.0, dtype=torch.float64)
+    stamp = Stamp([tensor])
+    tensor.neg_()
+    assert not stamp.is_of([tensor])
+
+
+def test_what_was_not_read_is_never_taken_as_true() -> None:
+    """A form that is made in a capture, where nothing can be read, is made again after it."""
+    tensor = torch.ones(3)
+    with _stamp.trusting():
+        stamp = Stamp([tensor])
+        assert stamp.is_of([tensor])
+    assert not stamp.is_of([tensor])
 
 
 @pytest.mark.parametrize("size", [2, 128, 4096, 70001])
