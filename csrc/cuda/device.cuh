@@ -17,14 +17,34 @@
 #define GOHSP_BOTH __host__ __device__ __forceinline__
 #define GOHSP_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 #define GOHSP_UNROLL _Pragma("unroll")
+#define GOHSP_UNROLL_BY(n) GOHSP_PRAGMA(unroll n)
+#define GOHSP_PRAGMA(x) _Pragma(#x)
 
 namespace gohsp::cuda {
 
-// Dynamic shared memory, whose size a launch sets. The type makes it begin at a multiple of 16 bytes.
-extern __shared__ Bytes16 shared_memory[];
+// Dynamic shared memory, whose size a launch sets. It begins where the swizzle of 128 bytes repeats.
+extern __shared__ __align__(1024) Bytes16 shared_memory[];
 
 GOHSP_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
-GOHSP_DEVICE int64_t block_index() { return static_cast<int64_t>(blockIdx.x); }
+GOHSP_DEVICE uint32_t block_index() { return blockIdx.x; }
+
+// --- launches that overlap (programmatic dependent launch, from sm_90 on) ---------------------------------------------
+// The next launch of the stream may begin once every block of this one has said so or has ended. It says nothing about
+// what this one has written.
+GOHSP_DEVICE void let_next_launch_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Waits until the launch before has ended and what it wrote can be seen. Every thread of every block calls it before it
+// reads what an earlier launch of the call writes, and before it writes anything: since all of them do, the launch
+// before has itself waited for its own predecessor, and so on down to the first.
+GOHSP_DEVICE void wait_for_launch_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // Of the block, and of the warp; each also orders what its threads wrote to shared memory.
 GOHSP_DEVICE void barrier() { __syncthreads(); }
@@ -87,6 +107,14 @@ GOHSP_DEVICE float exp2_fast(float x) {
 
 GOHSP_DEVICE float exp_fast(float x) { return __expf(x); }
 GOHSP_DEVICE float rsqrt_fast(float x) { return rsqrtf(x); }
+
+// One instruction, good to a unit in the last place.
+GOHSP_DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 GOHSP_DEVICE float erf_exact(float x) { return erff(x); }
 GOHSP_DEVICE float max_of(float a, float b) { return fmaxf(a, b); }
 GOHSP_DEVICE float minus_infinity() { return float_of(0xff800000u); }

@@ -22,8 +22,9 @@ using Stream = void*;  // cudaStream_t
 
 constexpr int kChunkBytes = 16;  // what one thread copies at a time
 constexpr int kWidestHead = 128;
+constexpr int kPartial = 32;  // columns of which a product leaves mean and sum of squares, for the LayerNorm after it
 
-// Per row: mean and 1 / standard deviation, or a copy of its columns, normalised or not.
+// A copy of each row's columns, normalised or not.
 struct RowsParams {
   const void* x;  // [rows, features]
   int64_t rows;
@@ -31,7 +32,6 @@ struct RowsParams {
   bool aligned;    // rows of x begin at multiples of 16 bytes
   bool normalise;  // the copy
   float eps;
-  Float2* statistics;      // [rows], or nullptr: make the copy
   void* copy;              // [rows, copy_stride], zero from column `count` on
   const int32_t* columns;  // [count], or nullptr: the first `count`
   int32_t count;
@@ -50,8 +50,8 @@ struct LinearParams {
   const float* bias;     // [n] or nullptr, like the next two
   const float* row_sum;  // sums of the weight's rows; given when x is to be normalised
   const float* scale;
-  const Float2* statistics;  // [rows] of x; nullptr: the kernel computes them, where row_sum is given
-  int32_t features;          // of x, for the statistics
+  const Float2* partials;  // [rows, features / kPartial] of x; nullptr: LayerNorm's statistics are found from the rows
+  int32_t features;        // of x, for the statistics
   float eps;
   Activation activation;
   const int32_t* out_columns;  // [out_features]: the n computed ones, then the others; nullptr: all, in order
@@ -61,6 +61,8 @@ struct LinearParams {
   const void* residual;     // rows of out_stride elements, or nullptr
   int32_t tokens, queries;  // row r of out belongs to row (r / queries) * tokens + r % queries of the residual
   bool paired;              // neighbours in a row of out and residual may be accessed together
+  bool wide;                // 16 bytes of them: columns in order, rows that begin at multiples of 16 bytes
+  Float2* partials_out;     // [rows, n / kPartial] of out, or nullptr; with `wide` only
 };
 
 // Attention proper, over heads of any widths.
@@ -75,12 +77,18 @@ struct AttentionParams {
   float scale;
   float eps;
   bool aligned;  // starts and strides are multiples of 16 bytes, and what fills a head's last 16 bytes is zero
+  // Tiles of 16 queries in a block, and warps that share the keys of each: launch_attention chooses them.
+  int32_t tiles, parts;
 };
 
-// Each starts one kernel on `stream`, or none where there is nothing to do. Throws std::runtime_error.
-void launch_rows(Precision precision, const RowsParams& params, Stream stream);
-void launch_linear(Precision precision, const LinearParams& params, Stream stream);
-void launch_attention(Precision precision, int64_t widest, const AttentionParams& params, Stream stream);
+// Each starts one kernel on `stream`, or none where there is nothing to do. `follows`: the launch before it on the
+// stream is one of these, of the same call; then it may begin before that one has ended (and waits for its results
+// where it needs them). Throws std::runtime_error.
+void launch_rows(Precision precision, const RowsParams& params, Stream stream, bool follows);
+void launch_linear(Precision precision, const LinearParams& params, Stream stream, bool follows);
+// launch_linear for GPUs that have wgmma (compute capability 9.0), in 16 bits; false if few rows go better without.
+bool launch_linear_hopper(Precision precision, const LinearParams& params, Stream stream, bool follows);
+void launch_attention(Precision precision, int64_t widest, const AttentionParams& params, Stream stream, bool follows);
 
 // --- sublayers -------------------------------------------------------------------------------------------------------
 // How a product reads the columns of its input.

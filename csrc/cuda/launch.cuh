@@ -11,7 +11,7 @@
 #include "kernels.h"
 
 #ifdef __CUDACC__
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include <array>
 #include <atomic>
@@ -45,37 +45,74 @@ inline int64_t processors() {
   return count;
 }
 
-// More shared memory than 48 KiB a kernel must ask for, once on each device.
+// More shared memory than 48 KiB a kernel must ask for, once on each device. No kernel takes more than every GPU from
+// compute capability 8.0 on has.
+constexpr int kMostShared = 99 * 1024;
+
 template <auto kernel>
-void allow_shared(int bytes) {
+void allow_shared() {
   static std::array<std::atomic<bool>, kDevices> done{};
   const int device = current_device();
   if (device < kDevices && done[device].load(std::memory_order_relaxed)) return;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared));
   if (device < kDevices) done[device].store(true, std::memory_order_relaxed);
 }
 
+// Major number of the current GPU's compute capability.
+inline int capability() {
+  static std::array<std::atomic<int>, kDevices> known{};
+  const int device = current_device();
+  int major = device < kDevices ? known[device].load(std::memory_order_relaxed) : 0;
+  if (major == 0) {
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    if (device < kDevices) known[device].store(major, std::memory_order_relaxed);
+  }
+  return major;
+}
+
+inline bool is_hopper() { return capability() == 9; }
+
+// Whether so many blocks are enough for a tile of so many rows.
+inline bool enough(int64_t blocks, int) { return blocks >= processors(); }
+
 template <auto kernel, class Params>
-void launch(int64_t blocks, int threads, int shared_bytes, const Params& params, Stream stream) {
+void launch(int64_t blocks, int threads, int shared_bytes, const Params& params, Stream stream, bool follows) {
   if (blocks == 0) return;
-  if (shared_bytes > 48 * 1024) allow_shared<kernel>(shared_bytes);
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
-  check(cudaGetLastError());
+  if (shared_bytes > 48 * 1024) allow_shared<kernel>();
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t how{};
+  how.gridDim = static_cast<unsigned>(blocks);
+  how.blockDim = threads;
+  how.dynamicSmemBytes = shared_bytes;
+  how.stream = static_cast<cudaStream_t>(stream);
+  how.attrs = &overlap;
+  how.numAttrs = follows && capability() >= 9;
+  check(cudaLaunchKernelEx(&how, kernel, params));
 }
 
 #else
 
 namespace emulate {
-inline int64_t pretended_processors = 108;                   // the tests set it to reach every tile
-inline std::map<std::string, std::pair<int, int>> launched;  // threads and shared bytes of a block, by kernel
+// The tests set these to reach every tile. Rows of the largest tile of a linear layer; 0: as on a GPU.
+inline int largest_tile = 0;
+inline bool pretended_hopper = false;
+inline int64_t pretended_processors = 108;
+inline std::map<std::string, std::pair<int, int> > launched;  // threads and shared bytes of a block, by kernel
 }  // namespace emulate
 
 inline int64_t processors() { return emulate::pretended_processors; }
+inline bool is_hopper() { return emulate::pretended_hopper; }
+
+inline bool enough(int64_t blocks, int rows) {
+  return emulate::largest_tile > 0 ? rows <= emulate::largest_tile : blocks >= processors();
+}
 
 template <auto kernel, class Params>
-void launch(int64_t blocks, int threads, int shared_bytes, const Params& params, Stream) {
+void launch(int64_t blocks, int threads, int shared_bytes, const Params& params, Stream, bool follows) {
   emulate::launched[__PRETTY_FUNCTION__] = {threads, shared_bytes};
-  emulate::launch(blocks, threads, shared_bytes, [&params] { kernel(params); });
+  emulate::launch(blocks, threads, shared_bytes, follows, [&params] { kernel(params); });
 }
 
 #endif

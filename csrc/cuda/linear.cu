@@ -1,31 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "launch.cuh"
-#include "linear.cuh"
+#include "launch_linear.cuh"
 
 namespace gohsp::cuda {
 
-template <class Tile>
-void launch_tile(const LinearParams& p, Stream stream) {
-  const int64_t others = p.out == p.residual ? 0 : divide_up(p.out_features - p.n, Tile::BN);
-  const int64_t blocks = divide_up<int64_t>(p.rows, Tile::BM) * (divide_up(p.n, Tile::BN) + others);
-  launch<linear_kernel<Tile>>(blocks, Tile::THREADS, Tile::SHARED_BYTES, p, stream);
-}
-
-// The large tile reads least; the small one where the large would leave multiprocessors without a block.
+// The largest tile that gives every multiprocessor a block: it reads least. Of few rows the smallest, whose depth the
+// warps share, so that there is something to do for all of them.
 template <class Op>
-void launch_16_bit(const LinearParams& p, Stream stream) {
-  using Large = LinearTile<Op, 128, 128, 4, 2, 2>;
-  using Small = LinearTile<Op, 64, 64, 4, 1, 4>;
-  const bool large = divide_up<int64_t>(p.rows, 128) * divide_up(p.n, 128) >= processors();
-  return large ? launch_tile<Large>(p, stream) : launch_tile<Small>(p, stream);
+void launch_16_bit(const LinearParams& p, Stream stream, bool follows) {
+  using Large = LinearTile<Op, 128, 128, 4, 2, 1, 4, 2>;
+  using Small = LinearTile<Op, 64, 64, 4, 1, 1, 4, 4>;
+  using Few = LinearTile<Op, 32, 32, 1, 1, 8, 16, 2>;
+  if (fills<Large>(p)) return launch_tile<Large>(p, stream, follows);
+  return fills<Small>(p) ? launch_tile<Small>(p, stream, follows) : launch_tile<Few>(p, stream, follows);
 }
 
-void launch_linear(Precision precision, const LinearParams& params, Stream stream) {
+void launch_linear(Precision precision, const LinearParams& params, Stream stream, bool follows) {
+  if (launch_linear_hopper(precision, params, stream, follows)) return;
   switch (precision) {
-    case Precision::f16: return launch_16_bit<F16>(params, stream);
-    case Precision::bf16: return launch_16_bit<Bf16>(params, stream);
-    case Precision::tf32: return launch_tile<LinearTile<Tf32, 64, 64, 4, 1, 4>>(params, stream);
-    case Precision::f32: return launch_tile<LinearTile<F32, 64, 64, 4, 1, 4>>(params, stream);
+    case Precision::f16: return launch_16_bit<F16>(params, stream, follows);
+    case Precision::bf16: return launch_16_bit<Bf16>(params, stream, follows);
+    case Precision::tf32: return launch_tile<LinearTile<Tf32, 64, 64, 4, 1, 1, 4, 4>>(params, stream, follows);
+    case Precision::f32: return launch_tile<LinearTile<F32, 64, 64, 4, 1, 1, 4, 4>>(params, stream, follows);
   }
 }
 

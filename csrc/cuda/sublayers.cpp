@@ -3,6 +3,7 @@
 // only wants to know where scratch buffers end.
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 #include "kernels.h"
 
@@ -48,26 +49,20 @@ class Workspace {
   size_t used_ = 0;
 };
 
-// In a product of few rows each block finds the statistics itself, which spares a launch; of many rows, each of the
-// blocks that share them would, which costs more than the launch.
-constexpr int64_t kFewRows = 2048;
-
-bool separate_statistics(const Matrix& weight, int64_t rows) { return weight.row_sum != nullptr && rows > kFewRows; }
-
-// Memory for the rows that a product reads, and for their statistics.
-struct Prepared {
-  void* copy;
-  Float2* statistics;
-};
-
-Prepared room_for_rows(Workspace& w, const Input& in, const Matrix& weight, int64_t rows) {
-  return {in.form == Form::copy ? w.take(rows * weight.chunks * kChunkBytes) : nullptr,
-          separate_statistics(weight, rows) ? static_cast<Float2*>(w.take(rows * int64_t{sizeof(Float2)})) : nullptr};
+// Memory for the rows that a product reads, where it needs a copy.
+void* room_for_rows(Workspace& w, const Input& in, const Matrix& weight, int64_t rows) {
+  return in.form == Form::copy ? w.take(rows * weight.chunks * kChunkBytes) : nullptr;
 }
 
 struct Run {
   Precision precision;
   Stream stream;
+  Float2* partials;    // of the residual stream
+  bool begun = false;  // something was launched
+  bool left = false;   // the stream's partials are there
+
+  // The first launch of a call waits for whatever else is on the stream.
+  bool follows() { return std::exchange(begun, true); }
 
   int64_t per_chunk() const { return kChunkBytes / element_bytes(precision); }
 
@@ -89,8 +84,8 @@ struct Run {
 
   // The same for an input with columns left out: launches what must run before it. With `normalise` a copy holds
   // normalised rows; in the other forms the product normalises by itself if the weight has row sums.
-  LinearParams prepare(const Matrix& weight, const Input& in, const Prepared& room, const void* x, int64_t rows,
-                       int64_t features, float eps, bool normalise) const {
+  LinearParams prepare(const Matrix& weight, const Input& in, void* copy, const void* x, int64_t rows, int64_t features,
+                       float eps, bool normalise) {
     RowsParams r{};
     r.x = x;
     r.rows = rows;
@@ -98,29 +93,27 @@ struct Run {
     r.aligned = rows_aligned(x, features * element_bytes(precision));
     r.eps = eps;
     if (in.form == Form::copy) {
-      r.copy = room.copy;
+      r.copy = copy;
       r.copy_stride = static_cast<int32_t>(weight.chunks * per_chunk());
       r.columns = in.list;
       r.count = static_cast<int32_t>(in.count);
       r.normalise = normalise;
-      if (r.copy_stride > 0) launch_rows(precision, r, stream);
-      return product(weight, room.copy, r.copy_stride, rows);
+      if (r.copy_stride > 0) launch_rows(precision, r, stream, follows());
+      return product(weight, copy, r.copy_stride, rows);
     }
     if (!r.aligned && weight.chunks > 0) throw std::runtime_error("x: wanted rows that begin at multiples of 16 bytes");
     LinearParams p = product(weight, x, features, rows);
     p.in_chunks = in.form == Form::chunks ? in.list : nullptr;
+    p.partials = left ? partials : nullptr;
     p.features = r.features;
     p.eps = eps;
-    if (room.statistics != nullptr) {
-      r.statistics = room.statistics;
-      launch_rows(precision, r, stream);
-      p.statistics = room.statistics;
-    }
     return p;
   }
 
-  // Adds where the results go, and launches the product.
-  void finish(LinearParams p, const Output& out, void* y, const void* residual, int64_t out_features) const {
+  // Adds where the results go, and launches the product. `partials`: where it leaves LayerNorm's sums of its rows;
+  // returns whether it does.
+  bool finish(LinearParams p, const Output& out, void* y, const void* residual, int64_t out_features,
+              Float2* partials = nullptr) {
     const int64_t bytes = element_bytes(precision);
     p.out = y;
     p.residual = residual;
@@ -129,19 +122,23 @@ struct Run {
     p.out_stride = out_features;
     const auto even = [&](const void* t) { return reinterpret_cast<uintptr_t>(t) % (2 * bytes) == 0; };
     p.paired = out.columns == nullptr && out_features % 2 == 0 && even(y) && even(residual);
-    launch_linear(precision, p, stream);
+    p.wide =
+        out.columns == nullptr && rows_aligned(y, out_features * bytes) && rows_aligned(residual, out_features * bytes);
+    p.partials_out = p.wide && bytes == 2 ? partials : nullptr;
+    launch_linear(precision, p, stream, follows());
+    return p.partials_out != nullptr;
   }
 
   // y [images, queries, features] = x + the sublayer of x [images, tokens, features]; y may be x. In three launches: q,
   // k and v of all tokens, attention for the first `queries`, proj. The workspace is a copy: each sublayer begins anew.
-  void attention(const Attention& a, const void* x, void* y, const Shape& shape, int64_t queries, Workspace w) const {
+  void attention(const Attention& a, const void* x, void* y, const Shape& shape, int64_t queries, Workspace w) {
     const int64_t rows = shape.images * shape.tokens, channels = a.qkv.n;
     const int64_t width = a.proj.chunks * per_chunk();
-    const Prepared room = room_for_rows(w, a.in, a.qkv, rows);
+    void* copy = room_for_rows(w, a.in, a.qkv, rows);
     void* qkv = w.take(rows * channels * element_bytes(precision));
     void* heads = w.take(shape.images * queries * width * element_bytes(precision));
     if (a.head_count > 0) {
-      finish(prepare(a.qkv, a.in, room, x, rows, shape.features, a.eps, true), Output{nullptr}, qkv, nullptr, channels);
+      finish(prepare(a.qkv, a.in, copy, x, rows, shape.features, a.eps, true), Output{nullptr}, qkv, nullptr, channels);
       AttentionParams p{};
       p.qkv = qkv;
       p.out = heads;
@@ -156,22 +153,22 @@ struct Run {
       p.scale = a.scale;
       p.eps = a.qk_eps;
       p.aligned = true;
-      launch_attention(precision, a.widest, p, stream);
+      launch_attention(precision, a.widest, p, stream, follows());
     }
     LinearParams proj = product(a.proj, heads, width, shape.images * queries);
     proj.tokens = static_cast<int32_t>(shape.tokens);
     proj.queries = static_cast<int32_t>(queries);
-    finish(proj, a.out, y, x, shape.features);
+    left = finish(proj, a.out, y, x, shape.features, partials);
   }
 
   // y = x + the sublayer of x [rows, features]; y may be x. In two launches.
-  void mlp(const Mlp& m, const void* x, void* y, int64_t rows, int64_t features, Workspace w) const {
-    const Prepared room = room_for_rows(w, m.in, m.fc1, rows);
+  void mlp(const Mlp& m, const void* x, void* y, int64_t rows, int64_t features, Workspace w) {
+    void* copy = room_for_rows(w, m.in, m.fc1, rows);
     void* hidden = w.take(rows * m.fc1.n * element_bytes(precision));
-    LinearParams fc1 = prepare(m.fc1, m.in, room, x, rows, features, m.eps, true);
+    LinearParams fc1 = prepare(m.fc1, m.in, copy, x, rows, features, m.eps, true);
     fc1.activation = m.activation;
     finish(fc1, Output{nullptr}, hidden, nullptr, m.fc1.n);
-    finish(product(m.fc2, hidden, m.fc1.n, rows), m.out, y, x, features);
+    left = finish(product(m.fc2, hidden, m.fc1.n, rows), m.out, y, x, features, partials);
   }
 };
 
@@ -196,6 +193,11 @@ int64_t last_attention(const Sublayer* layers, int64_t count) {
   return count - 1;
 }
 
+int64_t partial_bytes(const Shape& shape) {
+  const int64_t parts = (shape.features + kPartial - 1) / kPartial;
+  return shape.images * shape.tokens * parts * int64_t{sizeof(Float2)};
+}
+
 // Between sublayers all tokens live in a buffer of their own where fewer are wanted at the end.
 int64_t stream_bytes(Precision precision, const Sublayer* layers, int64_t count, const Shape& shape) {
   const bool apart = shape.queries < shape.tokens && last_attention(layers, count) > 0;
@@ -209,16 +211,17 @@ size_t workspace_bytes(Precision precision, const Sublayer* layers, int64_t coun
   for (int64_t i = 0; i < count; ++i) most = std::max(most, sublayer_bytes(precision, layers[i], shape));
   Workspace between(nullptr);
   between.take(stream_bytes(precision, layers, count, shape));
+  between.take(partial_bytes(shape));
   return most + between.used();
 }
 
 void run_sublayers(Precision precision, const Sublayer* layers, int64_t count, const void* x, void* y,
                    const Shape& shape, void* workspace, Stream stream) {
-  const Run run{precision, stream};
   const int64_t last = last_attention(layers, count);
   if (shape.queries < shape.tokens && last < 0) throw std::runtime_error("queries: wanted an attention in the chain");
   Workspace scratch(workspace);
   void* between = scratch.take(stream_bytes(precision, layers, count, shape));
+  Run run{precision, stream, static_cast<Float2*>(scratch.take(partial_bytes(shape)))};
   // After the first sublayer each works in place: a product reads of its residual only what it writes itself.
   for (int64_t i = 0; i < count; ++i) {
     const bool all = i < last && shape.queries < shape.tokens;
@@ -240,10 +243,10 @@ size_t linear_workspace_bytes(Precision, const Input& in, const Matrix& weight, 
 void run_linear(Precision precision, const Matrix& weight, const Input& in, const Output& out, Activation activation,
                 const void* x, int64_t rows, int64_t features, void* y, int64_t out_features, void* workspace,
                 Stream stream) {
-  const Run run{precision, stream};
+  Run run{precision, stream, nullptr};
   Workspace w(workspace);
-  const Prepared room = room_for_rows(w, in, weight, rows);
-  LinearParams p = run.prepare(weight, in, room, x, rows, features, 0.0f, false);
+  void* copy = room_for_rows(w, in, weight, rows);
+  LinearParams p = run.prepare(weight, in, copy, x, rows, features, 0.0f, false);
   p.activation = activation;
   run.finish(p, out, y, nullptr, out_features);
 }

@@ -22,6 +22,11 @@ struct alignas(16) Bytes16 {
   uint32_t words[4];
 };
 
+template <int N>
+struct alignas(16) Numbers {
+  float of[N];
+};
+
 // Neighbours in memory, accessed together.
 template <class T>
 struct alignas(2 * sizeof(T)) Pair {

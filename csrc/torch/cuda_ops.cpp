@@ -133,7 +133,8 @@ class Packed {
   }
 
   int64_t number() { return *numbers_.take(1); }
-  const float* floats(int64_t count) { return vectors_.take(count); }
+  // Each vector begins at a multiple of 16 bytes.
+  const float* floats(int64_t count) { return vectors_.take((count + 3) / 4 * 4); }
   const int32_t* table(int64_t count) { return tables_.take(count); }
 
   // Numbers: outputs, chunks of depth, and which of the three vectors follow.
@@ -241,7 +242,7 @@ Tensor cuda_attention(Tensor qkv, Tensor heads, std::optional<Tensor> qk_norm, i
   p.heads = static_cast<const int32_t*>(pointer(heads, heads.numel() * sizeof(int32_t)));
   p.qkv = pointer(qkv, qkv.numel() * element);
   p.out = pointer(y, y.numel() * element);
-  gohsp::cuda::launch_attention(precision, widest, p, device.stream());
+  gohsp::cuda::launch_attention(precision, widest, p, device.stream(), false);
   return y;
 }
 

@@ -7,6 +7,7 @@ A race, an access out of bounds, a read of what nobody wrote: each ends the run 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -36,12 +37,33 @@ def poisoned_outputs() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def one_processor() -> Iterator[None]:
-    """With one multiprocessor even a small product takes the large tile."""
-    before = checks.pretend_processors(1)
-    yield
-    checks.pretend_processors(before)
+# Whether the GPU has wgmma, rows of a linear layer's tile, multiprocessors: of these an attention makes its blocks.
+CHOICES = {
+    "large": (False, 128, 1),
+    "small": (False, 64, 12),
+    "few": (False, 32, 108),
+    "hopper large": (True, 128, 1),
+    "hopper small": (True, 64, 108),
+}
+
+
+@contextmanager
+def choosing(choice: str) -> Iterator[None]:
+    """Every product on one tile, whatever its size."""
+    hopper, rows, processors = CHOICES[choice]
+    before = checks.pretend_hopper(hopper), checks.largest_tile(rows), checks.pretend_processors(processors)
+    try:
+        yield
+    finally:
+        checks.pretend_hopper(before[0])
+        checks.largest_tile(before[1])
+        checks.pretend_processors(before[2])
+
+
+@pytest.fixture(params=CHOICES)
+def choice(request: pytest.FixtureRequest) -> Iterator[str]:
+    with choosing(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -49,11 +71,13 @@ def one_processor() -> Iterator[None]:
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_calls(operator: str, dtype: torch.dtype, data: st.DataObject) -> None:
-    check(data.draw(calls(operator)), dtype)
+    with choosing(data.draw(st.sampled_from(sorted(CHOICES)))):
+        check(data.draw(calls(operator)), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.usefixtures("choice")
 def test_edges(edge: str, dtype: torch.dtype) -> None:
     method, args, kwargs = EDGES[edge]
     check(getattr(Maker(7), method)(*args, **kwargs), dtype)
@@ -66,10 +90,10 @@ def test_the_tokens_of_an_image() -> None:
     check(maker.mlp_sublayer((1, 197), 192, 400, 170, 181))
 
 
-@pytest.mark.usefixtures("one_processor")
+@pytest.mark.usefixtures("choice")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("features", [160, 149])
-def test_the_large_tile(features: int, dtype: torch.dtype) -> None:
+def test_more_than_one_tile(features: int, dtype: torch.dtype) -> None:
     """More rows, columns and depth than one tile has, and remainders of each."""
     maker = Maker(15)
     check(maker.linear((150,), features, 137, 149, 140, "gelu"), dtype)
@@ -77,6 +101,7 @@ def test_the_large_tile(features: int, dtype: torch.dtype) -> None:
     check(maker.mlp_sublayer((2, 67), features, 200, 100, 131), dtype)
 
 
+@pytest.mark.usefixtures("choice")
 @pytest.mark.parametrize("form", ["direct", "zeros", "chunks", "copy"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_form_of_input(form: str, dtype: torch.dtype) -> None:
@@ -101,12 +126,16 @@ def test_every_form_of_input(form: str, dtype: torch.dtype) -> None:
         assert depth == (7 if form == "copy" else chunks.get(form, 52))
 
 
-@pytest.mark.parametrize("rows", [(3, 17), (2049,)])
-def test_statistics_in_the_product_and_before_it(rows: tuple[int, ...]) -> None:
-    check(Maker(17).mlp_sublayer(rows, 24, 8, 17))
-    check(Maker(17).mlp_sublayer(rows, 24, 8))
+@pytest.mark.usefixtures("choice")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("features", [8, 24, 200, 264])
+def test_statistics_of_the_rows(features: int, dtype: torch.dtype) -> None:
+    """From the columns that pass through shared memory, of which threads of a row get different numbers, or from all."""
+    check(Maker(17).mlp_sublayer((3, 17), features, 24), dtype)
+    check(Maker(17).mlp_sublayer((3, 17), features, 24, features // 2), dtype)
 
 
+@pytest.mark.usefixtures("choice")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_far_from_zero(dtype: torch.dtype) -> None:
     """LayerNorm on the results cancels; at 8 standard deviations from zero nothing may be lost but a few roundings."""
@@ -117,7 +146,7 @@ def test_rows_far_from_zero(dtype: torch.dtype) -> None:
     assert_close(result.double() - x, truth - x, 5 * TOLERANCE[dtype])
 
 
-@pytest.mark.usefixtures("one_processor")
+@pytest.mark.usefixtures("choice")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fragments_are_read_without_bank_conflicts(dtype: torch.dtype) -> None:
     maker = Maker(23)

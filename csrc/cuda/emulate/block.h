@@ -56,6 +56,7 @@ struct Range {
   const char* begin;
   const char* end;
   std::vector<uint32_t> writers;  // of each word, thread of the launch + 1; empty until one writes
+  bool written = false;           // by a launch before
 };
 
 inline std::vector<Range>& ranges() {
@@ -78,12 +79,14 @@ struct Access {
   int thread = -1;
   uint32_t block_barriers = 0;
   uint32_t warp_barriers = 0;
+  uint32_t fences = 0;  // for products, of that thread
   Place place;
 };
 
 struct Word {
   Access write, read, other_read;  // of the reads, two by different threads if there are any
   bool pending = false;            // the target of an asynchronous copy that has not been waited for
+  int products = 0;                // in flight, that read it
 };
 
 struct Copy {
@@ -100,6 +103,8 @@ struct Fiber {
   Place place;  // where it waits
   jmp_buf context;
   uint32_t warp_barriers = 0;
+  bool waited = false;                    // for the launch before
+  uint32_t fences = 0;                    // for products
   std::vector<std::vector<Copy>> groups;  // asynchronous copies, oldest group first
   std::vector<Copy> open;                 // those since the last commit
 };
@@ -107,14 +112,16 @@ struct Fiber {
 struct Warp {
   void* arguments[kWarp];
   int arrived = 0;
+  std::vector<uint32_t> read_by_products;  // words, by those in flight
 };
 
 class Block {
  public:
   // Runs `body` as every thread of one block. Throws Fault.
-  void run(int64_t block, int threads, size_t shared_bytes, const std::function<void()>& body) {
+  void run(int64_t block, int threads, size_t shared_bytes, bool follows, const std::function<void()>& body) {
     if (threads <= 0 || threads % kWarp != 0) throw Fault("a block has whole warps; got " + std::to_string(threads));
     index = block;
+    follows_ = follows;
     body_ = &body;
     memory_.assign(shared_bytes, 0xff);
     words_.assign((shared_bytes + kWord - 1) / kWord, Word{});
@@ -128,6 +135,9 @@ class Block {
     current() = this;
     schedule();
     current() = outer;
+    if (fault_.empty() && follows &&
+        !std::all_of(fibers_.begin(), fibers_.end(), [](const Fiber& f) { return f.waited; }))
+      fault_ = "a thread that never waited for the launch before";
     if (!fault_.empty()) throw Fault(fault_ + " (block " + std::to_string(block) + ")");
   }
 
@@ -141,6 +151,7 @@ class Block {
   int lane() const { return running_ % kWarp; }
 
   // --- waiting for each other ---
+  void wait_for_launch_before() { fibers_[running_].waited = true; }
   void barrier(Place place) { wait(State::at_barrier, place); }
 
   // All lanes hand in their arguments; the last one to come runs `all` on them.
@@ -229,6 +240,26 @@ class Block {
     }
   }
 
+  // --- products of four warps, which read shared memory until they are waited for ---
+  void fence_for_products() { ++fibers_[running_].fences; }
+
+  void read_for_product(uint32_t address, void* to, size_t bytes, int thread, Place place) {
+    read(address, to, bytes, thread, place);
+    for (size_t w = address / kWord; w < (address + bytes) / kWord; ++w) {
+      const Access& write = words_[w].write;
+      if (write.thread >= 0 && fibers_[write.thread].fences == write.fences)
+        fail("a product reads what was not fenced: written at " + write.place.text() + ", read at " + place.text());
+      ++words_[w].products;
+      warps_[thread / kWarp].read_by_products.push_back(static_cast<uint32_t>(w));
+    }
+  }
+
+  void wait_products() {
+    Warp& warp = warps_[running_ / kWarp];
+    for (const uint32_t w : warp.read_by_products) --words_[w].products;
+    warp.read_by_products.clear();
+  }
+
   // --- memory of the GPU ---
   void check_global(const void* pointer, size_t bytes, size_t alignment, bool writes, Place place) {
     if (reinterpret_cast<uintptr_t>(pointer) % alignment != 0)
@@ -237,6 +268,8 @@ class Block {
     const uint32_t me = static_cast<uint32_t>(index * static_cast<int64_t>(fibers_.size()) + running_ + 1);
     for (Range& range : ranges()) {
       if (p < range.begin || p + bytes > range.end) continue;
+      if (follows_ && !fibers_[running_].waited && (writes || range.written))
+        fail("access of memory before waiting for the launch before, at " + place.text());
       if (!writes && range.writers.empty()) return;
       range.writers.resize((range.end - range.begin + kWord - 1) / kWord, 0);
       for (size_t w = (p - range.begin) / kWord; w < (p - range.begin + bytes + kWord - 1) / kWord; ++w) {
@@ -334,7 +367,7 @@ class Block {
   }
 
   Access access(int thread, Place place) const {
-    return {thread, block_barriers_, fibers_[thread].warp_barriers, place};
+    return {thread, block_barriers_, fibers_[thread].warp_barriers, fibers_[thread].fences, place};
   }
 
   bool unordered(const Access& earlier, int thread) const {
@@ -355,6 +388,7 @@ class Block {
       if (word.pending)
         fail("write over an asynchronous copy that was not waited for: copied at " + word.write.place.text() +
              ", written at " + place.text());
+      if (word.products > 0) fail("write over what a product in flight reads, at " + place.text());
       if (unordered(word.write, thread)) race("written", word.write, "written", thread, place);
       for (const Access* read : {&word.read, &word.other_read})
         if (unordered(*read, thread)) race("read", *read, "written", thread, place);
@@ -378,16 +412,20 @@ class Block {
   std::vector<std::unique_ptr<char[]>> stacks_;
   jmp_buf scheduler_;
   int running_ = 0;
+  bool follows_ = false;
   uint32_t block_barriers_ = 1;
   std::string fault_;
   std::string unwritten_;  // the first read of a word that nobody wrote, until the next barrier
 };
 
-// A launch: one block after another.
-inline void launch(int64_t blocks, int threads, size_t shared_bytes, const std::function<void()>& body) {
+// A launch: one block after another. `follows`: it may begin before the one before it has ended.
+inline void launch(int64_t blocks, int threads, size_t shared_bytes, bool follows, const std::function<void()>& body) {
   static thread_local Block block;
-  for (Range& range : ranges()) range.writers.clear();
-  for (int64_t i = 0; i < blocks; ++i) block.run(i, threads, shared_bytes, body);
+  for (Range& range : ranges()) {
+    range.written |= !range.writers.empty();
+    range.writers.clear();
+  }
+  for (int64_t i = 0; i < blocks; ++i) block.run(i, threads, shared_bytes, follows, body);
 }
 
 }  // namespace gohsp::cuda::emulate

@@ -174,7 +174,7 @@ std::array<float, 64> run_kernel(const std::string& name) {
   emulate::forget();
   emulate::allow(in.data(), sizeof in);
   emulate::allow(out.data(), sizeof out);
-  emulate::launch(2, 64, 1024, [&] { kernel(memory); });
+  emulate::launch(2, 64, 1024, false, [&] { kernel(memory); });
   return out;
 }
 
@@ -185,7 +185,7 @@ py::array_t<float> multiply(const std::string& precision, const Registers& a, co
   py::array_t<float> d({32, 4});
   float* to = d.mutable_data();
   const uint32_t *left = a.data(), *right = b.data();
-  emulate::launch(1, 32, 0, [&] {
+  emulate::launch(1, 32, 0, false, [&] {
     const int lane = thread_index();
     float mine[4] = {};
     const uint32_t* l = left + 4 * lane;
@@ -204,7 +204,7 @@ py::array_t<uint32_t> load(const Registers& rows, bool transposed) {
   py::array_t<uint32_t> registers({32, 4});
   uint32_t* to = registers.mutable_data();
   const uint32_t* from = rows.data();
-  emulate::launch(1, 32, 512, [&] {
+  emulate::launch(1, 32, 512, false, [&] {
     const int lane = thread_index();
     for (int i = 0; i < 4; ++i) store_shared(lane * 16 + i * 4, from[4 * lane + i]);
     warp_barrier();
@@ -253,4 +253,10 @@ PYBIND11_MODULE(_checks_cuda, m) {
         return count;
       },
       py::arg("count"), "Sets the number of multiprocessors that the choice of tiles goes by; returns the last.");
+  m.def(
+      "largest_tile", [](int rows) { return std::exchange(emulate::largest_tile, rows); }, py::arg("rows"),
+      "Sets the rows of the largest tile of a linear layer, 0 for the choice of a GPU; returns what was set before.");
+  m.def(
+      "pretend_hopper", [](bool hopper) { return std::exchange(emulate::pretended_hopper, hopper); }, py::arg("hopper"),
+      "Sets whether there is wgmma; returns what was set before.");
 }

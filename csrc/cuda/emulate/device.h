@@ -15,6 +15,7 @@
 #define GOHSP_BOTH inline
 #define GOHSP_KERNEL(threads, blocks) void
 #define GOHSP_UNROLL
+#define GOHSP_UNROLL_BY(n)
 
 namespace gohsp::cuda {
 
@@ -22,7 +23,10 @@ using emulate::Block;
 using emulate::Place;
 
 inline int thread_index() { return Block::current()->thread(); }
-inline int64_t block_index() { return Block::current()->index; }
+inline uint32_t block_index() { return static_cast<uint32_t>(Block::current()->index); }
+
+inline void let_next_launch_begin() {}
+inline void wait_for_launch_before() { Block::current()->wait_for_launch_before(); }
 
 inline void barrier(Place place = Place::here()) { Block::current()->barrier(place); }
 inline void warp_barrier(Place place = Place::here()) { Block::current()->warp_barrier(place); }
@@ -90,6 +94,7 @@ inline uint32_t to_tf32(float x) { return x != x ? bits_of(x) : (bits_of(x) + 0x
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float exp_fast(float x) { return std::exp(x); }
 inline float rsqrt_fast(float x) { return 1.0f / std::sqrt(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline float erf_exact(float x) { return std::erf(x); }
 inline float max_of(float a, float b) { return std::fmax(a, b); }
 inline float minus_infinity() { return -std::numeric_limits<float>::infinity(); }

@@ -2,4 +2,5 @@
 // The kernels and their launches, built by the host's compiler.
 #include "../attention.cu"
 #include "../linear.cu"
+#include "../linear_hopper.cu"
 #include "../rows.cu"
