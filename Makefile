@@ -80,7 +80,8 @@ $(STAMPS)/venv:
 	  { echo "$(PYTHON) cannot make virtual environments: it has no ensurepip."; \
 	    echo "Debian and Ubuntu: apt-get install python3-venv. Or name another Python: make setup PYTHON=..."; exit 1; }
 	@if $(PYTHON) tools/check_torch.py >/dev/null 2>&1; then \
-	  $(PYTHON) -m venv --system-site-packages $(VENV); else $(PYTHON) -m venv $(VENV); fi
+	  $(PYTHON) -m venv --system-site-packages $(VENV) && $(PYTHON) tools/lend_packages.py $(VENV); \
+	else $(PYTHON) -m venv $(VENV); fi
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/torch: $(STAMPS)/venv

@@ -173,6 +173,42 @@ def test_makefile_installs_the_build_tools_of_pyproject():
     assert line == "BUILD_TOOLS := " + " ".join(f'"{tool}"' for tool in wanted)
 
 
+@pytest.fixture
+def lender(tmp_path):
+    """A virtual environment with a stand-in of torch and torchvision, and one of its folders named in a .pth file."""
+    parent = tmp_path / "parent"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(parent)], check=True)
+    python = parent / "bin" / "python"
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = Path(subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip())
+    for name in ("torch", "torchvision", "torchvision/ops"):
+        (packages / name).mkdir()
+        (packages / name / "__init__.py").write_text("__version__ = '2.11.0'\n")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "linked_package.py").touch()
+    (packages / "linked.pth").write_text(f"{tmp_path / 'linked'}\n")
+    return python
+
+
+def test_environment_of_make_sees_the_packages_of_the_one_it_is_made_from(tmp_path, lender):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    command = ["make", "-C", str(tmp_path), ".venv/.stamps/torch", f"PYTHON={lender}"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PIP_NO_INDEX": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    code = "import torch, linked_package; print(torch.__file__)"
+    python = tmp_path / ".venv" / "bin" / "python"
+    shown = subprocess.run([python, "-c", code], env=environment, capture_output=True, text=True)
+    assert shown.stdout.startswith(str(lender.parents[1])), shown.stderr
+    # What the new environment holds itself goes first.
+    own = next((tmp_path / ".venv" / "lib").glob("python*/site-packages"))
+    (own / "torch.py").touch()
+    shown = subprocess.run([python, "-c", "import torch; print(torch.__file__)"], capture_output=True, text=True)
+    assert shown.stdout.strip() == str(own / "torch.py")
+
+
 def test_continuous_integration_runs_lint_and_tests():
     text = (ROOT / ".ci" / "run").read_text()
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
