@@ -20,6 +20,7 @@ file(WRITE ${CMAKE_BINARY_DIR}/stub.cpp "extern \\"C\\" int stub() { return 1; }
 add_library(_C_cpu MODULE ${CMAKE_BINARY_DIR}/stub.cpp)
 set_target_properties(_C_cpu PROPERTIES PREFIX "" SUFFIX ".so")
 install(TARGETS _C_cpu LIBRARY DESTINATION . COMPONENT python)
+add_custom_target(cpu_part DEPENDS _C_cpu)
 file(WRITE ${CMAKE_BINARY_DIR}/switches "${GOHSP_CUDA} ${GOHSP_CHECKS} ${CMAKE_BUILD_TYPE} ${Python_EXECUTABLE}")
 """
 
@@ -157,6 +158,40 @@ def test_build_in_place_is_incremental_and_has_the_checks(tree):
     assert " ON Release" in (tree / "build" / "native" / "switches").read_text()
 
 
+STUB_OF_CUDA = """
+file(WRITE ${CMAKE_BINARY_DIR}/cuda.cpp "kernels that no compiler takes")
+add_library(_C_cuda MODULE ${CMAKE_BINARY_DIR}/cuda.cpp)
+set_target_properties(_C_cuda PROPERTIES PREFIX "" SUFFIX ".so")
+install(TARGETS _C_cuda LIBRARY DESTINATION . COMPONENT cuda)
+"""
+
+
+@pytest.mark.parametrize("wanted", ["AUTO", "ON"])
+def test_cuda_kernels_that_do_not_compile(tree, wanted):
+    (tree / "CMakeLists.txt").write_text(CMAKE_STUB + STUB_OF_CUDA)
+    stale = tree / "gohsp_kernels" / "_C_cuda.so"
+    stale.write_text("of an earlier build")
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environment = os.environ | {"GOHSP_CUDA": wanted}
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    assert (tree / "gohsp_kernels" / "_C_cpu.so").is_file()
+    assert "cuda.cpp" in done.stdout + done.stderr  # the compiler's own words
+    if wanted == "AUTO":
+        assert done.returncode == 0 and "LEFT OUT" in done.stderr
+        assert not stale.exists()
+    else:
+        assert done.returncode != 0 and "the build of the CUDA kernels failed" in done.stderr
+
+
+def test_cuda_kernels_that_compile_are_installed(tree):
+    good = STUB_OF_CUDA.replace("kernels that no compiler takes", "int kernels;")
+    (tree / "CMakeLists.txt").write_text(CMAKE_STUB + good)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0 and "LEFT OUT" not in done.stderr
+    assert (tree / "gohsp_kernels" / "_C_cuda.so").is_file()
+
+
 def test_failing_build_points_at_the_first_error(tree):
     (tree / "CMakeLists.txt").write_text('message(FATAL_ERROR "no way")\n')
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
@@ -213,3 +248,4 @@ def test_continuous_integration_runs_lint_and_tests():
     text = (ROOT / ".ci" / "run").read_text()
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
     assert "make lint" in text and "make test" in text and "set -euo pipefail" in text
+    assert "export GOHSP_WERROR=ON" in text

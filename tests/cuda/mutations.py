@@ -143,7 +143,9 @@ def build(mutation: Mutation, folder: Path, module: Path) -> None:
     words[words.index("-c") + 1] = str(folder / "csrc/cuda/emulate/emulated.cpp")
     subprocess.run(words, cwd=TREE, check=True, capture_output=True)
     outputs = [words_of[words_of.index("-o") + 1] for words_of in (shlex.split(c["command"]) for c in commands)]
-    parts = ("CMakeFiles/_checks_cuda.dir/", "CMakeFiles/gohsp_kernels_emulated.dir/")
+    parts = tuple(
+        f"CMakeFiles/{name}.dir/" for name in ("_checks_cuda", "gohsp_operators_emulated", "gohsp_kernels_emulated")
+    )
     others = [str(TREE / o) for o in outputs if o.startswith(parts) and not o.endswith(compiled.name)]
     torch_library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     link = ["g++", "-shared", "-o", str(module), str(folder / "mutant.o"), *others, str(torch_library)]
