@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import cpu, cuda, dispatch
+from ._autocast import autocast_dtype, run_in
 from .ops import attention_sublayer, check_attention, check_mlp, check_queries, mlp_sublayer, wrong
 
 # Tensor arguments of the sublayers but for x, in the order of their schemas.
@@ -76,11 +77,12 @@ class SublayerChain:
         if self._sublayers and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor):
             needs_grad = dispatch.needs_grad((x, *self._tensors))
             rows = x.shape[0] * x.shape[1]
-            chosen = dispatch.choose(backend, x.device, x.dtype, needs_grad, self._widest, rows)
+            dtype = autocast_dtype(x)
+            chosen = dispatch.choose(backend, x.device, dtype or x.dtype, needs_grad, self._widest, rows)
             if chosen == "cpu":
                 return self._on_cpu(x, queries)
             if chosen == "cuda" or (chosen == "triton" and not needs_grad):
-                return self._on_gpu(chosen, x, queries)
+                return run_in(dtype, partial(self._on_gpu, chosen), x, queries, residual=True)
         return self._one_by_one(x, queries, backend)
 
     def frozen(self, features: int, weights: str = "float32") -> FrozenChain:

@@ -3,6 +3,14 @@
 
 Column lists (``in_cols``, ``out_cols``) are int64, ascending and free of repeats; None stands for all columns. Weights
 are *compact*: pruned rows and columns are gone from them. Any of the sizes may be zero.
+
+Under ``torch.autocast`` a call computes in the dtype that autocast has for the device of ``x``, unless ``x`` is
+float64, and the backend is chosen by that dtype. :func:`packed_linear` and :func:`ragged_attention` give that dtype, as
+PyTorch's linear layer and attention do; a sublayer gives the dtype of its residual sum, which for a float32 ``x`` is
+float32. On the reference every operation inside follows autocast's own list, so that the residual of a float32 ``x`` is
+exact. A kernel reads ``x`` rounded to the dtype of autocast, the residual included, once a sublayer (once in all in a
+:class:`~gohsp_kernels.SublayerChain`); statistics of norms, softmax and sums are float32 inside. Parameters stay
+float32 and receive float32 gradients.
 """
 
 from __future__ import annotations
@@ -16,6 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _schemas, cpu, cuda, dispatch, reference
+from ._autocast import autocast_dtype, run_in
 from ._cache import PackedCache
 
 
@@ -39,6 +48,8 @@ _IMPLEMENTATIONS: dict[str, dict[str, Callable[..., Tensor]]] = {
     for name in _schemas.PUBLIC
 }
 
+_RESIDUAL = ("attention_sublayer", "mlp_sublayer")  # operators whose result is x and something added to it
+
 
 def _widest_head(arguments: Iterable[Any]) -> int:
     """Most channels that a head has: the tuples among the arguments are widths of heads."""
@@ -49,18 +60,37 @@ def _rows(x: Tensor) -> int:
     return x.numel() // max(x.shape[-1], 1)
 
 
+def _on_reference(name: str, dtype: torch.dtype | None, x: Tensor, *rest: Any) -> Tensor:
+    """The reference, where autocast reaches each operation; a head without scores has none that would cast it."""
+    if dtype is not None and name not in _RESIDUAL:
+        x = x.to(dtype)
+    return _IMPLEMENTATIONS[name]["reference"](x, *rest)
+
+
 def _run(name: str, arguments: tuple[Any, ...], backend: str | None) -> Tensor:
-    x = arguments[0]
-    if torch.compiler.is_compiling():
-        if dispatch.needs_grad(arguments) or backend == "reference":
-            return _IMPLEMENTATIONS[name]["reference"](*arguments)
-        # One node in the graph; the backend is chosen, and weights are packed, when it runs.
-        return getattr(torch.ops.gohsp_kernels, name)(*arguments)
+    x, *rest = arguments
+    residual = name in _RESIDUAL
     needs_grad = dispatch.needs_grad(arguments)
+    dtype = autocast_dtype(x)
+    if torch.compiler.is_compiling():
+        # No kernel for the CPU takes less than float32.
+        if needs_grad or backend == "reference" or (dtype is not None and x.device.type == "cpu"):
+            return _on_reference(name, dtype, x, *rest)
+        # One node in the graph; the backend is chosen, and weights are packed, when it runs.
+        return run_in(dtype, getattr(torch.ops.gohsp_kernels, name), x, *rest, residual=residual)
     if isinstance(x, FakeTensor) and not needs_grad:  # only shapes are wanted, and nothing can be packed
-        return getattr(torch.ops.gohsp_kernels, name)(*arguments)
-    chosen = dispatch.choose(backend, x.device, x.dtype, needs_grad, _widest_head(arguments), _rows(x))
-    return _IMPLEMENTATIONS[name][chosen](*arguments)
+        return run_in(dtype, getattr(torch.ops.gohsp_kernels, name), x, *rest, residual=residual)
+    chosen = dispatch.choose(backend, x.device, dtype or x.dtype, needs_grad, _widest_head(arguments), _rows(x))
+    if chosen == "reference":
+        return _on_reference(name, dtype, x, *rest)
+    return run_in(dtype, _IMPLEMENTATIONS[name][chosen], x, *rest, residual=residual)
+
+
+def _in_dtype_of(x: Tensor, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``arguments`` with float32 parameters in the dtype of a 16-bit ``x``, as autocast leaves them to the node."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return arguments
+    return tuple(a.to(x.dtype) if isinstance(a, Tensor) and a.dtype == torch.float32 else a for a in arguments)
 
 
 def _graph_node(name: str) -> Callable[..., Tensor]:
@@ -70,7 +100,14 @@ def _graph_node(name: str) -> Callable[..., Tensor]:
         x = plain[0]
         _check_traced(name, plain)
         chosen = dispatch.choose(None, x.device, x.dtype, False, _widest_head(plain), _rows(x))
-        result = _IMPLEMENTATIONS[name][chosen](*plain)
+        if chosen == "reference":
+            plain = _in_dtype_of(x, plain)
+        # Its result has the dtype of x: what autocast asks for was done when the call was traced.
+        if autocast_dtype(x) is None:
+            result = _IMPLEMENTATIONS[name][chosen](*plain)
+        else:
+            with torch.autocast(x.device.type, enabled=False):
+                result = _IMPLEMENTATIONS[name][chosen](*plain)
         # A torch operator may not return one of its inputs, as an empty sublayer of the reference would.
         return result.clone() if result.data_ptr() == x.data_ptr() else result.contiguous()
 

@@ -132,6 +132,21 @@ def test_float32_weights_train_float16_activations() -> None:
     assert [g.dtype for g in grads] == [torch.float16, *[torch.float32] * (len(grads) - 1)]
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_autocast_trains_float32_parameters(operator: str) -> None:
+    """Kernels in float16, gradients in float32; nothing but x is rounded on the way in, and no host product at all."""
+    call = samples()[operator]
+    with torch.autocast("cpu", torch.float16):
+        grads = gradients(clone(call, torch.float32), "triton")
+        plain = gradients(clone(call, torch.float32), "reference")
+    assert all(g.dtype == torch.float32 for g in grads)
+    truth = gradients(clone(call, torch.float64), "reference")
+    joined, joined_plain, joined_truth = (torch.cat([g.double().flatten() for g in gs]) for gs in (grads, plain, truth))
+    assert_close(joined, joined_truth, TOLERANCE[torch.float16])
+    assert_close(joined_plain, joined_truth, TOLERANCE[torch.float16])
+    assert (joined - joined_truth).norm() > 1e-5 * joined_truth.norm()  # float16 it was
+
+
 def test_second_derivative_is_refused() -> None:
     call = samples()["packed_linear"]
     call.args[0].requires_grad_()
