@@ -33,6 +33,9 @@ WEIGHTS = ("float32", "bfloat16", "int8")
 
 ENVIRONMENT_VARIABLE = "GOHSP_BACKEND"
 
+UNPROVEN_BACKWARD = "its backward kernels have not been run on a GPU yet; it trains where it is named"
+"""Why "auto" leaves calls that need gradients to the reference."""
+
 
 @dataclass(frozen=True)
 class Support:
@@ -172,6 +175,9 @@ def choose(
     for name in _preference(device, rows):
         if name in ("cuda", "triton") and device.type == "cpu":
             continue  # what runs there is for tests, to be named: Triton's interpreter
+        if name == "triton" and needs_grad:
+            _log_once(f"backend 'triton' passed over: {UNPROVEN_BACKWARD}")
+            continue
         support = can_run(name, device, dtype, needs_grad=needs_grad, widest_head=widest_head)
         if support:
             return name

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -80,10 +81,24 @@ def test_never_chosen_for_tensors_on_the_cpu() -> None:
 @pytest.mark.usefixtures("hopper")
 def test_auto_on_a_gpu() -> None:
     assert dispatch.choose("auto", GPU, BF16, False, rows=197) == "cuda"
-    assert dispatch.choose("auto", GPU, BF16, True, rows=197) == "triton"  # it has a backward
     assert dispatch.choose("auto", GPU, BF16, False, rows=cuda.MANY_ROWS + 1) == "triton"
     assert dispatch.choose("auto", GPU, BF16, False, widest_head=256) == "reference"
     assert dispatch.choose("cuda", GPU, BF16, False, rows=cuda.MANY_ROWS + 1) == "cuda"  # as named
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_auto_trains_on_the_reference_and_says_so_once(
+    dtype: torch.dtype, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_already_logged", set())
+    with caplog.at_level(logging.INFO, logger="gohsp_kernels"):
+        for rows in (197, cuda.MANY_ROWS + 1):
+            assert dispatch.choose("auto", GPU, dtype, True, rows=rows) == "reference"
+    assert caplog.messages.count(f"backend 'triton' passed over: {dispatch.UNPROVEN_BACKWARD}") == 1
+    assert dispatch.choose("triton", GPU, dtype, True, rows=197) == "triton"  # as named
+    with gk.use_backend("triton"):
+        assert dispatch.choose(None, GPU, dtype, True, rows=197) == "triton"
 
 
 @pytest.mark.parametrize(
