@@ -275,7 +275,7 @@ def attention(
         eps,
         LOG_NARROWEST=layout.log_narrowest,
         LOG_WIDEST=layout.log_widest,
-        PRECISION=dot_precision(qkv.dtype),
+        PRECISION=dot_precision(qkv.dtype, qkv.device),
         ALIGN=layout.align,
         **tile.meta,
     )

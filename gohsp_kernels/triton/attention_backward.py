@@ -246,11 +246,12 @@ def attention_gradient(
     # Channels that no program writes: queries past the asked ones, heads without output, padding.
     grad_qkv = torch.zeros_like(qkv)
     deltas = torch.empty_like(log_sums)
-    tile = config.attention_gradient_tile(qkv.element_size(), 1 << layout.log_widest, layout.align > 1)
+    target = config.Target.of(qkv.device)
+    tile = config.attention_gradient_tile(target, qkv.element_size(), 1 << layout.log_widest, layout.align > 1)
     meta = dict(
         LOG_NARROWEST=layout.log_narrowest,
         LOG_WIDEST=layout.log_widest,
-        PRECISION=dot_precision(qkv.dtype),
+        PRECISION=dot_precision(qkv.dtype, qkv.device),
         ALIGN=layout.align,
         **tile.meta,
     )

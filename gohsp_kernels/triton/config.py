@@ -73,7 +73,9 @@ def cdiv(a: int, b: int) -> int:
 def tile_ladder(target: Target, itemsize: int) -> tuple[Tile, ...]:
     """Tiles from the largest to the smallest, for elements of ``itemsize`` bytes."""
     if itemsize == 4:
-        return Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3)
+        ladder = Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3), Tile(16, 64, 32, 4, 3)
+        # Three products of tf32 hold each operand twice, and the largest tile spills where both are in registers.
+        return ladder if target.roomy or target.vendor == "hip" else ladder[1:]
     # On AMD two stages are one buffer in local memory, of which a compute unit has 64 KiB.
     stages = 2 if target.vendor == "hip" else 3
     largest = Tile(128, 128, 64, 8, stages) if target.roomy or target.vendor == "hip" else Tile(128, 128, 32, 8, 4)
@@ -143,8 +145,13 @@ def attention_tile(
     return AttentionTile(block_m, 32 if narrow else 64, warps, 2)
 
 
-def attention_gradient_tile(itemsize: int, widest: int, aligned: bool) -> AttentionTile:
-    """Tile of both kernels of the attention's gradient. They hold four operands of a head, the forward kernel two."""
+def attention_gradient_tile(target: Target, itemsize: int, widest: int, aligned: bool) -> AttentionTile:
+    """Tile of both kernels of the attention's gradient. They hold four operands of a head, the forward kernel two.
+
+    In float32 on NVIDIA's GPUs each of those is held twice, for three products of tf32.
+    """
+    if itemsize == 4 and target.vendor == "cuda":
+        return AttentionTile(16, 16, 8, 1) if widest == 128 else AttentionTile(16, 32 if aligned else 16, 4, 1)
     small = itemsize == 4 or widest == 128 or not aligned
     return AttentionTile(32 if small else 64, 32, 4, 1)
 

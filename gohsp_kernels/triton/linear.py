@@ -215,7 +215,7 @@ class PackedLinear:
             0 if residual is None else residual.stride(0),
             self.eps,
             ACTIVATION=self.activation,
-            PRECISION=dot_precision(x.dtype),
+            PRECISION=dot_precision(x.dtype, x.device),
             IN_ALIGN=align,
             **tile.meta,
         )

@@ -197,7 +197,7 @@ def weight_gradient(
         n_in,
         grad.stride(0),
         x.stride(0),
-        PRECISION=dot_precision(x.dtype),
+        PRECISION=dot_precision(x.dtype, x.device),
         **tile.meta,
     )
     return weight_grad.sum(0), bias_grad.sum(0)

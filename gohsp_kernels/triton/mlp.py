@@ -175,7 +175,7 @@ class PackedMlp:
             self.fc2.weight.stride(0),
             self.fc1.eps,
             ACTIVATION=self.fc1.activation,
-            PRECISION=dot_precision(x.dtype),
+            PRECISION=dot_precision(x.dtype, x.device),
             **tile.meta,
         )
         return out

@@ -168,7 +168,7 @@ class Cases:
         return PackedLinear(self.empty(outputs, inputs), out_features, **parts)
 
     def linears(self) -> Iterator[tuple[str, Callable[[], Any]]]:
-        """Each tile with the heaviest prologue and the heaviest epilogue of inference; gathering from the second on."""
+        """Each tile with the heaviest prologue and the heaviest epilogue of inference, and gathering where it may."""
         x, n = self.x, FEATURES
         for i, tile in enumerate(config.tile_ladder(self.target, self.x.element_size())):
             size = f"{tile.BLOCK_M}x{tile.BLOCK_N}"
@@ -176,7 +176,7 @@ class Cases:
             proj = self.linear(n, n, n, bias=True)
             yield f"linear {size} norm gelu", lambda t=tile, p=fc1: p(x, tile=t)
             yield f"linear {size} residual", lambda t=tile, p=proj: p(x, x, tile=t)
-            if i > 0:
+            if i > 0 or self.x.dtype == torch.float32:
                 fc1 = self.linear(960, 320, 960, bias=True, row_sum=True, activation="gelu", in_cols=self.order(n))
                 proj = self.linear(352, n, n, bias=True, scale=True, out_cols=self.order(n))
                 yield f"linear {size} norm gather gelu", lambda t=tile, p=fc1: p(x, tile=t)
@@ -242,9 +242,13 @@ class Cases:
         yield "input gradient", lambda: back(grad)
 
     def all(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+        yield from self.float32()
+        yield from self.mlps()
+
+    def float32(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """All but the one-launch MLP, which is for 16 bits."""
         yield from self.linears()
         yield from self.attentions()
-        yield from self.mlps()
         yield from self.gradients()
 
     def corners(self) -> Iterator[tuple[str, Callable[[], Any]]]:

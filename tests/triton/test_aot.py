@@ -58,5 +58,18 @@ def test_sizes_of_one_and_none_compile() -> None:
     assert len(compiled("sm_80", "fp16", "corners")) == 13
 
 
-def test_float32_compiles() -> None:
-    assert all(cost.matrix_instructions == 0 for cost in compiled("sm_80", "fp32", "corners"))  # no tf32 unless allowed
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "count"), [("sm_80", 35), ("sm_90", 39)])
+def test_float32_is_on_the_tensor_cores(target: str, count: int) -> None:
+    """As three products of tf32. For sm_80 ptxas spills two words where that lets one more program run at once."""
+    costs = compiled(target, "fp32", "float32")
+    assert len(costs) == count and len({cost.kernel for cost in costs}) == 7
+    for cost in costs:
+        assert (cost.matrix_instructions > 0) == (cost.kernel not in ELEMENTWISE), cost
+        assert cost.spilled_bytes <= (8 if target == "sm_80" else 0), cost
+        assert cost.shared_bytes <= CONSUMER_SHARED_BYTES, cost
+
+
+def test_float32_of_sizes_of_one_and_none_compiles() -> None:
+    costs = compiled("sm_80", "fp32", "corners")
+    assert all((cost.matrix_instructions > 0) == (cost.kernel not in ELEMENTWISE) for cost in costs)
