@@ -44,9 +44,19 @@ def switch(name: str, default: str, allowed: tuple[str, ...] = ("ON", "OFF")) ->
     return value
 
 
+def installed_tool(name: str) -> str | None:
+    """Path of a program that the distribution of its own name brought, wherever this Python finds that; or None."""
+    try:
+        files = importlib.metadata.files(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = (Path(str(file.locate())).resolve() for file in files if file.parts[-2:] == ("bin", name))
+    return next((str(path) for path in found if path.is_file()), None)
+
+
 def find_tool(name: str) -> str:
-    """Path of a build tool that pip installs, looked for beside the running Python and then on PATH."""
-    path = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    """Path of a build tool that pip installs, looked for among the packages that this Python sees, then on PATH."""
+    path = installed_tool(name) or shutil.which(name)
     if path is None:
         sys.exit(f"gohsp: the native build needs {name}, which was not found. Install it: pip install {name}")
     return path

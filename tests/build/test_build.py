@@ -128,6 +128,21 @@ def test_missing_tool_names_the_command(script):
         script()["find_tool"]("gohsp-no-tool")
 
 
+def test_a_tool_is_found_wherever_its_package_is(script, monkeypatch, tmp_path):
+    """As that of an environment whose packages are lent to this one, and whose folder of programs is not on PATH."""
+    packages = tmp_path / "packages" / "gohsp_tool-1.dist-info"
+    packages.mkdir(parents=True)
+    (packages / "METADATA").write_text("Metadata-Version: 2.1\nName: gohsp-tool\nVersion: 1\n")
+    (packages / "RECORD").write_text("../bin/gohsp-tool,,\n")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gohsp-tool").touch()
+    monkeypatch.syspath_prepend(str(packages.parent))
+    assert script()["find_tool"]("gohsp-tool") == str(tmp_path / "bin" / "gohsp-tool")
+    (tmp_path / "bin" / "gohsp-tool").unlink()
+    with pytest.raises(SystemExit, match="pip install gohsp-tool"):
+        script()["find_tool"]("gohsp-tool")
+
+
 def test_pure_wheel_holds_both_packages(tree):
     done, wheel = build_wheel(tree, GOHSP_NATIVE="OFF")
     assert wheel is not None, done.stdout + done.stderr
