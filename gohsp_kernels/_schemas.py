@@ -68,6 +68,7 @@ NATIVE = {
         "(Tensor x, Tensor[] weights, Tensor[] vectors, Tensor[] tables, Tensor[] layouts, float[] constants, "
         "bool tf32, int num_queries) -> Tensor"
     ),
+    "cuda_checksum": "(Tensor pieces) -> Tensor",
 }
 
 SCHEMAS = {**PUBLIC, **NATIVE}
@@ -126,6 +127,11 @@ def _cpu_attention(qkv: Tensor, *rest: Any) -> Tensor:
 def _cuda_attention(qkv: Tensor, *rest: Any) -> Tensor:
     v_total, num_queries = rest[-3:-1]
     return qkv.new_empty(qkv.shape[0], num_queries, v_total)
+
+
+@_fake("cuda_checksum")
+def _cuda_checksum(pieces: Tensor) -> Tensor:
+    return pieces.new_empty(pieces.shape[0])
 
 
 @_fake("cpu_pack", "cpu_pack_bf16")

@@ -2,8 +2,8 @@
 """Tells whether tensors are still what something was made from: where they lie, and every byte that is there.
 
 A version counter is no proof. Fused optimisers, collectives, ``parameter.data``, numpy views and other processes all
-change weights without moving it. So the content is read: on the CPU by the native library at the speed of the memory,
-elsewhere by PyTorch.
+change weights without moving it. So the content is read: by the native libraries at the speed of the memory, where they
+are missing by PyTorch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,13 +40,29 @@ class Stamp:
         with _disable_current_modes(), torch.no_grad():
             # Aliases keep the storage, and so the address, from being taken by another tensor.
             self._content = _content([t.detach() for t in tensors if t is not None])
-            self._sum = None if _trusting.get() else self._content()
+            self._sum = None if _trusting.get() else self._content()()
 
     def is_of(self, tensors: Sequence[Tensor | None], constants: tuple[object, ...] = ()) -> bool:
         """Whether these are the same tensors, in the same place and with the same content, and the same constants."""
+        look = self.looking(tensors, constants)
+        return look is not None and look()
+
+    def looking(
+        self, tensors: Sequence[Tensor | None], constants: tuple[object, ...] = ()
+    ) -> Callable[[], bool] | None:
+        """Begin to do what :meth:`is_of` does; the function that is returned waits for the outcome.
+
+        On a GPU the content is read in the order of the current stream, and what is launched meanwhile runs meanwhile.
+
+        Returns:
+            None where no more than a look at the places was needed to know that they are others.
+        """
         if constants != self.constants or _places(tensors) != self._places:
-            return False
-        return _trusting.get() or self._content() == self._sum
+            return None
+        if _trusting.get():
+            return lambda: True
+        content = self._content()
+        return lambda: content() == self._sum
 
 
 @contextmanager
@@ -62,19 +79,76 @@ def _places(tensors: Iterable[Tensor | None]) -> list[object]:
     return [None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
 
 
-def _content(tensors: Sequence[Tensor]) -> Callable[[], object]:
-    """A function that reads all bytes of the tensors as they are when it is called. It holds the tensors."""
-    native = _native_checksum()
-    direct = [t for t in tensors if t.device.type == "cpu"] if native else []
-    others = [t for t in tensors if not native or t.device.type != "cpu"]
-    numbers = [number for t in direct for number in _span(t)]
-    spans = (ctypes.c_int64 * len(numbers))(*numbers)
+_Reading = Callable[[], Callable[[], object]]
+"""Begins to read all bytes of some tensors as they are now; what it returns waits for a value that stands for them."""
 
-    def read() -> object:
-        own = native(spans, len(direct)) if native and direct else 0
-        return (own, _sums(others)) if others else own
 
-    return read
+def _content(tensors: Sequence[Tensor]) -> _Reading:
+    """How to read the tensors, which it holds."""
+    groups: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.device, []).append(tensor)
+    readings = [_reading(device, group) for device, group in groups.items()]
+
+    def begin() -> Callable[[], object]:
+        begun = [reading() for reading in readings]
+        return lambda: [finish() for finish in begun]
+
+    return begin
+
+
+def _reading(device: torch.device, tensors: Sequence[Tensor]) -> _Reading:
+    if device.type == "cpu" and (checksum := _native_checksum()):
+        return _at_once(partial(checksum, _spans(tensors), len(tensors)), tensors)
+    if device.type == "cuda" and not torch.version.hip and _native.load_cuda():
+        return _from_gpu(device, tensors)
+    return _at_once(partial(_sums, tensors), tensors)
+
+
+def _at_once(read: Callable[[], object], tensors: Sequence[Tensor]) -> _Reading:
+    def begin(_held: Sequence[Tensor] = tensors) -> Callable[[], object]:
+        value = read()
+        return lambda: value
+
+    return begin
+
+
+def _spans(tensors: Sequence[Tensor]) -> Any:
+    numbers = [number for tensor in tensors for number in _span(tensor)]
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _from_gpu(device: torch.device, tensors: Sequence[Tensor]) -> _Reading:
+    """By one launch and one copy of some kilobytes to the host."""
+    pieces = torch.tensor(
+        [
+            (address + start, min(PIECE_BYTES, size - start))
+            for address, size in map(_span, tensors)
+            for start in range(0, size, PIECE_BYTES)
+        ],
+        dtype=torch.int64,
+    )
+    pieces = pieces.reshape(-1, 2).to(device)
+
+    def begin(_held: Sequence[Tensor] = tensors) -> Callable[[], object]:
+        with torch.cuda.device(device):
+            sums = torch.ops.gohsp_kernels.cuda_checksum(pieces)
+            host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+            host.copy_(sums, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+
+        def finish() -> object:
+            arrived.synchronize()
+            return host.numpy().tobytes()
+
+        return finish
+
+    return begin
+
+
+PIECE_BYTES = 64 * 1024
+"""What a block of the GPU's checksum reads."""
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

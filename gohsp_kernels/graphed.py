@@ -59,16 +59,23 @@ class GraphedModel:
         key = (x.shape, x.dtype, x.device, dispatch.selected())
         tensors = [tensor for table in self._tables for tensor in table.values()]
         captured = self._graphs.get(key)
-        if captured is None or not captured[0].is_of(tensors):
-            if captured is None and len(self._graphs) >= self.max_shapes:
-                known = ", ".join(str(list(shape)) for shape, *_ in self._graphs)
-                raise RuntimeError(
-                    f"x: wanted one of at most max_shapes={self.max_shapes} shapes, those captured being {known}; "
-                    f"got {list(x.shape)} {x.dtype}. Pad the batch, or raise max_shapes"
-                )
-            self._graphs.pop(key, None)  # before the next one asks for its memory
-            captured = self._graphs[key] = (Stamp(tensors), _Graph(self.model, x))
-        return captured[1].replay(x)
+        if captured is not None:
+            looking = captured[0].looking(tensors)
+            if looking is not None:
+                # Replayed before it is known whether the weights are still these: it writes to buffers of its own.
+                result = captured[1].replay(x)
+                if looking():
+                    return result
+                del result
+            del captured, self._graphs[key]  # before the next one asks for its memory
+        elif len(self._graphs) >= self.max_shapes:
+            known = ", ".join(str(list(shape)) for shape, *_ in self._graphs)
+            raise RuntimeError(
+                f"x: wanted one of at most max_shapes={self.max_shapes} shapes, those captured being {known}; "
+                f"got {list(x.shape)} {x.dtype}. Pad the batch, or raise max_shapes"
+            )
+        _, graph = self._graphs[key] = (Stamp(tensors), _Graph(self.model, x))
+        return graph.replay(x)
 
 
 class _Graph:
@@ -88,7 +95,9 @@ class _Graph:
             del result
             self.graph = torch.cuda.CUDAGraph()
             # The graph reads packed weights by address: they must outlive their place in the cache.
-            with keeping() as self.packed, torch.cuda.graph(self.graph, stream=stream):
+            # In the mode of this thread: one of the process would break when a DataLoader pins memory meanwhile.
+            capture = torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local")
+            with keeping() as self.packed, capture:
                 self.output: Tensor = model(self.input)
 
     def replay(self, x: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ void launch_tile(AttentionParams p, Stream stream, bool follows) {
   while (blocks < all && heads * blocks < processors()) ++blocks;
   p.tiles = divide_up(all, blocks);
   blocks = divide_up(all, p.tiles);
-  p.parts = heads * all < 8 * processors() ? smaller(4, Tile::WARPS / p.tiles) : 1;
-  const int rows = kQueries * p.tiles + 2 * 16 * divide_up(smaller(p.tokens, Tile::KEYS), 16);
-  const int merging = (p.parts - 1) * p.tiles * Tile::MERGE_BYTES;
+  const int groups = divide_up(smaller(p.tokens, Tile::KEYS), 16);
+  p.parts = heads * all < 8 * processors() ? smaller(groups, Tile::WARPS / p.tiles) : 1;
+  const int rows = kQueries * p.tiles + 2 * 16 * groups;
+  const int merging = p.parts == 1 ? 0 : p.parts * p.tiles * Tile::MERGE_BYTES;
   const int shared = rows * Tile::ROW_BYTES > merging ? rows * Tile::ROW_BYTES : merging;
   launch<attention_kernel<Tile>>(heads * blocks, 32 * p.tiles * p.parts, shared, p, stream, follows);
 }

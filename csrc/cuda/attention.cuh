@@ -219,43 +219,62 @@ GOHSP_DEVICE void attend(Softmax& s, float acc[Tile::WIDTH / 8][4], uint32_t que
     weigh_values<Tile>(acc, scores + 2 * j, values + 16 * j * Tile::ROW_BYTES, v_width, typename Tile::T{});
 }
 
-// Warps that shared the keys of a tile leave what they have at `place`, or, the first of them, take in what the others
-// left. Of the four lanes of a row each has a total of its own.
+// Where lane `lane` of the warp for part `part` of a tile leaves what it has, for the warps that it shared the keys with:
+// two maxima, two totals and the sums, 128 bytes apart.
 template <class Tile>
-GOHSP_DEVICE void hand_over(const Softmax& s, const float acc[Tile::WIDTH / 8][4], uint32_t place) {
-  const uint32_t mine = place + thread_index() % 32 * 4;
-  GOHSP_UNROLL
-  for (int r = 0; r < 2; ++r) {
-    store_shared(mine + r * 128, s.high[r]);
-    store_shared(mine + (2 + r) * 128, s.total[r]);
-  }
-  GOHSP_UNROLL
-  for (int i = 0; i < Tile::WIDTH / 2; ++i) store_shared(mine + (4 + i) * 128, acc[i / 4][i % 4]);
+GOHSP_DEVICE uint32_t merging_place(const AttentionParams& p, int tile, int part) {
+  return static_cast<uint32_t>(part * p.tiles + tile) * Tile::MERGE_BYTES + thread_index() % 32 * 4;
 }
 
 template <class Tile>
-GOHSP_DEVICE void take_in(Softmax& s, float acc[Tile::WIDTH / 8][4], uint32_t place) {
-  const uint32_t theirs = place + thread_index() % 32 * 4;
-  float own[2], other[2];  // factors. A warp that had no key has a maximum of -inf, and 0 as its factor
+GOHSP_DEVICE void hand_over(const Softmax& s, const float acc[Tile::WIDTH / 8][4], uint32_t place) {
   GOHSP_UNROLL
   for (int r = 0; r < 2; ++r) {
-    const float high = load_shared<float>(theirs + r * 128), most = max_of(s.high[r], high);
-    own[r] = exp2_fast(s.high[r] - most);
-    other[r] = exp2_fast(high - most);
-    s.high[r] = most;
-    s.total[r] = s.total[r] * own[r] + load_shared<float>(theirs + (2 + r) * 128) * other[r];
+    store_shared(place + r * 128, s.high[r]);
+    store_shared(place + (2 + r) * 128, s.total[r]);
   }
   GOHSP_UNROLL
-  for (int i = 0; i < Tile::WIDTH / 2; ++i) {
-    const int r = i % 4 / 2;
-    acc[i / 4][i % 4] = acc[i / 4][i % 4] * own[r] + load_shared<float>(theirs + (4 + i) * 128) * other[r];
+  for (int i = 0; i < Tile::WIDTH / 2; ++i) store_shared(place + (4 + i) * 128, acc[i / 4][i % 4]);
+}
+
+// Whether a warp stores fragment `j` of its tile: those that share the keys share the fragments too.
+GOHSP_DEVICE bool is_of_part(const AttentionParams& p, int part, int j) { return p.parts == 1 || j % p.parts == part; }
+
+// From what all of them left, the totals and this warp's fragments. A part without a key has a maximum of -inf, and so
+// a factor of 0; the first part has one.
+template <class Tile>
+GOHSP_DEVICE void merge_parts(const AttentionParams& p, Softmax& s, float acc[Tile::WIDTH / 8][4], int tile, int part) {
+  GOHSP_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    s.high[r] = minus_infinity();
+    s.total[r] = 0.0f;
+    for (int q = 0; q < p.parts; ++q)
+      s.high[r] = max_of(s.high[r], load_shared<float>(merging_place<Tile>(p, tile, q) + r * 128));
+  }
+  GOHSP_UNROLL
+  for (int j = 0; j < Tile::WIDTH / 8; ++j)
+    for (int i = 0; i < 4; ++i) acc[j][i] = 0.0f;
+  for (int q = 0; q < p.parts; ++q) {
+    const uint32_t theirs = merging_place<Tile>(p, tile, q);
+    float factor[2];
+    GOHSP_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      factor[r] = exp2_fast(load_shared<float>(theirs + r * 128) - s.high[r]);
+      s.total[r] += factor[r] * load_shared<float>(theirs + (2 + r) * 128);
+    }
+    GOHSP_UNROLL
+    for (int j = 0; j < Tile::WIDTH / 8; ++j) {
+      if (!is_of_part(p, part, j)) continue;
+      GOHSP_UNROLL
+      for (int i = 0; i < 4; ++i) acc[j][i] += factor[i / 2] * load_shared<float>(theirs + (4 + 4 * j + i) * 128);
+    }
   }
 }
 
 // The results of this lane, at 8 channels a fragment.
 template <class Tile>
 GOHSP_DEVICE void store_heads(const AttentionParams& p, float acc[Tile::WIDTH / 8][4], Softmax& s, int64_t image,
-                              int first_query, int out_start, int v_width) {
+                              int first_query, int part, int out_start, int v_width) {
   using T = typename Tile::T;
   const int lane = thread_index() % 32;
   // The four lanes of a row have summed two keys of eight each; all lanes take part before any has nothing to store.
@@ -272,6 +291,7 @@ GOHSP_DEVICE void store_heads(const AttentionParams& p, float acc[Tile::WIDTH / 
     T* out = static_cast<T*>(p.out) + (image * p.queries + query) * p.out_stride + out_start;
     GOHSP_UNROLL
     for (int j = 0; j < Tile::WIDTH / 8; ++j) {
+      if (!is_of_part(p, part, j)) continue;
       const int channel = 8 * j + lane % 4 * 2;
       const T x = from_float<T>(acc[j][2 * r] * share), y = from_float<T>(acc[j][2 * r + 1] * share);
       if (p.aligned && channel < v_width) {  // then widths are even, and so are the places
@@ -340,13 +360,11 @@ attention_kernel(const AttentionParams p) {
   }
   if (p.parts > 1) {
     barrier();  // all are done with the keys and values
-    const auto place = [&](int of) { return static_cast<uint32_t>((of - 1) * p.tiles + tile) * Tile::MERGE_BYTES; };
-    if (works && part > 0) hand_over<Tile>(s, acc, place(part));
+    if (works) hand_over<Tile>(s, acc, merging_place<Tile>(p, tile, part));
     barrier();
-    if (part > 0) return;
-    for (int other = 1; works && other < p.parts; ++other) take_in<Tile>(s, acc, place(other));
+    if (works) merge_parts<Tile>(p, s, acc, tile, part);
   }
-  if (works) store_heads<Tile>(p, acc, s, image, first_query + first, load_global(entry + 3), v_width);
+  if (works) store_heads<Tile>(p, acc, s, image, first_query + first, part, load_global(entry + 3), v_width);
 }
 
 }  // namespace gohsp::cuda

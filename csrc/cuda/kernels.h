@@ -81,14 +81,24 @@ struct AttentionParams {
   int32_t tiles, parts;
 };
 
+// A checksum of each of some pieces of memory: see checksum.cuh.
+struct ChecksumParams {
+  const int64_t* pieces;  // [count, 2]: address and bytes
+  uint64_t* sums;         // [count]
+};
+
 // Each starts one kernel on `stream`, or none where there is nothing to do. `follows`: the launch before it on the
 // stream is one of these, of the same call; then it may begin before that one has ended (and waits for its results
 // where it needs them). Throws std::runtime_error.
 void launch_rows(Precision precision, const RowsParams& params, Stream stream, bool follows);
 void launch_linear(Precision precision, const LinearParams& params, Stream stream, bool follows);
-// launch_linear for GPUs that have wgmma (compute capability 9.0), in 16 bits; false if few rows go better without.
+// Parts of launch_linear: float32; and 16 bits on GPUs that have wgmma (compute capability 9.0), false where few rows go
+// better without.
+void launch_linear_float(Precision precision, const LinearParams& params, Stream stream, bool follows);
 bool launch_linear_hopper(Precision precision, const LinearParams& params, Stream stream, bool follows);
 void launch_attention(Precision precision, int64_t widest, const AttentionParams& params, Stream stream, bool follows);
+
+void launch_checksum(const ChecksumParams& params, int64_t count, Stream stream);
 
 // --- sublayers -------------------------------------------------------------------------------------------------------
 // How a product reads the columns of its input.

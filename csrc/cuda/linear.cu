@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// Products in 16 bits; the others are in linear_float.cu, so that two compilers can work at once.
 #include "launch_linear.cuh"
 
 namespace gohsp::cuda {
@@ -19,8 +20,7 @@ void launch_linear(Precision precision, const LinearParams& params, Stream strea
   switch (precision) {
     case Precision::f16: return launch_16_bit<F16>(params, stream, follows);
     case Precision::bf16: return launch_16_bit<Bf16>(params, stream, follows);
-    case Precision::tf32: return launch_tile<LinearTile<Tf32, 64, 64, 4, 1, 1, 4, 4>>(params, stream, follows);
-    case Precision::f32: return launch_tile<LinearTile<F32, 64, 64, 4, 1, 1, 4, 4>>(params, stream, follows);
+    default: return launch_linear_float(precision, params, stream, follows);
   }
 }
 

@@ -100,58 +100,68 @@ GOHSP_DEVICE float gelu(float x) {
   return 0.5f * x * (1.0f + (sizeof(T) == 2 ? erf_near(x * 0.70710678f) : erf_exact(x * 0.70710678f)));
 }
 
-GOHSP_DEVICE float activate(float x, Activation activation) {
-  switch (activation) {
-    case Activation::gelu: return gelu<float>(x);
-    case Activation::gelu_tanh: return x / (1.0f + exp_fast(-1.59576912f * (x + 0.044715f * x * x * x)));
-    case Activation::relu: return x < 0.0f ? 0.0f : x;
-    case Activation::silu: return x / (1.0f + exp_fast(-x));
-    case Activation::quick_gelu: return x / (1.0f + exp_fast(-1.702f * x));
-    default: return x;
+// The others are relu, or x times a logistic function of a x + b x^3; numbers rather than cases, which would be compiled
+// once for every result.
+struct OtherActivation {
+  float a = 1.0f, b = 0.0f;
+  bool relu;
+
+  GOHSP_DEVICE explicit OtherActivation(Activation activation) : relu(activation == Activation::relu) {
+    if (activation == Activation::gelu_tanh) a = 1.59576912f, b = 0.0713548162f;
+    if (activation == Activation::quick_gelu) a = 1.702f;
   }
-}
 
-// Which activation a kernel was compiled for; any: it asks LinearParams at each result.
-enum class Finish { identity, gelu, any };
+  GOHSP_DEVICE float operator()(float x) const {
+    if (relu) return x < 0.0f ? 0.0f : x;
+    return x / (1.0f + exp_fast(-x * (a + b * smaller(x * x, 1e30f))));  // infinity times 0 is no number
+  }
+};
 
-// The copies of a block: which chunks of x and of the weight this thread brings.
+// Which activation a kernel was compiled for.
+enum class Finish { identity, gelu, other };
+
+// The copies of a block: which chunks of x and of the weight this thread brings. Places in memory are counted in chunks
+// from the beginning, in 32 bits: half the registers of pointers. launch_linear refuses what is larger.
 template <class Tile>
 struct LinearLoader {
   static constexpr int ROWS = Tile::THREADS / Tile::CHUNKS;  // that one round of all threads brings
   static constexpr int A = Tile::BM / ROWS, B = Tile::BN / ROWS;
   const LinearParams& p;
-  const char* a[A];
-  const char* b[B];
+  uint32_t a[A], b[B];
   bool a_ok[A], b_ok[B];
   int row, chunk;
 
   GOHSP_DEVICE LinearLoader(const LinearParams& params, int64_t first_row, int first_n) : p(params) {
     row = thread_index() / Tile::CHUNKS;
     chunk = thread_index() % Tile::CHUNKS;
-    const int64_t element = sizeof(typename Tile::Op::Element);
+    const uint32_t stride = static_cast<uint32_t>(p.x_stride) / (kChunkBytes / sizeof(typename Tile::Op::Element));
     GOHSP_UNROLL
     for (int i = 0; i < A; ++i) {
       const int64_t r = first_row + row + i * ROWS;
       a_ok[i] = r < p.rows;
-      a[i] = static_cast<const char*>(p.x) + (a_ok[i] ? r * p.x_stride * element : 0);
+      a[i] = a_ok[i] ? static_cast<uint32_t>(r) * stride : 0;
     }
     GOHSP_UNROLL
     for (int i = 0; i < B; ++i) {
       const int n = first_n + row + i * ROWS;
       b_ok[i] = n < p.n;
-      b[i] = static_cast<const char*>(p.weight) + (b_ok[i] ? static_cast<int64_t>(n) * p.chunks * kChunkBytes : 0);
+      b[i] = b_ok[i] ? n * p.chunks : 0;
     }
+  }
+
+  GOHSP_DEVICE static const void* chunk_of(const void* base, uint32_t place) {
+    return static_cast<const char*>(base) + uint64_t{place} * kChunkBytes;
   }
 
   GOHSP_DEVICE void bring_rows(int step, int stage) const {
     const int place = step * Tile::CHUNKS + chunk;  // in the depth
     const bool inside = place < p.chunks;
-    int64_t source = inside ? place : 0;
+    int source = inside ? place : 0;
     if (inside && p.in_chunks != nullptr) source = load_global(p.in_chunks + place);
     const uint32_t base = stage * LinearPlaces<Tile>::STAGE_BYTES;
     GOHSP_UNROLL
     for (int i = 0; i < A; ++i)
-      copy_async(base + linear_chunk<Tile>(row + i * ROWS, chunk), a[i] + source * kChunkBytes, inside && a_ok[i]);
+      copy_async(base + linear_chunk<Tile>(row + i * ROWS, chunk), chunk_of(p.x, a[i] + source), inside && a_ok[i]);
   }
 
   GOHSP_DEVICE void bring_weight(int step, int stage) const {
@@ -161,7 +171,7 @@ struct LinearLoader {
     GOHSP_UNROLL
     for (int i = 0; i < B; ++i)
       copy_async(base + linear_chunk<Tile>(Tile::BM + row + i * ROWS, chunk),
-                 b[i] + (inside ? static_cast<int64_t>(place) * kChunkBytes : 0), inside && b_ok[i]);
+                 chunk_of(p.weight, b[i] + (inside ? place : 0)), inside && b_ok[i]);
   }
 };
 
@@ -459,7 +469,7 @@ linear_kernel(const LinearParams p) {
     else if constexpr (finish == Finish::gelu)
       finish_piece<Tile>(p, piece, [](float x) { return gelu<T>(x); });
     else
-      finish_piece<Tile>(p, piece, [&p](float x) { return activate(x, p.activation); });
+      finish_piece<Tile>(p, piece, OtherActivation(p.activation));
   };
   if constexpr (Places::TOGETHER) {
     GOHSP_UNROLL

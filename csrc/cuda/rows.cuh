@@ -89,6 +89,7 @@ GOHSP_DEVICE void merge_lanes(float& count, float& mean, float& squares, int mas
 GOHSP_DEVICE Float2 merged_partials(const Float2* row, bool there, int features, float eps) {
   const int lane = thread_index() % 8, parts = there ? divide_up(features, kPartial) : 0;
   float count = 0.0f, mean = 0.0f, squares = 0.0f;
+  GOHSP_UNROLL_BY(2)
   for (int i = lane; i < parts; i += 8) {
     const Float2 part = load_global(row + i);
     const float size = smaller(kPartial, features - i * kPartial), all = count + size, apart = part.x - mean;

@@ -327,6 +327,25 @@ Tensor cuda_sublayers(Tensor x, std::vector<Tensor> weights, std::vector<Tensor>
   return y;
 }
 
+// One checksum a row of `pieces` [count, 2], addresses and bytes of memory of the same device.
+Tensor cuda_checksum(Tensor pieces) {
+  const OnDevice device(pieces);
+  STD_TORCH_CHECK(
+      pieces.scalar_type() == ScalarType::Long && pieces.is_contiguous() && pieces.dim() == 2 && pieces.size(1) == 2,
+      "pieces: wanted contiguous int64 of shape [count, 2]");
+  const int64_t count = pieces.size(0);
+  Tensor sums = new_tensor(pieces, {count});
+  gohsp::cuda::ChecksumParams p{};
+  p.pieces = static_cast<const int64_t*>(pointer(pieces, count * 2 * sizeof(int64_t)));
+  p.sums = static_cast<uint64_t*>(pointer(sums, count * sizeof(uint64_t)));
+#ifdef GOHSP_EMULATED
+  for (int64_t i = 0; i < count; ++i)
+    gohsp::cuda::emulate::allow(reinterpret_cast<void*>(p.pieces[2 * i]), p.pieces[2 * i + 1]);
+#endif
+  gohsp::cuda::launch_checksum(p, count, device.stream());
+  return sums;
+}
+
 }  // namespace
 
 #ifdef GOHSP_EMULATED
@@ -337,4 +356,5 @@ STABLE_TORCH_LIBRARY_IMPL(gohsp_kernels, CUDA, m) {
   m.impl("cuda_linear", TORCH_BOX(&cuda_linear));
   m.impl("cuda_attention", TORCH_BOX(&cuda_attention));
   m.impl("cuda_sublayers", TORCH_BOX(&cuda_sublayers));
+  m.impl("cuda_checksum", TORCH_BOX(&cuda_checksum));
 }

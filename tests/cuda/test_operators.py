@@ -18,6 +18,9 @@ from . import helpers  # noqa: F401 (registers the operators)
 NATIVE = [name for name in _schemas.NATIVE if name.startswith("cuda_")]
 
 
+_held: list[torch.Tensor] = []
+
+
 def native_samples() -> dict[str, tuple[Any, ...]]:
     """Arguments of one call of each native operator."""
     half = {name: flat(call.to(torch.float16)) for name, call in samples().items()}
@@ -32,10 +35,12 @@ def native_samples() -> dict[str, tuple[Any, ...]]:
     constants = [c for s in chain for c in s.constants]
     qkv = Maker(1).normal(2, 9, 26 + 27).half()
     heads = cuda._head_table((8, 0, 5), (8, 3, 16), qkv.device)
+    _held.extend((qkv, heads))  # the pieces of cuda_checksum are addresses in them
     return {
         "cuda_linear": (x, linear.weights, linear.vectors, linear.tables, linear.layout, 32, False),
         "cuda_attention": (qkv, heads, None, 16, False, 0.2, 1e-6, 27, 9, False),
         "cuda_sublayers": (stream, *lists, constants, False, 5),
+        "cuda_checksum": (torch.tensor([[qkv.data_ptr(), 100], [heads.data_ptr(), 8]]),),
     }
 
 

@@ -45,7 +45,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
             pass
 
     @contextlib.contextmanager
-    def capture(graph: StandIn, stream: object) -> Iterator[None]:
+    def capture(graph: StandIn, stream: object, capture_error_mode: str) -> Iterator[None]:
         graphs.append(graph)
         with graph:
             yield
