@@ -51,6 +51,15 @@ class Target:
         return self.arch in (90, 100, 103)
 
 
+def read_from_shared(target: Target, block_m: int) -> bool:
+    """Whether a product reads its operands from shared memory while the program runs on: Hopper's, from 64 rows on.
+
+    A kernel that also sums such an operand must load it a second time for that, by :func:`.rows.load_again`.
+    Blackwell's products do so too, but there the compiler counts the slots right.
+    """
+    return target.arch == 90 and block_m >= 64
+
+
 @dataclass(frozen=True)
 class Tile:
     """Tile of a matrix product and how it is executed: rows, columns, depth of a step, warps, steps in flight."""

@@ -34,6 +34,7 @@ from . import config
 from ._launch import dot_precision, launch
 from .activations import activate
 from .config import cdiv
+from .rows import load_again
 
 
 @triton.jit
@@ -62,6 +63,7 @@ def linear_kernel(
     eps,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    READ_FROM_SHARED: tl.constexpr,  # see config.read_from_shared
     IN_ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -104,7 +106,11 @@ def linear_kernel(
         w_ok = k_ok[:, None] & n_kept[None, :]
         w = tl.load(weight + n[None, :] * weight_stride_out + k[:, None] * weight_stride_in, w_ok, 0.0)
         if row_sum is not None:
-            centred = tl.where(k_ok[None, :], a.to(tl.float32) - pivot[:, None], 0.0)
+            # Gathered and shifted operands go through registers, where nothing overwrites them.
+            values = a
+            if READ_FROM_SHARED and in_cols is None and not SHIFT:
+                values = load_again(x_row + col[None, :], row_ok & k_ok[None, :])
+            centred = tl.where(k_ok[None, :], values.to(tl.float32) - pivot[:, None], 0.0)
             total += tl.sum(centred, 1)
             squares += tl.sum(centred * centred, 1)
             if SHIFT:
@@ -183,9 +189,10 @@ class PackedLinear:
         n_out, n_in = self.weight.shape
         if out is None:
             out = x.new_empty(rows, self.out_features)
+        target = config.Target.of(x.device)
         if tile is None:
             indexed = self.in_cols is not None or self.out_cols is not None
-            tile = config.linear_tile(config.Target.of(x.device), x.dtype, rows, n_out, n_in, indexed)
+            tile = config.linear_tile(target, x.dtype, rows, n_out, n_in, indexed)
         align = 8 if n_in % 8 == 0 and x.stride(0) % 8 == 0 else 1
         tiles = cdiv(n_out, tile.BLOCK_N) + cdiv(self.out_features - n_out, tile.BLOCK_N)
         launch(
@@ -216,6 +223,7 @@ class PackedLinear:
             self.eps,
             ACTIVATION=self.activation,
             PRECISION=dot_precision(x.dtype, x.device),
+            READ_FROM_SHARED=config.read_from_shared(target, tile.BLOCK_M),
             IN_ALIGN=align,
             **tile.meta,
         )

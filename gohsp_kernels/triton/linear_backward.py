@@ -22,6 +22,7 @@ from . import config
 from ._launch import dot_precision, launch
 from .activations import activation_slope
 from .config import cdiv
+from .rows import load_again
 
 
 @triton.jit
@@ -65,6 +66,7 @@ def weight_gradient_kernel(
     grad_stride,
     x_stride,
     PRECISION: tl.constexpr,
+    READ_FROM_SHARED: tl.constexpr,  # see config.read_from_shared
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -86,13 +88,17 @@ def weight_gradient_kernel(
         row = r0 + tl.arange(0, BLOCK_K)
         row_ok = (row < last)[:, None]
         row64 = row.to(tl.int64)[:, None]
-        g = tl.load(grad + row64 * grad_stride + o[None, :], row_ok & (o < n_out)[None, :], 0.0)
+        g_at = grad + row64 * grad_stride + o[None, :]
+        g_ok = row_ok & (o < n_out)[None, :]
+        g = tl.load(g_at, g_ok, 0.0)
         a = tl.load(x + row64 * x_stride + col[None, :], row_ok & (i < n_in)[None, :], 0.0)
         if statistics is not None:
             mean = tl.load(statistics + 2 * row, row < last, 0.0)[:, None]
             rstd = tl.load(statistics + 2 * row + 1, row < last, 0.0)[:, None]
             a = ((a.to(tl.float32) - mean) * rstd).to(x.dtype.element_ty)
         acc = tl.dot(tl.trans(g), a, acc, input_precision=PRECISION)
+        if READ_FROM_SHARED and statistics is None:  # a normalised ``a`` makes the product wait by itself
+            g = load_again(g_at, g_ok)
         bias += tl.sum(g.to(tl.float32), 0)
     out_row = (part.to(tl.int64) * n_out + o)[:, None] * n_in
     tl.store(weight_grad + out_row + i[None, :], acc, (o < n_out)[:, None] & (i < n_in)[None, :])
@@ -177,7 +183,8 @@ def weight_gradient(
     rows, n_out = grad.shape
     tile = config.WEIGHT_GRADIENT_TILE
     tiles = cdiv(n_out, tile.BLOCK_M) * max(cdiv(n_in, tile.BLOCK_N), 1)
-    rows_per_range = config.rows_per_range(config.Target.of(x.device), rows, tiles, tile.BLOCK_K)
+    target = config.Target.of(x.device)
+    rows_per_range = config.rows_per_range(target, rows, tiles, tile.BLOCK_K)
     ranges = cdiv(rows, rows_per_range)
     weight_grad = x.new_empty(ranges, n_out, n_in, dtype=torch.float32)
     bias_grad = x.new_empty(ranges, n_out, dtype=torch.float32)
@@ -198,6 +205,7 @@ def weight_gradient(
         grad.stride(0),
         x.stride(0),
         PRECISION=dot_precision(x.dtype, x.device),
+        READ_FROM_SHARED=config.read_from_shared(target, tile.BLOCK_M),
         **tile.meta,
     )
     return weight_grad.sum(0), bias_grad.sum(0)

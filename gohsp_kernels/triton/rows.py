@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs
 """Tensors of a caller as the kernels read them: the numbers of a row, or of a vector, side by side in memory.
 
 Whatever comes from outside (activations, parameters, gradients of results) passes one of these on its way to a launch.
@@ -8,6 +9,8 @@ None of them copies what already lies right.
 from __future__ import annotations
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 
@@ -30,3 +33,15 @@ def as_tokens(x: Tensor) -> Tensor:
 def as_vector(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     """``x`` [n] as the kernels read biases, scales and norms: detached, in ``dtype`` or its own; None stays None."""
     return None if x is None else x.detach().to(dtype or x.dtype).contiguous()
+
+
+@triton.jit
+def load_again(pointers, mask):
+    """What a product of the same step takes as its operand, loaded a second time for whatever else wants to read it.
+
+    Triton (3.6 to 3.8 at least, issue 6691) gives an operand of a pipelined product on Hopper one slot of shared memory
+    too few if anything but products uses it: the copy for a later step overwrites it while the tensor core still reads.
+    An operand with no other use gets the slot. The other eviction policy keeps the compiler from making one load of
+    the two; tests/triton/test_aot.py counts the slots.
+    """
+    return tl.load(pointers, mask, 0.0, eviction_policy="evict_last")

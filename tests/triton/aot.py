@@ -111,6 +111,7 @@ class Cost:
     spilled_bytes: int
     matrix_instructions: int
     narrow_loads: int  # of one 16-bit number from global memory
+    overwritten: tuple[str, ...] = ()  # buffers that a copy may fill while a tensor core reads them
 
     def programs_per_processor(self, target: config.Target) -> int:
         """How many fit at once, by registers, shared memory and threads."""
@@ -124,9 +125,45 @@ class Cost:
         return min(65536 // registers, shared // (self.shared_bytes + 1024), 2048 // self.threads)
 
 
+def overwritten_buffers(ttgir: str) -> tuple[str, ...]:
+    """Shared buffers of a pipelined loop that an asynchronous copy fills while a product may still read them.
+
+    A loop that copies P steps ahead and leaves the product of a step running (a wait with pendings) needs P + 1 slots:
+    the copies of that step fill the slot of step + P, which with P slots is the one being read. Where the copies come
+    before the wait, the product of the step before runs too, and it takes one slot more.
+    """
+    found: list[str] = []
+    loop = ttgir
+    while (start := loop.find("scf.for")) >= 0:
+        before, loop = loop[:start], loop[start + len("scf.for") :]
+        body = loop[: loop.find("scf.yield")]
+        view_of = dict(re.findall(r"(%[\w#]+) = ttg\.memdesc_\w+ (%[\w#]+)", before + body))
+
+        def buffer(name: str, view_of: dict[str, str] = view_of) -> str:
+            while name in view_of:
+                name = view_of[name]
+            return name
+
+        copy = re.compile(r"async_copy_global_to_local %[\w#]+, (%[\w#]+)")
+        ahead = [buffer(name) for name in copy.findall(before)]
+        copies = {buffer(match[1]): match.start() for match in copy.finditer(body)}
+        running: set[str] = set()
+        for match in re.finditer(r"warp_group_dot_wait ([^{]*)\{pendings = [1-9]", body):
+            operands = {buffer(name) for name in re.findall(r"%[\w#]+", match[1])}
+            for name in sorted((operands & set(copies)) - running):
+                running.add(name)
+                slots = re.search(rf"{name} = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x", ttgir)
+                assert slots is not None, name
+                needed = ahead.count(name) + (1 if copies[name] > match.start() else 2)
+                if int(slots[1]) < needed:
+                    found.append(f"{name}: {slots[1]} slots of {needed}")
+    return tuple(found)
+
+
 def cost(case: str, launch: Launch, target: GPUTarget) -> Cost:
     compiled = launch.compile(target)
     threads = launch.options["num_warps"] * target.warp_size
+    overwritten = overwritten_buffers(compiled.asm["ttgir"])
     if target.backend == "hip":
         text = compiled.asm["amdgcn"]
         registers = int(re.findall(r"\.vgpr_count: +(\d+)", text)[0])
@@ -141,7 +178,7 @@ def cost(case: str, launch: Launch, target: GPUTarget) -> Cost:
         registers, spilled = (int(re.findall(rf" {kind}:(\d+)", text)[0]) for kind in ("REG", "STACK"))
         matrix, narrow = (len(re.findall(name, text)) for name in (r"\s(?:H|HG|UTCH)MMA[. ]", r"LDG\.E\.U16"))
     name = launch.kernel.__name__
-    return Cost(case, name, threads, compiled.metadata.shared, registers, spilled, matrix, narrow)
+    return Cost(case, name, threads, compiled.metadata.shared, registers, spilled, matrix, narrow, overwritten)
 
 
 ROWS, FEATURES = 64 * 197, 384
@@ -234,6 +271,7 @@ class Cases:
         x, order, statistics = self.x, self.order(FEATURES), torch.empty(ROWS, 2)
         grad = self.empty(ROWS, 960)
         yield "weight gradient", lambda: weight_gradient(grad, x, FEATURES, None, statistics)
+        yield "weight gradient without norm", lambda: weight_gradient(grad, x, FEATURES, None, None)
         yield "weight gradient gather", lambda: weight_gradient(grad, x, 320, order, statistics)
         yield "norm gradient", lambda: norm_gradient(x, x, statistics, None)
         yield "norm gradient gather", lambda: norm_gradient(x[:, :320], x, statistics, order)
@@ -249,6 +287,12 @@ class Cases:
         """All but the one-launch MLP, which is for 16 bits."""
         yield from self.linears()
         yield from self.attentions()
+        yield from self.gradients()
+
+    def tf32(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """Products of float32 by tensor cores."""
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        yield from self.linears()
         yield from self.gradients()
 
     def corners(self) -> Iterator[tuple[str, Callable[[], Any]]]:

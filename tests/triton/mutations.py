@@ -81,6 +81,18 @@ def _all() -> list[Mutation]:
         "acc = tl.dot(a, w, acc, input_precision=PRECISION)",
         "acc = tl.dot(a, w, acc, input_precision=PRECISION).to(tl.float16).to(tl.float32)",
     )
+    mutate(
+        linear,
+        "no row mask on what is loaded again",
+        "load_again(x_row + col[None, :], row_ok & k_ok[None, :])",
+        "load_again(x_row + col[None, :], (row64 >= 0) & k_ok[None, :])",
+    )
+    mutate(
+        linear,
+        "nothing loaded again",
+        "values = load_again(x_row + col[None, :], row_ok & k_ok[None, :])",
+        "values = a * 0.0",
+    )
     attention = "attention.py"
     mutate(attention, "no rescale of the values", "v, acc * rescale[:, None],", "v, acc,")
     mutate(attention, "no rescale of the sum", "total = total * rescale + tl.sum(p, 1)", "total = total + tl.sum(p, 1)")

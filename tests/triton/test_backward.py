@@ -162,3 +162,9 @@ def test_rows_are_cut_into_ranges_that_cover_them() -> None:
         assert step % 64 == 0 and step > 0
         ranges = -(-rows // step)
         assert ranges * tiles <= 2 * target.processors + tiles
+
+
+def test_bias_gradient_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There it loads its rows for itself."""
+    monkeypatch.setattr(config.Target, "of", lambda device: config.Target("cuda", 90, 1))
+    check(Maker(20).linear((70,), 40, None, 75, None, "gelu"), torch.float16)

@@ -197,3 +197,10 @@ def test_changed_parameters_are_noticed() -> None:
     check(call)
     check(call, torch.float16)
     check(call)
+
+
+def test_what_is_summed_and_multiplied_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the statistics load their rows for themselves; one multiprocessor, so that tiles are the largest."""
+    monkeypatch.setattr(config.Target, "of", lambda device: config.Target("cuda", 90, 1))
+    for kept in (None, 70):
+        check(Maker(19).mlp_sublayer((130,), 100, 40, kept), torch.float16)
