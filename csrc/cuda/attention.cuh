@@ -237,13 +237,18 @@ GOHSP_DEVICE void hand_over(const Softmax& s, const float acc[Tile::WIDTH / 8][4
   for (int i = 0; i < Tile::WIDTH / 2; ++i) store_shared(place + (4 + i) * 128, acc[i / 4][i % 4]);
 }
 
-// Whether a warp stores fragment `j` of its tile: those that share the keys share the fragments too.
-GOHSP_DEVICE bool is_of_part(const AttentionParams& p, int part, int j) { return p.parts == 1 || j % p.parts == part; }
+// Which fragments of its tile a warp stores, a bit each: those that share the keys share the fragments too.
+GOHSP_DEVICE uint32_t fragments_of_part(const AttentionParams& p, int part) {
+  uint32_t mine = 0;
+  for (int j = part; j < 32; j += p.parts) mine |= 1u << j;
+  return mine;
+}
 
 // From what all of them left, the totals and this warp's fragments. A part without a key has a maximum of -inf, and so
 // a factor of 0; the first part has one.
 template <class Tile>
-GOHSP_DEVICE void merge_parts(const AttentionParams& p, Softmax& s, float acc[Tile::WIDTH / 8][4], int tile, int part) {
+GOHSP_DEVICE void merge_parts(const AttentionParams& p, Softmax& s, float acc[Tile::WIDTH / 8][4], int tile,
+                              uint32_t mine) {
   GOHSP_UNROLL
   for (int r = 0; r < 2; ++r) {
     s.high[r] = minus_infinity();
@@ -264,7 +269,7 @@ GOHSP_DEVICE void merge_parts(const AttentionParams& p, Softmax& s, float acc[Ti
     }
     GOHSP_UNROLL
     for (int j = 0; j < Tile::WIDTH / 8; ++j) {
-      if (!is_of_part(p, part, j)) continue;
+      if (!(mine >> j & 1)) continue;
       GOHSP_UNROLL
       for (int i = 0; i < 4; ++i) acc[j][i] += factor[i / 2] * load_shared<float>(theirs + (4 + 4 * j + i) * 128);
     }
@@ -274,7 +279,7 @@ GOHSP_DEVICE void merge_parts(const AttentionParams& p, Softmax& s, float acc[Ti
 // The results of this lane, at 8 channels a fragment.
 template <class Tile>
 GOHSP_DEVICE void store_heads(const AttentionParams& p, float acc[Tile::WIDTH / 8][4], Softmax& s, int64_t image,
-                              int first_query, int part, int out_start, int v_width) {
+                              int first_query, uint32_t mine, int out_start, int v_width) {
   using T = typename Tile::T;
   const int lane = thread_index() % 32;
   // The four lanes of a row have summed two keys of eight each; all lanes take part before any has nothing to store.
@@ -291,7 +296,7 @@ GOHSP_DEVICE void store_heads(const AttentionParams& p, float acc[Tile::WIDTH / 
     T* out = static_cast<T*>(p.out) + (image * p.queries + query) * p.out_stride + out_start;
     GOHSP_UNROLL
     for (int j = 0; j < Tile::WIDTH / 8; ++j) {
-      if (!is_of_part(p, part, j)) continue;
+      if (!(mine >> j & 1)) continue;
       const int channel = 8 * j + lane % 4 * 2;
       const T x = from_float<T>(acc[j][2 * r] * share), y = from_float<T>(acc[j][2 * r + 1] * share);
       if (p.aligned && channel < v_width) {  // then widths are even, and so are the places
@@ -358,13 +363,14 @@ attention_kernel(const AttentionParams p) {
       attend<Tile, 1, false>(s, acc, my_queries, keys + at, values + at, count - 16 * group, qk_width, v_width,
                              scale_log2);
   }
+  const uint32_t mine = p.parts == 1 ? ~0u : fragments_of_part(p, part);
   if (p.parts > 1) {
     barrier();  // all are done with the keys and values
     if (works) hand_over<Tile>(s, acc, merging_place<Tile>(p, tile, part));
     barrier();
-    if (works) merge_parts<Tile>(p, s, acc, tile, part);
+    if (works) merge_parts<Tile>(p, s, acc, tile, mine);
   }
-  if (works) store_heads<Tile>(p, acc, s, image, first_query + first, part, load_global(entry + 3), v_width);
+  if (works) store_heads<Tile>(p, acc, s, image, first_query + first, mine, load_global(entry + 3), v_width);
 }
 
 }  // namespace gohsp::cuda

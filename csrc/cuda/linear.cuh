@@ -234,15 +234,16 @@ GOHSP_DEVICE void store_fragments(const float acc[Tile::COLUMNS / 8][4], uint32_
 template <class Tile>
 GOHSP_DEVICE void linear_statistics(const LinearParams& p, int64_t first_row) {
   using T = typename Tile::Op::Element;
-  for (int r = thread_index() / 8; r < Tile::BM; r += Tile::THREADS / 8) {
+  const int lanes = p.partials != nullptr ? 2 : 8;  // of a row
+  for (int r = thread_index() / lanes; r < Tile::BM; r += Tile::THREADS / lanes) {
     const int64_t row = first_row + r;
     const bool there = row < p.rows;
     const int64_t from = there ? row : 0;
     const Float2 statistics =
         p.partials != nullptr
-            ? merged_partials(p.partials + from * divide_up(p.features, kPartial), there, p.features, p.eps)
+            ? merged_partials(p.partials + from * (p.features / kPartial), there, p.features, p.eps)
             : statistics_of_four(static_cast<const T*>(p.x) + from * p.x_stride, there, p.features, p.eps);
-    if (thread_index() % 8 == 0) store_shared(LinearPlaces<Tile>::STATISTICS + r * 8, statistics);
+    if (thread_index() % lanes == 0) store_shared(LinearPlaces<Tile>::STATISTICS + r * 8, statistics);
   }
 }
 
@@ -256,18 +257,19 @@ struct Piece {
 };
 
 // Mean, and sum of the squares about it, of kPartial columns of a row, N of which each of neighbouring lanes has. All
-// lanes take part; of columns past the end of a row none are there.
-template <int N, class T>
-GOHSP_DEVICE void leave_partial(const LinearParams& p, const T* numbers, int64_t row, int n, bool there) {
-  float count = there ? N : 0.0f, mean = 0.0f, squares = 0.0f;
+// lanes take part.
+template <int N>
+GOHSP_DEVICE void leave_partial(const LinearParams& p, const float* numbers, int64_t row, int n, bool there) {
+  float mean = 0.0f, squares = 0.0f;
   GOHSP_UNROLL
-  for (int i = 0; i < N; ++i) mean += to_float(numbers[i]) * (1.0f / N);
+  for (int i = 0; i < N; ++i) mean += numbers[i];
+  mean *= 1.0f / N;
   GOHSP_UNROLL
-  for (int i = 0; i < N; ++i) squares += (to_float(numbers[i]) - mean) * (to_float(numbers[i]) - mean);
+  for (int i = 0; i < N; ++i) squares += (numbers[i] - mean) * (numbers[i] - mean);
   GOHSP_UNROLL
-  for (int mask = 1; mask < kPartial / N; mask *= 2) merge_lanes(count, mean, squares, mask);
+  for (int mask = 1; mask < kPartial / N; mask *= 2) merge_lanes(N * mask, mean, squares, mask);
   if (there && n % kPartial == 0)
-    store_global(p.partials_out + row * divide_up(p.n, kPartial) + n / kPartial, Float2{mean, squares});
+    store_global(p.partials_out + row * (p.n / kPartial) + n / kPartial, Float2{mean, squares});
 }
 
 // Where row `row` of out begins in the residual.
@@ -306,9 +308,9 @@ GOHSP_DEVICE void finish_wide(const LinearParams& p, const Piece& piece, Functio
     const int r = in_piece + k * ROWS;
     const int64_t row = piece.first_row + r;
     const bool there = inside && row < p.rows;
-    Some result{};
+    Numbers<N> x{};
     if (there) {
-      Numbers<N> x = load_shared<Numbers<N>>(piece.base + (r * Places::OUT_STRIDE + column) * 4);
+      x = load_shared<Numbers<N>>(piece.base + (r * Places::OUT_STRIDE + column) * 4);
       GOHSP_UNROLL
       for (int part = 1; part < Tile::WARPS_K; ++part) {
         const Numbers<N> more =
@@ -325,11 +327,11 @@ GOHSP_DEVICE void finish_wide(const LinearParams& p, const Piece& piece, Functio
         y = activation(y);
         if (p.scale != nullptr) y *= load_global(p.scale + n + i);
         if (p.residual != nullptr) y += to_float(residual[k].of[i]);
-        result.of[i] = from_float<T>(y);
+        x.of[i] = y;
       }
-      store_global(reinterpret_cast<Some*>(static_cast<T*>(p.out) + row * p.out_stride + n), result);
+      store_numbers(static_cast<T*>(p.out) + row * p.out_stride + n, x);
     }
-    if (p.partials_out != nullptr) leave_partial<N>(p, result.of, row, n, there);
+    if (p.partials_out != nullptr) leave_partial<N>(p, x.of, row, n, there);
   }
 }
 
@@ -441,7 +443,7 @@ linear_kernel(const LinearParams p) {
     if (step < steps) loader.bring_rows(step, step);
     commit();
   }
-  if (sizeof(T) == 2 && computed && p.row_sum != nullptr) linear_statistics<Tile>(p, first_row);
+  const bool normalised = sizeof(T) == 2 && computed && p.row_sum != nullptr;
 
   LinearSums<Tile> acc = {};
   for (int step = 0; step < steps; ++step) {
@@ -455,6 +457,7 @@ linear_kernel(const LinearParams p) {
       loader.bring_rows(next, next % Tile::STAGES);
     }
     commit();
+    if (step == 0 && normalised) linear_statistics<Tile>(p, first_row);  // while much else is under way
     if constexpr (Tile::WARPGROUPS)
       wait_products<Tile::BN>(&acc[0][0][0]);
     else

@@ -62,6 +62,22 @@ GOHSP_BOTH constexpr T divide_up(T a, T b) {
   return (a + b - 1) / b;
 }
 
+// N neighbours as elements of T, in one store.
+template <int N>
+GOHSP_DEVICE void store_numbers(float* to, const Numbers<N>& numbers) {
+  store_global(reinterpret_cast<Numbers<N>*>(to), numbers);
+}
+
+template <class T, int N>
+GOHSP_DEVICE void store_numbers(T* to, const Numbers<N>& numbers) {
+  struct alignas(2 * N) Pairs {
+    uint32_t of[N / 2];
+  } pairs;
+  GOHSP_UNROLL
+  for (int i = 0; i < N / 2; ++i) pairs.of[i] = pack2<T>(numbers.of[2 * i], numbers.of[2 * i + 1]);
+  store_global(reinterpret_cast<Pairs*>(to), pairs);
+}
+
 GOHSP_DEVICE float sum_of_warp(float x) {
   GOHSP_UNROLL
   for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);

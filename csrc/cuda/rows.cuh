@@ -75,31 +75,33 @@ GOHSP_DEVICE Float2 statistics_of_four(const T* row, bool there, int features, f
   return {pivot + from_pivot, rsqrt_fast(max_of(squares * share - from_pivot * from_pivot, 0.0f) + eps)};
 }
 
-// Takes the numbers of the lane `mask` away into account, given as their count, mean and sum of squares about it (Chan,
-// Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979).
-GOHSP_DEVICE void merge_lanes(float& count, float& mean, float& squares, int mask) {
-  const float other = shuffle_xor(count, mask), apart = shuffle_xor(mean, mask) - mean, all = count + other;
-  const float share = all > 0.0f ? other / all : 0.0f;
-  squares += shuffle_xor(squares, mask) + apart * apart * count * share;
-  mean += apart * share;
-  count = all;
+// Takes the numbers of the lane `mask` away into account, as many as this one has: their mean and their sum of squares
+// about it (Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979).
+GOHSP_DEVICE void merge_lanes(float count, float& mean, float& squares, int mask) {
+  const float apart = shuffle_xor(mean, mask) - mean;
+  squares += shuffle_xor(squares, mask) + apart * apart * (0.5f * count);
+  mean += 0.5f * apart;
 }
 
-// Mean and 1 / standard deviation of four rows at once, eight lanes a row, from those of each kPartial columns.
+// Mean and 1 / standard deviation of a row, by two neighbouring lanes, from those of each kPartial columns, of which
+// there is an even number.
 GOHSP_DEVICE Float2 merged_partials(const Float2* row, bool there, int features, float eps) {
-  const int lane = thread_index() % 8, parts = there ? divide_up(features, kPartial) : 0;
-  float count = 0.0f, mean = 0.0f, squares = 0.0f;
-  GOHSP_UNROLL_BY(2)
-  for (int i = lane; i < parts; i += 8) {
-    const Float2 part = load_global(row + i);
-    const float size = smaller(kPartial, features - i * kPartial), all = count + size, apart = part.x - mean;
-    squares += part.y + apart * apart * count * (size / all);
-    mean += apart * (size / all);
-    count = all;
+  const int parts = there ? features / (2 * kPartial) : 0;  // of a lane
+  const Float2* mine = row + thread_index() % 2 * parts;
+  float mean = 0.0f, squares = 0.0f, spread = 0.0f, pivot = 0.0f;
+  if (parts > 0) pivot = load_global(mine).x;
+  GOHSP_UNROLL_BY(4)
+  for (int i = 0; i < parts; ++i) {
+    const Float2 part = load_global(mine + i);
+    mean += part.x - pivot;
+    spread += (part.x - pivot) * (part.x - pivot);
+    squares += part.y;
   }
-  GOHSP_UNROLL
-  for (int mask = 1; mask < 8; mask *= 2) merge_lanes(count, mean, squares, mask);
-  return {mean, rsqrt_fast(squares / features + eps)};
+  const float share = parts > 0 ? 1.0f / static_cast<float>(parts) : 0.0f;
+  squares += kPartial * (spread - mean * mean * share);
+  mean = pivot + mean * share;
+  merge_lanes(static_cast<float>(parts * kPartial), mean, squares, 1);
+  return {mean, rsqrt_fast(max_of(squares, 0.0f) / features + eps)};
 }
 
 constexpr int kRowsThreads = 256;

@@ -76,7 +76,7 @@ struct Run {
     p.rows = rows;
     p.n = static_cast<int32_t>(weight.n);
     p.bias = weight.bias;
-    p.row_sum = weight.row_sum;
+    p.row_sum = weight.chunks > 0 ? weight.row_sum : nullptr;  // without depth there is nothing to normalise
     p.scale = weight.scale;
     p.tokens = p.queries = 1;
     return p;
@@ -124,7 +124,7 @@ struct Run {
     p.paired = out.columns == nullptr && out_features % 2 == 0 && even(y) && even(residual);
     p.wide =
         out.columns == nullptr && rows_aligned(y, out_features * bytes) && rows_aligned(residual, out_features * bytes);
-    p.partials_out = p.wide && bytes == 2 ? partials : nullptr;
+    p.partials_out = p.wide && bytes == 2 && out_features % (2 * kPartial) == 0 ? partials : nullptr;
     launch_linear(precision, p, stream, follows());
     return p.partials_out != nullptr;
   }
@@ -194,8 +194,7 @@ int64_t last_attention(const Sublayer* layers, int64_t count) {
 }
 
 int64_t partial_bytes(const Shape& shape) {
-  const int64_t parts = (shape.features + kPartial - 1) / kPartial;
-  return shape.images * shape.tokens * parts * int64_t{sizeof(Float2)};
+  return shape.images * shape.tokens * (shape.features / kPartial) * int64_t{sizeof(Float2)};
 }
 
 // Between sublayers all tokens live in a buffer of their own where fewer are wanted at the end.

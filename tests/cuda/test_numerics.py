@@ -130,7 +130,7 @@ def test_every_form_of_input(form: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("features", [8, 24, 200, 264])
 def test_statistics_of_the_rows(features: int, dtype: torch.dtype) -> None:
-    """From the columns that pass through shared memory, of which threads of a row get different numbers, or from all."""
+    """From the rows themselves: nobody has left any for the first LayerNorm of a call."""
     check(Maker(17).mlp_sublayer((3, 17), features, 24), dtype)
     check(Maker(17).mlp_sublayer((3, 17), features, 24, features // 2), dtype)
 
@@ -237,6 +237,26 @@ def test_random_chains(calls: list[Call], batch: int, tokens: int, data: st.Data
     truth = one_by_one(x.double(), calls)[:, :queries]
     # Each sublayer rounds the residual stream once more.
     assert_close(run_chain(x, calls, queries), truth, len(calls) * TOLERANCE[dtype])
+
+
+@pytest.mark.usefixtures("choice")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("features", [64, 192])
+@pytest.mark.parametrize("kept_out", [None, 150, 30])
+def test_statistics_that_the_writer_of_the_rows_leaves(features: int, dtype: torch.dtype, kept_out: int | None) -> None:
+    """In a chain the next LayerNorm takes them where rows are written whole, far from zero and near it."""
+    maker, kept = Maker(31), None if kept_out is None else kept_out * features // 192
+    calls = [
+        call.to(dtype)
+        for _ in range(2)
+        for call in (
+            maker.attention_sublayer(0, 0, features, [16, 8], [8, 16], None, kept),
+            maker.mlp_sublayer((0,), features, 40, kept, kept),
+        )
+    ]
+    x = maker.normal(2, 35, features).add_(torch.tensor([[[6.0]], [[0.0]]])).to(dtype)
+    truth = one_by_one(x.double(), calls)
+    assert_close(run_chain(x, calls, 35), truth, len(calls) * TOLERANCE[dtype])
 
 
 def test_chain_follows_its_parameters_and_its_input() -> None:
