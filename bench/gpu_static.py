@@ -21,7 +21,16 @@ from rich.table import Table
 
 from gohsp_kernels import _native
 
-SHARED_BYTES = {"sm_80": 164 * 1024, "sm_90": 228 * 1024, "sm_100": 228 * 1024}  # of a multiprocessor
+KIB = 1024
+SHARED_BYTES = {  # of a multiprocessor
+    "sm_80": 164 * KIB,
+    "sm_90": 228 * KIB,
+    "sm_90a": 228 * KIB,
+    "sm_100": 228 * KIB,
+    "sm_120": 100 * KIB,
+}
+FINISHES = ("identity", "gelu", "other")
+"""Activations that a linear kernel is compiled for, in the order of Finish (csrc/cuda/linear.cuh)."""
 ELEMENT_BYTES = {"F16": 2, "Bf16": 2, "Tf32": 4, "F32": 4}
 WARP = 32
 
@@ -32,7 +41,7 @@ class Cost:
 
     Attributes:
         backend: "cuda" or "triton".
-        target: sm_80, sm_90 or sm_100.
+        target: a key of SHARED_BYTES.
         kernel: name and, of the CUDA kernels, template arguments.
         threads: of a block.
         shared_bytes: of a block, dynamic.
@@ -66,26 +75,37 @@ class Cost:
         return self.blocks * self.threads // WARP
 
 
-def linear_block(precision: str, bm: int, bn: int, warps_m: int, warps_n: int, _: int) -> tuple[int, int]:
+def linear_block(precision: str, bm: int, bn: int, m: int, n: int, k: int, chunks: int, _: int) -> tuple[int, int]:
     """Threads and shared bytes of a LinearTile (csrc/cuda/linear.cuh)."""
-    return WARP * warps_m * warps_n, 4 * (bm + bn) * 64 + bm * 8
+    return WARP * m * n * k, 4 * (bm + bn) * chunks * 16 + bm * 8
 
 
-def attention_block(precision: str, width: int, keys: int, _: int) -> tuple[int, int]:
-    """Threads and shared bytes of an AttentionTile (csrc/cuda/attention.cuh)."""
-    return 128, (64 + 2 * keys) * width * ELEMENT_BYTES[precision]
+def warpgroup_block(precision: str, bm: int, bn: int, stages: int, _: int) -> tuple[int, int]:
+    """Threads and shared bytes of a WarpgroupTile (csrc/cuda/linear.cuh)."""
+    return 2 * bm, stages * (bm + bn) * 128 + bm * 8
+
+
+def attention_block(precision: str, width: int, keys: int, warps: int, _: int) -> tuple[int, int]:
+    """Threads and shared bytes of an AttentionTile (csrc/cuda/attention.cuh); a launch may ask for fewer of both."""
+    return WARP * warps, (16 * warps + 2 * keys) * width * ELEMENT_BYTES[precision]
+
+
+BLOCKS = {"Linear": linear_block, "Warpgroup": warpgroup_block, "Attention": attention_block}
 
 
 def block_of(mangled: str) -> tuple[str, int, int]:
     """Readable name, threads and shared bytes of a kernel."""
-    tile = re.search(r"(Linear|Attention)TileINS0_\d+([A-Za-z]+\d+)E((?:Li\d+E)+)", mangled)
+    tile = re.search(r"(Linear|Warpgroup|Attention)TileINS0_\d+([A-Za-z]+\d+)E((?:Li\d+E)+)", mangled)
     if tile is None:
+        if "checksum_kernel" in mangled:
+            return "checksum", 256, 2 * KIB
         element = re.search(r"rows_kernelI(?:NS0_\d+(\w+?)E|(f))E", mangled)
         assert element is not None, mangled
         return f"rows {element[1] or 'float'}", 256, 0
-    kind, precision, numbers = tile[1].lower(), tile[2], [int(n) for n in re.findall(r"\d+", tile[3])]
-    block = linear_block(precision, *numbers) if kind == "linear" else attention_block(precision, *numbers)
-    return f"{kind} {precision} {' '.join(map(str, numbers))}", *block
+    kind, precision, numbers = tile[1], tile[2], [int(n) for n in re.findall(r"\d+", tile[3])]
+    finish = re.search(r"FinishE(\d)E", mangled)
+    words = [kind.lower(), precision, *map(str, numbers), *([FINISHES[int(finish[1])]] if finish else [])]
+    return " ".join(words), *BLOCKS[kind](precision, *numbers)
 
 
 def _dump(library: Path, *options: str) -> str:

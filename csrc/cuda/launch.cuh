@@ -45,16 +45,15 @@ inline int64_t processors() {
   return count;
 }
 
-// More shared memory than 48 KiB a kernel must ask for, once on each device. No kernel takes more than every GPU from
-// compute capability 8.0 on has.
-constexpr int kMostShared = 99 * 1024;
-
+// More shared memory than 48 KiB a kernel must ask for, once on each device: all that there is.
 template <auto kernel>
 void allow_shared() {
   static std::array<std::atomic<bool>, kDevices> done{};
   const int device = current_device();
   if (device < kDevices && done[device].load(std::memory_order_relaxed)) return;
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared));
+  int most = 0;
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
   if (device < kDevices) done[device].store(true, std::memory_order_relaxed);
 }
 

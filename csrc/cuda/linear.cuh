@@ -445,6 +445,8 @@ linear_kernel(const LinearParams p) {
   }
   const bool normalised = sizeof(T) == 2 && computed && p.row_sum != nullptr;
 
+  if (!Tile::WARPGROUPS && normalised) linear_statistics<Tile>(p, first_row);
+
   LinearSums<Tile> acc = {};
   for (int step = 0; step < steps; ++step) {
     const int stage = step % Tile::STAGES, next = step + Tile::STAGES - 1;
@@ -457,7 +459,8 @@ linear_kernel(const LinearParams p) {
       loader.bring_rows(next, next % Tile::STAGES);
     }
     commit();
-    if (step == 0 && normalised) linear_statistics<Tile>(p, first_row);  // while much else is under way
+    // A product of four warps is under way, and registers suffice; see above for the others.
+    if (Tile::WARPGROUPS && step == 0 && normalised) linear_statistics<Tile>(p, first_row);
     if constexpr (Tile::WARPGROUPS)
       wait_products<Tile::BN>(&acc[0][0][0]);
     else

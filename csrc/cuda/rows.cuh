@@ -84,22 +84,30 @@ GOHSP_DEVICE void merge_lanes(float count, float& mean, float& squares, int mask
 }
 
 // Mean and 1 / standard deviation of a row, by two neighbouring lanes, from those of each kPartial columns, of which
-// there is an even number.
+// there is an even number; those of 384 columns are all on their way at once.
 GOHSP_DEVICE Float2 merged_partials(const Float2* row, bool there, int features, float eps) {
+  constexpr int kAtOnce = 6;
   const int parts = there ? features / (2 * kPartial) : 0;  // of a lane
   const Float2* mine = row + thread_index() % 2 * parts;
-  float mean = 0.0f, squares = 0.0f, spread = 0.0f, pivot = 0.0f;
-  if (parts > 0) pivot = load_global(mine).x;
-  GOHSP_UNROLL_BY(4)
-  for (int i = 0; i < parts; ++i) {
-    const Float2 part = load_global(mine + i);
-    mean += part.x - pivot;
-    spread += (part.x - pivot) * (part.x - pivot);
-    squares += part.y;
+  float pivot = 0.0f, sum = 0.0f, spread = 0.0f, squares = 0.0f;  // of the means about the pivot; of the numbers
+  GOHSP_UNROLL_BY(1)
+  for (int first = 0; first < parts; first += kAtOnce) {
+    Float2 part[kAtOnce];
+    GOHSP_UNROLL
+    for (int i = 0; i < kAtOnce; ++i)
+      if (first + i < parts) part[i] = load_global(mine + first + i);
+    if (first == 0) pivot = part[0].x;
+    GOHSP_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (first + i >= parts) continue;
+      sum += part[i].x - pivot;
+      spread += (part[i].x - pivot) * (part[i].x - pivot);
+      squares += part[i].y;
+    }
   }
-  const float share = parts > 0 ? 1.0f / static_cast<float>(parts) : 0.0f;
-  squares += kPartial * (spread - mean * mean * share);
-  mean = pivot + mean * share;
+  const float from_pivot = parts > 0 ? sum / static_cast<float>(parts) : 0.0f;
+  float mean = pivot + from_pivot;
+  squares += kPartial * (spread - sum * from_pivot);
   merge_lanes(static_cast<float>(parts * kPartial), mean, squares, 1);
   return {mean, rsqrt_fast(max_of(squares, 0.0f) / features + eps)};
 }

@@ -90,6 +90,14 @@ def test_the_tokens_of_an_image() -> None:
     check(maker.mlp_sublayer((1, 197), 192, 400, 170, 181))
 
 
+@pytest.mark.parametrize("processors", ["large", "few"])
+def test_more_keys_than_fit(processors: str) -> None:
+    """Keys and values that shared memory has no room for come in turns, to one warp a tile and to several."""
+    with choosing(processors):
+        check(Maker(33).attention(1, 270, [24], [40]))
+        check(Maker(33).attention(1, 70, [128], [72]), torch.float32)
+
+
 @pytest.mark.usefixtures("choice")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("features", [160, 149])
