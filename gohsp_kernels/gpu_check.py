@@ -185,6 +185,117 @@ def gpu_backends(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str
             yield name, support
 
 
+ELEMENT = 12
+"""An element may be off by so many times the limit of its precision, in units of its row's root mean square."""
+
+Case = tuple[str, str, tuple[Any, ...]]
+
+
+def columns(count: int, keep: str) -> Tensor | None:
+    """Lists that make each form of input and output (csrc/cuda/kernels.h): all; whole chunks; single ones; most."""
+    i = torch.arange(count)
+    return {"all": None, "chunks": i[i // 8 % 3 != 1], "single": i[1::3], "most": i[i % 8 != 3]}[keep]
+
+
+def explicit_cases(scope: Scope) -> Iterator[Case]:
+    """Name, operator and arguments of calls that reach every tile, form of input and way out of the GPU kernels.
+
+    At the size of real models, or where ``scope.largest`` is below 197 at some of it.
+    """
+    draw, small = Draw(7, 512), scope.largest < 197
+    tokens = 37 if small else 197
+
+    def kept(count: int, keep: str) -> tuple[Tensor | None, int]:
+        cols = columns(count, keep)
+        return cols, count if cols is None else len(cols)
+
+    def linear(rows: int, inputs: int, outputs: int, keep: str, activation: str) -> tuple[Any, ...]:
+        (in_cols, n_in), (out_cols, n_out) = kept(inputs, keep), kept(outputs, "most" if keep == "chunks" else "all")
+        x, weight = draw.normal(rows, inputs), draw.weight(n_out, n_in)
+        return x, weight, draw.normal(n_out), in_cols, out_cols, outputs, activation
+
+    def sublayer(batch: int, features: int, middle: tuple[int, int], keep: tuple[str, str]) -> tuple[Any, ...]:
+        (in_cols, n_in), (out_cols, n_out) = kept(features, keep[0]), kept(features, keep[1])
+        norm = draw.normal(features), draw.normal(features)
+        first = draw.weight(middle[0], n_in), draw.normal(middle[0])
+        second = draw.weight(n_out, middle[1]), draw.normal(n_out)
+        return draw.normal(batch, tokens, features), *norm, *first, *second, draw.normal(n_out), in_cols, out_cols
+
+    def attention(batch: int, qk: tuple[int, ...], v: tuple[int, ...], keep: tuple[str, str], queries: int) -> Any:
+        arguments = sublayer(batch, 384, (2 * sum(qk) + sum(v), sum(v)), keep)
+        return *arguments, *(None,) * 4, qk, v, 0.125, 1e-6, 1e-6, queries
+
+    def heads(batch: int, count: int, qk: tuple[int, ...], v: tuple[int, ...]) -> tuple[Any, ...]:
+        return draw.normal(batch, count, 2 * sum(qk) + sum(v)), *(None,) * 4, qk, v, 0.125, 1e-6, count
+
+    for batch in (1,) if small else (1, 8, 64):
+        for keep in (("all", "all"), ("chunks", "most"), ("single", "chunks")):
+            name = f"384 features, {keep[0]} in, {keep[1]} out, batch {batch}"
+            mlp = sublayer(batch, 384, (960, 960), keep)
+            yield f"mlp, {name}", "mlp_sublayer", (*mlp, "gelu", 1e-6)
+            widths = (64, 24, 0, 40), (64, 40, 16, 8)
+            yield f"attention, {name}", "attention_sublayer", attention(batch, *widths, keep, tokens)
+        mlp = sublayer(batch, 192, (384, 384), ("all", "all"))
+        yield f"mlp, 192 features, batch {batch}", "mlp_sublayer", (*mlp, "gelu", 1e-6)
+        one = attention(batch, (64,) * 4, (64,) * 4, ("all", "all"), 1)
+        yield f"class token, batch {batch}", "attention_sublayer", one
+    sizes = ((197, 384, 768), (16900, 416, 520), (2049, 149, 137), (1, 768, 1000), (65, 40, 65), (25216, 768, 2304))
+    for rows, inputs, outputs in sizes[2:5] if small else sizes:
+        rows = min(rows, 130) if small else rows
+        for keep, activation in (("all", "identity"), ("chunks", "gelu"), ("single", "silu")):
+            name = f"linear, {rows} rows, {inputs} to {outputs}, {keep} in, {activation}"
+            yield name, "packed_linear", linear(rows, inputs, outputs, keep, activation)
+    for count in (1, 16, 63, 65, tokens) if small else (1, 16, 63, 64, 65, 197, 577, 1025):
+        yield f"heads to 64, {count} tokens", "ragged_attention", heads(2, count, (64, 16, 40, 0), (64, 8, 24, 48))
+        yield f"heads to 128, {count} tokens", "ragged_attention", heads(2, count, (128, 72, 8), (96, 128, 8))
+        yield f"odd heads, {count} tokens", "ragged_attention", heads(2, count, (63, 3, 7), (5, 33, 64))
+    if not small:
+        yield "more blocks than 65535", "ragged_attention", heads(9000, 17, (64,) * 8, (64,) * 8)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """New tensors hold NaN, so that an element that nobody writes shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@torch.no_grad()
+def judge_case(operator: str, backend: str, arguments: tuple[Any, ...], limit: float) -> Row:
+    """A call against the reference in float64, as a whole and element by element, once more, and with x transposed."""
+    result = ops._run(operator, arguments, backend)
+    again = ops._run(operator, arguments, backend)
+    x, *rest = arguments
+    strided = ops._run(operator, (x.transpose(-1, -2).contiguous().transpose(-1, -2), *rest), backend)
+    truth = ops._run(operator, convert(arguments, x.device, torch.float64), "reference")
+    size = truth.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-3)
+    element = float(((result.double() - truth).abs() / size).max()) if truth.numel() else 0.0
+    error, same = error_of(result, truth), torch.equal(result, again) and torch.equal(result, strided)
+    ok = error <= limit and element <= ELEMENT * limit and same
+    return {"ok": ok, "error": error, "element": element, "same": same}
+
+
+def explicit(scope: Scope) -> Iterator[Row]:
+    """Calls that reach every tile and form, each judged; ends at the first fault, after which nothing can be run."""
+    for precision, (dtype, limit) in PRECISIONS.items():
+        for backend, support in gpu_backends(scope.device, dtype):
+            for name, operator, arguments in explicit_cases(scope) if support else ():
+                row: Row = {"backend": backend, "precision": precision, "case": name}
+                try:
+                    with tf32(precision.endswith("tf32")), poisoned():
+                        found = judge_case(operator, backend, convert(arguments, scope.device, dtype), limit)
+                except RuntimeError as error:
+                    yield {**row, "ok": False, "reason": first_line(error)}
+                    if "CUDA error" in str(error):
+                        return
+                    continue
+                yield {**row, **found}
+
+
 def every_case(scope: Scope, needs_grad: bool, measure: Callable[..., float]) -> Iterator[Row]:
     """Worst of what ``measure(operator, backend, arguments)`` gives, for every backend, precision and operator."""
     for precision, (dtype, limit) in PRECISIONS.items():
@@ -393,6 +504,7 @@ def speed(scope: Scope) -> Iterator[Row]:
 
 
 PARTS: dict[str, Part] = {
+    "explicit": Part(explicit, minutes=30),
     "numerics": Part(numerics),
     "opcheck": Part(opcheck, minutes=20),
     "gradients": Part(gradients),

@@ -14,16 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from gohsp import vit
-from gohsp.layers import (
-    CompactLinear,
-    PatchConv2d,
-    PrunedAttention,
-    PrunedBlock,
-    PrunedBlocks,
-    PrunedMlp,
-    attend,
-    head_masks,
-)
+from gohsp.layers import CompactLinear, PrunedAttention, PrunedBlock, PrunedBlocks, PrunedMlp, attend, head_masks
 from gohsp.mask import ModelMask
 
 
@@ -48,9 +39,6 @@ def compress(model: nn.Module, mask: ModelMask) -> nn.Module:
     for index, block_mask in enumerate(mask.blocks):
         result.blocks[index] = PrunedBlock(result.blocks[index], block_mask)
     # The classes change and the objects stay: everything that timm or the user hung on them is still there.
-    proj = getattr(result.patch_embed, "proj", None)
-    if type(proj) is nn.Conv2d and PatchConv2d.fits(proj):
-        proj.__class__ = PatchConv2d
     result.blocks.__class__ = PrunedBlocks
     result.__class__ = vit.COMPRESSED_CLASS[type(model)]
     return result
@@ -74,8 +62,6 @@ def densify(model: nn.Module) -> nn.Module:
     result: Any = copy.deepcopy(model)
     for index, block in enumerate(result.blocks):
         result.blocks[index] = _plain_block(block)
-    if isinstance(proj := getattr(result.patch_embed, "proj", None), PatchConv2d):
-        proj.__class__ = nn.Conv2d
     result.blocks.__class__ = nn.Sequential
     result.__class__ = vit.DENSE_CLASS[type(model)]
     return result

@@ -31,42 +31,6 @@ if TYPE_CHECKING:
     from gohsp.mask import BlockLayout, BlockMask
 
 
-class PatchConv2d(nn.Conv2d):
-    """The convolution of a patch embedding, whose patches lie side by side; on a GPU computed as one product.
-
-    cuDNN has no kernel for it in 16 bits that uses tensor cores well: for 64 images of 224 pixels it took 0.4 ms on an
-    H100, more than two blocks of a pruned DeiT-Small.
-    """
-
-    @staticmethod
-    def fits(conv: nn.Conv2d) -> bool:
-        """Whether ``conv`` is such a convolution."""
-        alone = conv.padding in ((0, 0), "valid") and conv.dilation == (1, 1) and conv.groups == 1
-        return alone and conv.kernel_size == conv.stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [B, out_channels, rows, columns] for images [B, in_channels, height, width]."""
-        if x.device.type != "cuda" or x.dim() != 4:
-            return super().forward(x)
-        return patch_product(x, self.weight, self.bias)
-
-
-def patch_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return what ``conv2d(x, weight, bias, stride=kernel)`` gives, laid out with the channels last.
-
-    Args:
-        x: [B, C, height, width]; what is left over of whole patches at the right and below is not read.
-        weight: [E, C, kernel height, kernel width].
-        bias: [E] or None.
-    """
-    height, width = weight.shape[2:]
-    rows, columns = x.shape[2] // height, x.shape[3] // width
-    x = x[..., : rows * height, : columns * width]
-    patches = x.unflatten(2, (rows, height)).unflatten(4, (columns, width)).permute(0, 2, 4, 1, 3, 5)
-    result = F.linear(patches.flatten(3).flatten(1, 2), weight.flatten(1), bias)
-    return result.transpose(1, 2).unflatten(2, (rows, columns))
-
-
 class CompactLinear(nn.Module):
     """Weight and bias of a linear layer whose pruned rows and columns are gone.
 

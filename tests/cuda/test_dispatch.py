@@ -33,6 +33,11 @@ def hopper(monkeypatch: pytest.MonkeyPatch, library: None) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
 
 
+@pytest.fixture
+def blackwell(monkeypatch: pytest.MonkeyPatch, hopper: None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+
+
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize(
     ("device", "dtype", "options", "reason"),
@@ -79,7 +84,13 @@ def test_never_chosen_for_tensors_on_the_cpu() -> None:
 
 
 @pytest.mark.usefixtures("hopper")
-def test_auto_on_a_gpu() -> None:
+def test_auto_on_hopper() -> None:
+    for rows in (197, cuda.MANY_ROWS + 1):
+        assert dispatch.choose("auto", GPU, BF16, False, rows=rows) == "cuda"
+
+
+@pytest.mark.usefixtures("blackwell")
+def test_auto_on_later_gpus() -> None:
     assert dispatch.choose("auto", GPU, BF16, False, rows=197) == "cuda"
     assert dispatch.choose("auto", GPU, BF16, False, rows=cuda.MANY_ROWS + 1) == "triton"
     assert dispatch.choose("auto", GPU, BF16, False, widest_head=256) == "reference"
@@ -103,7 +114,7 @@ def test_auto_trains_on_the_reference_and_says_so_once(
 
 @pytest.mark.parametrize(
     ("capability", "rows", "first"),
-    [((8, 0), 10**6, True), ((8, 9), 10**6, True), ((9, 0), 197, True), ((9, 0), 10**6, False), ((10, 0), 1, True)],
+    [((8, 0), 10**6, True), ((8, 9), 10**6, True), ((9, 0), 10**6, True), ((10, 0), 1, True), ((10, 0), 10**6, False)],
 )
 def test_the_rule(capability: tuple[int, int], rows: int, first: bool) -> None:
     assert cuda.goes_first(GPU, rows, capability) == first
