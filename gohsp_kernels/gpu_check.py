@@ -242,9 +242,9 @@ def explicit_cases(scope: Scope) -> Iterator[Case]:
     sizes = ((197, 384, 768), (16900, 416, 520), (2049, 149, 137), (1, 768, 1000), (65, 40, 65), (25216, 768, 2304))
     for rows, inputs, outputs in sizes[2:5] if small else sizes:
         rows = min(rows, 130) if small else rows
-        for keep, activation in (("all", "identity"), ("chunks", "gelu"), ("single", "silu")):
-            name = f"linear, {rows} rows, {inputs} to {outputs}, {keep} in, {activation}"
-            yield name, "packed_linear", linear(rows, inputs, outputs, keep, activation)
+        for form, activation in (("all", "identity"), ("chunks", "gelu"), ("single", "silu")):
+            name = f"linear, {rows} rows, {inputs} to {outputs}, {form} in, {activation}"
+            yield name, "packed_linear", linear(rows, inputs, outputs, form, activation)
     for count in (1, 16, 63, 65, tokens) if small else (1, 16, 63, 64, 65, 197, 577, 1025):
         yield f"heads to 64, {count} tokens", "ragged_attention", heads(2, count, (64, 16, 40, 0), (64, 8, 24, 48))
         yield f"heads to 128, {count} tokens", "ragged_attention", heads(2, count, (128, 72, 8), (96, 128, 8))

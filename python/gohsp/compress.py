@@ -14,7 +14,17 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from gohsp import vit
-from gohsp.layers import CompactLinear, PrunedAttention, PrunedBlock, PrunedBlocks, PrunedMlp, attend, head_masks
+from gohsp.layers import (
+    CompactLinear,
+    PatchProjection,
+    PrunedAttention,
+    PrunedBlock,
+    PrunedBlocks,
+    PrunedMlp,
+    attend,
+    head_masks,
+    lies_side_by_side,
+)
 from gohsp.mask import ModelMask
 
 
@@ -40,6 +50,9 @@ def compress(model: nn.Module, mask: ModelMask) -> nn.Module:
         result.blocks[index] = PrunedBlock(result.blocks[index], block_mask)
     # The classes change and the objects stay: everything that timm or the user hung on them is still there.
     result.blocks.__class__ = PrunedBlocks
+    projection = _projection(result)
+    if type(projection) is nn.Conv2d and lies_side_by_side(projection):
+        result.patch_embed.proj.__class__ = PatchProjection
     result.__class__ = vit.COMPRESSED_CLASS[type(model)]
     return result
 
@@ -63,6 +76,8 @@ def densify(model: nn.Module) -> nn.Module:
     for index, block in enumerate(result.blocks):
         result.blocks[index] = _plain_block(block)
     result.blocks.__class__ = nn.Sequential
+    if type(_projection(result)) is PatchProjection:
+        result.patch_embed.proj.__class__ = nn.Conv2d
     result.__class__ = vit.DENSE_CLASS[type(model)]
     return result
 
@@ -116,6 +131,11 @@ class RaggedAttention(nn.Module):
         masks = head_masks(attn_mask, is_causal, self.heads, (x.shape[0], self.num_heads, x.shape[1]), x.dtype)
         heads = attend(self, self.qkv(x), masks, is_causal, self.attn_drop.p if self.training else 0.0)
         return self.proj_drop(self.proj(heads))
+
+
+def _projection(model: Any) -> nn.Module | None:
+    """Return what projects the patches, or None: an ``embed_layer`` of the user's own need not have it."""
+    return getattr(model.patch_embed, "proj", None)
 
 
 def _plain_block(block: PrunedBlock) -> Block:

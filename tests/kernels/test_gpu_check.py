@@ -75,7 +75,7 @@ def test_report_of_a_pretended_gpu(tmp_path: Path, bad: str, result: gpu_check.R
 def test_a_report_is_there_before_the_last_part(tmp_path: Path) -> None:
     def run(part: Part, name: str, scope: Scope) -> gpu_check.Row:
         if name == "opcheck":
-            assert list(json.loads((tmp_path / "gpu.json").read_text())["parts"]) == ["numerics"]
+            assert list(json.loads((tmp_path / "gpu.json").read_text())["parts"]) == ["explicit", "numerics"]
             raise KeyboardInterrupt
         return RIGHT
 
@@ -237,3 +237,37 @@ def test_drawn_calls_differ_and_can_be_drawn_again() -> None:
         assert {call[i] is None for call in calls} == {True, False}
     widths = [width for call in calls for width in (*call[14], *call[15])]
     assert 0 in widths and any(width % 8 for width in widths) and len(set(widths)) > 20
+
+
+def test_explicit_cases_reach_every_form_and_both_ways_out() -> None:
+    """At full size, where nothing is computed: what packing makes of them, and the rows that the choice of tiles sees."""
+    forms, outputs, rows = set(), set(), set()
+    for _, operator, arguments in gpu_check.explicit_cases(Scope(torch.device("cpu"))):
+        if operator == "packed_linear":
+            x, weight, bias, *rest = gpu_check.convert(arguments, torch.device("cpu"), torch.float16)
+            layout = cuda._pack_linear(x, weight, bias, *rest).layout.tolist()
+            forms.add(layout[6])
+            outputs.add(layout[-1])
+        rows.add(arguments[0].numel() // arguments[0].shape[-1])
+    assert forms == {0, 1, 2} and outputs == {0, 1}
+    assert min(rows) == 1 and {197, 1576, 12608} <= rows
+
+
+def test_a_wrong_element_an_unwritten_one_and_a_second_result_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, operator, arguments = next(gpu_check.explicit_cases(SMALL))
+    run, calls = gpu_check.ops._run, itertools.count()
+
+    def judged(fault: Callable[[torch.Tensor, int], None]) -> gpu_check.Row:
+        def faulty(operator: str, arguments: Any, backend: str) -> torch.Tensor:
+            result = run(operator, arguments, "reference").clone()
+            if backend != "reference":
+                fault(result, next(calls))
+            return result
+
+        monkeypatch.setattr(gpu_check.ops, "_run", faulty)
+        return gpu_check.judge_case(operator, "triton", arguments, 1e-5)
+
+    assert judged(lambda result, call: None)["ok"]
+    assert not judged(lambda result, call: result[0, 0, :1].add_(1e-3))["ok"]
+    assert not judged(lambda result, call: result[0, 0, :1].fill_(float("nan")))["ok"]
+    assert not judged(lambda result, call: result[0, 0, :1].add_(1e-6 * call))["same"]

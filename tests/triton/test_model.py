@@ -93,6 +93,7 @@ def test_a_compressed_deit_traces_on_cuda() -> None:
     targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
     assert targets.count("gohsp_kernels.attention_sublayer.default") == 12
     assert targets.count("gohsp_kernels.mlp_sublayer.default") == 12
+    assert "aten.unfold.default" in targets and not any("conv" in target for target in targets)  # patches by a product
     (output,) = next(iter(reversed(graph.nodes))).args[0]
     logits = output.meta["val"]
     assert (logits.shape, logits.dtype, logits.device.type) == ((2, 1000), torch.float16, "cuda")
