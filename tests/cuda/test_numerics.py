@@ -262,7 +262,9 @@ def test_statistics_that_the_writer_of_the_rows_leaves(features: int, dtype: tor
             maker.mlp_sublayer((0,), features, 40, kept, kept),
         )
     ]
-    x = maker.normal(2, 35, features).add_(torch.tensor([[[6.0]], [[0.0]]])).to(dtype)
+    x = maker.normal(2, 35, features).add_(torch.tensor([[[6.0]], [[0.0]]]))
+    x[..., features // 2 :] += 4  # so that means of 32 columns differ
+    x = x.to(dtype)
     truth = one_by_one(x.double(), calls)
     assert_close(run_chain(x, calls, 35), truth, len(calls) * TOLERANCE[dtype])
 

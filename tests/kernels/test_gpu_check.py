@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gohsp_kernels import _schemas, gpu_check, ops, tune
+from gohsp_kernels import _schemas, cuda, gpu_check, ops, tune
 from gohsp_kernels.gpu_check import PARTS, Part, Scope
 from tests.kernels.graph_stand_in import StandIn, stand_in
 
@@ -240,7 +242,7 @@ def test_drawn_calls_differ_and_can_be_drawn_again() -> None:
 
 
 def test_explicit_cases_reach_every_form_and_both_ways_out() -> None:
-    """At full size, where nothing is computed: what packing makes of them, and the rows that the choice of tiles sees."""
+    """At full size, where nothing is computed: what packing makes of them, and how many rows they have."""
     forms, outputs, rows = set(), set(), set()
     for _, operator, arguments in gpu_check.explicit_cases(Scope(torch.device("cpu"))):
         if operator == "packed_linear":
@@ -254,7 +256,7 @@ def test_explicit_cases_reach_every_form_and_both_ways_out() -> None:
 
 
 def test_a_wrong_element_an_unwritten_one_and_a_second_result_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    name, operator, arguments = next(gpu_check.explicit_cases(SMALL))
+    _, operator, arguments = next(gpu_check.explicit_cases(SMALL))
     run, calls = gpu_check.ops._run, itertools.count()
 
     def judged(fault: Callable[[torch.Tensor, int], None]) -> gpu_check.Row:
