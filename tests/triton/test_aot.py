@@ -60,7 +60,7 @@ def test_sizes_of_one_and_none_compile() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "count"), [("sm_80", 35), ("sm_90", 39)])
+@pytest.mark.parametrize(("target", "count"), [("sm_80", 36), ("sm_90", 40)])
 def test_float32_is_on_the_tensor_cores(target: str, count: int) -> None:
     """As three products of tf32. For sm_80 ptxas spills two words where that lets one more program run at once."""
     costs = compiled(target, "fp32", "float32")
