@@ -139,7 +139,7 @@ def _read_scores(path: Path) -> tuple[Any, list[Tensor]]:
     if data["format"] != 2:
         raise ValueError(f"{path}: wanted format 2, got {data['format']!r}")
     try:
-        return data["ranked"], [torch.tensor(block, dtype=torch.float64) for block in data["scores"]]
+        return data["ranked"], [torch.tensor(block, dtype=torch.float64, device="cpu") for block in data["scores"]]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: wanted a list of numbers a block: {error}") from error
 
@@ -252,7 +252,7 @@ def fit_head(model: Any, images: Images, count: int, advance: Callable[[], objec
     that gives the least cross-entropy on the same images; the class that is largest stays the same.
     """
     count = min(count, len(images.plain))
-    labels = torch.tensor([images.plain[index][1] for index in range(count)])
+    labels = torch.tensor([images.plain[index][1] for index in range(count)], device="cpu")
 
     def features(batch: Tensor) -> Tensor:
         advance()

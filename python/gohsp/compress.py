@@ -22,6 +22,7 @@ from gohsp.layers import (
     PrunedBlocks,
     PrunedMlp,
     attend,
+    find_bare_blocks,
     head_masks,
     lies_side_by_side,
 )
@@ -68,10 +69,12 @@ def densify(model: nn.Module) -> nn.Module:
         model: A model made by :func:`compress`.
 
     Raises:
-        ValueError: The model is not compressed.
+        ValueError: The model is not compressed, or a hook, an adapter or a computed weight in one of its blocks would
+            be lost.
     """
-    if not vit.is_compressed(model):
-        raise ValueError(f"model: wanted a model made by gohsp.compress, got {type(model).__name__}")
+    for index, block in enumerate(find_bare_blocks(model)):
+        if reason := vit.why_computed(block):
+            raise ValueError(f"model: cannot make blocks.{index} plain: {reason}")
     result: Any = copy.deepcopy(model)
     for index, block in enumerate(result.blocks):
         result.blocks[index] = _plain_block(block)

@@ -221,7 +221,7 @@ class Cutter:
         order = torch.empty(0, dtype=torch.int64, device="cpu")
         for _ in range(self.settings.refine):
             if len(order) == 0:
-                order = torch.randperm(len(before), generator=self.generator)
+                order = torch.randperm(len(before), generator=self.generator, device="cpu")
             batch, order = order[:REFINE_BATCH].to(before.device), order[REFINE_BATCH:]
             with torch.inference_mode(False), torch.enable_grad():
                 error = (module(before[batch]) - self.dense[batch]) @ root

@@ -119,12 +119,12 @@ def _transforms(model: Any, augment: Augmentation | None) -> tuple[Callable[[Any
 
 def _indices(train: Any, test: Any | None, source: DataSource, seed: int) -> tuple[list[int], list[int]]:
     generator = torch.Generator().manual_seed(seed)
-    first = torch.randperm(len(train), generator=generator).tolist()
+    first = torch.randperm(len(train), generator=generator, device="cpu").tolist()
     if test is None:
         cut = round(TEST_SHARE * len(first))
         first, second = first[cut:], first[:cut]
     else:
-        second = torch.randperm(len(test), generator=generator).tolist()
+        second = torch.randperm(len(test), generator=generator, device="cpu").tolist()
     first, second = first[: source.train_images], second[: source.test_images]
     if not first or not second:
         raise ValueError(

@@ -11,8 +11,7 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 import gohsp_kernels as gk
-from gohsp import vit
-from gohsp.layers import PrunedBlock
+from gohsp.layers import PrunedBlock, find_bare_blocks, has_additions
 
 
 def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
@@ -36,18 +35,16 @@ def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
             Neither rounded form gives the same results: try it on your own images.
 
     Raises:
-        ValueError: The model is not compressed, its weights are not float32 on the CPU, or there are no weights of that
-            name.
+        ValueError: The model is not compressed, a hook or an adapter in one of its blocks would be lost, its weights
+            are not float32 on the CPU, or there are no weights of that name.
         RuntimeError: The CPU kernels cannot run here, or not with such weights; the message says why.
     """
     support = gk.can_run("cpu", weights=weights)
     if not support:
         raise RuntimeError(f"backend 'cpu': {support.reason}")
-    if not vit.is_compressed(model):
-        raise ValueError(f"model: wanted a model made by gohsp.compress, got {type(model).__name__}")
+    *blocks, last = find_bare_blocks(model)
     # All but the blocks is copied, a few kilobytes: neither model's training, mode or dtype reaches the other.
     result: Any = copy.deepcopy(model, {id(model.blocks): model.blocks})
-    *blocks, last = vit.find_blocks(model)
     of_last = "float32" if weights == "int8" else weights
     result.blocks = FrozenBlocks(*(FrozenBlock(block, weights) for block in blocks), FrozenBlock(last, of_last))
     result.eval()
@@ -55,7 +52,8 @@ def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
         result.patch_embed = FrozenEmbedding(result)
         result._pos_embed = _as_it_is
     for name in ("head", "head_dist"):
-        if type(getattr(model, name, None)) is nn.Linear:
+        layer = getattr(model, name, None)
+        if type(layer) is nn.Linear and not has_additions(layer):
             setattr(result, name, FrozenLinear(getattr(model, name)))
     return result.eval()
 
@@ -64,6 +62,8 @@ def _is_plain(model: Any) -> bool:
     """Whether images become tokens by one product of patches side by side, and by a constant added to it."""
     embed = model.patch_embed
     if type(embed) is not PatchEmbed or not embed.flatten or not isinstance(embed.norm, nn.Identity):
+        return False
+    if any(map(has_additions, (*embed.modules(), model.pos_drop))):
         return False
     return embed.img_size is not None and embed.strict_img_size and not embed.dynamic_img_pad
 

@@ -8,13 +8,14 @@ residual stream a matrix reads and writes are not in the state dict: they come f
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath, LayerNorm
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
@@ -22,7 +23,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 import gohsp_kernels as gk
-from gohsp.vit import activation_name, softmax_scale
+from gohsp.vit import activation_name, find_blocks, is_compressed, softmax_scale
+from gohsp_kernels.reference import gather_columns, scatter_columns
 
 # Hooks before a forward pass that compute the weight it uses.
 _WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
@@ -38,7 +40,7 @@ class CompactLinear(nn.Module):
     """Weight and bias of a linear layer whose pruned rows and columns are gone.
 
     Not an ``nn.Linear``, so that tools which swap linear layers (quantisers, adapters) leave it alone: the modules here
-    read its parameters and do not call it.
+    read its parameters, and call it only where a hook hangs on it or another module was put in its place.
     """
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
@@ -168,16 +170,15 @@ class PrunedAttention(nn.Module):
         Raises:
             ValueError: The mask has the wrong shape or dtype, or comes together with ``is_causal``.
         """
-        qkv = gk.packed_linear(x, self.qkv.weight, self.qkv.bias, in_cols=self.in_cols)
+        qkv = _product(self.qkv, x, in_cols=self.in_cols)
         dropout = self.attn_drop.p if self.training else 0.0
-        if attn_mask is None and not is_causal and dropout == 0.0:
+        fused = all(_is_as_made(norm) and not _is_hooked(norm) for norm in (self.q_norm, self.k_norm))
+        if fused and attn_mask is None and not is_causal and dropout == 0.0:
             heads = gk.ragged_attention(qkv, self.qk_widths, self.v_widths, self.scale, **self.qk_norm_arguments())
         else:
             masks = head_masks(attn_mask, is_causal, self.heads, (x.shape[0], self.num_heads, x.shape[1]), x.dtype)
             heads = attend(self, qkv, masks, is_causal, dropout)
-        proj = self.proj
-        y = gk.packed_linear(heads, proj.weight, proj.bias, out_cols=self.out_cols, out_features=self.dim)
-        return self.proj_drop(y)
+        return self.proj_drop(_product(self.proj, heads, out_cols=self.out_cols, out_features=self.dim))
 
     def qk_norm_arguments(self) -> dict[str, Any]:
         """Return the q and k norms as :func:`gohsp_kernels.ragged_attention` takes them; empty without qk-norm."""
@@ -220,10 +221,8 @@ class PrunedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the MLP's output [..., D] for x [..., D], zero in the features that are not written."""
-        fc1, fc2 = self.fc1, self.fc2
-        hidden = gk.packed_linear(x, fc1.weight, fc1.bias, in_cols=self.in_cols, activation=self.activation)
-        y = gk.packed_linear(self.drop1(hidden), fc2.weight, fc2.bias, out_cols=self.out_cols, out_features=self.dim)
-        return self.drop2(y)
+        hidden = _product(self.fc1, x, in_cols=self.in_cols, activation=self.activation)
+        return self.drop2(_product(self.fc2, self.drop1(hidden), out_cols=self.out_cols, out_features=self.dim))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
@@ -232,9 +231,9 @@ class PrunedMlp(nn.Module):
 class PrunedBlock(nn.Module):
     """Pre-norm transformer block with compact parameters, in place of timm's Block.
 
-    Each half runs as one fused sublayer, so ``norm1``, ``attn``, ``norm2`` and ``mlp`` are not called one by one;
-    they are where the fused form does not apply: dropout or drop path in training, an attention mask, or a hook on one
-    of the four. The parameter holders inside them (qkv, proj, fc1, fc2) are never called.
+    Each half runs as one fused sublayer, so the modules inside are not called one by one. They are where the fused form
+    does not apply: dropout or drop path in training, an attention mask, a hook on any of them, or another module in
+    the place of qkv, proj, fc1 or fc2, such as an adapter.
 
     Args:
         block: The dense block to cut. It is not changed.
@@ -271,16 +270,41 @@ class PrunedBlock(nn.Module):
         Raises:
             ValueError: See :class:`PrunedAttention`, or ``num_queries`` is not one of 0 to N.
         """
-        _compute_weights((self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2))
         if attn_mask is not None or is_causal or self.must_call_modules():
-            return self._by_modules(x, attn_mask, is_causal)[:, :num_queries]
+            y = self._by_modules(x, attn_mask, is_causal)
+            return y if num_queries is None else y[:, :num_queries]
         return gk.SublayerChain(self.sublayers())(x, num_queries=num_queries)
 
     def must_call_modules(self) -> bool:
-        """Return whether the fused sublayers would leave something out: a hook inside, or dropout in training."""
-        if any(_is_hooked(module) for module in (self.norm1, self.attn, self.norm2, self.mlp)):
+        """Return whether the fused sublayers would leave something out: a hook, an adapter, or dropout in training."""
+        if not self.is_as_made() or any(map(_is_hooked, self._inside())):
             return True
-        return self.training and any(_drops(module) for module in self._drop_modules())
+        return self.training and any(map(_drops, self._drop_modules()))
+
+    def is_as_made(self) -> bool:
+        """Return whether the modules inside run the code of the classes that the fused sublayers stand for."""
+        return all(map(_is_as_made, self._inside()))
+
+    def what_was_added(self) -> str | None:
+        """Return what hangs on the block beside its weights, hooks or other modules, or None if nothing does."""
+        inside = set(self._inside())
+        for name, module in self.named_modules():
+            if module is not self and module not in inside:
+                continue
+            if _is_hooked(module):
+                return f"a hook hangs on {name or 'the block'}"
+            if module in inside and not _is_as_made(module):
+                kind = type(module)
+                return f"{name} is {kind.__module__}.{kind.__qualname__}, with code of its own"
+        return None
+
+    def _holders(self) -> tuple[Any, ...]:
+        return self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2
+
+    def _inside(self) -> tuple[nn.Module, ...]:
+        attn = self.attn
+        norms = self.norm1, attn.q_norm, attn.k_norm, self.norm2
+        return attn, self.mlp, *norms, *self._holders(), self.ls1, self.ls2, *self._drop_modules()
 
     def _drop_modules(self) -> tuple[nn.Module, ...]:
         attn, mlp = self.attn, self.mlp
@@ -292,6 +316,8 @@ class PrunedBlock(nn.Module):
 
     def sublayers(self) -> tuple[partial[Tensor], partial[Tensor]]:
         """Return the two halves of the block as members of a :class:`gohsp_kernels.SublayerChain`."""
+        for holder in self._holders():
+            _compute_weight(holder)
         return self._attention_sublayer(), self._mlp_sublayer()
 
     def _attention_sublayer(self) -> partial[Tensor]:
@@ -363,6 +389,24 @@ class PrunedBlocks(nn.Sequential):
         return blocks[-1](x, num_queries=num_queries)
 
 
+def find_bare_blocks(model: nn.Module) -> list[PrunedBlock]:
+    """Return the blocks of a compressed model that are their weights and nothing more.
+
+    Raises:
+        ValueError: The model is not compressed, or a hook or an adapter hangs in one of its blocks.
+    """
+    if not is_compressed(model):
+        raise ValueError(f"model: wanted a model made by gohsp.compress, got {type(model).__name__}")
+    blocks = find_blocks(model)
+    for index, block in enumerate(blocks):
+        if added := block.what_was_added():
+            raise ValueError(
+                f"model: blocks.{index}: {added}, which would be lost; wanted nothing but weights. "
+                "Remove hooks and merge adapters first"
+            )
+    return blocks
+
+
 class _BlockChain:
     """The chain of a sequence of blocks, and what it was made of.
 
@@ -372,7 +416,8 @@ class _BlockChain:
 
     def __init__(self, blocks: PrunedBlocks) -> None:
         members: list[Any] = list(blocks)
-        self._chain = gk.SublayerChain([sublayer for block in members for sublayer in block.sublayers()])
+        self._as_made = all(block.is_as_made() for block in members)
+        self._chain = gk.SublayerChain([s for block in members for s in block.sublayers()] if self._as_made else [])
         self._entries: list[tuple[dict[str, Any], str, Any]] = []
         self._sizes: list[tuple[dict[str, Any], int]] = []
         self._hooks: list[dict[int, Any]] = []
@@ -382,7 +427,7 @@ class _BlockChain:
                 self._entries += [(table, name, value) for name, value in table.items()]
                 self._sizes.append((table, len(table)))
             own = module.__dict__
-            self._entries += [(own, name, own[name]) for name in _CONSTANTS if name in own]
+            self._entries += [(own, name, own.get(name)) for name in _CONSTANTS]
             if module is not blocks:  # whose own hooks are called as ever
                 self._hooks += _hook_tables(module)
 
@@ -401,11 +446,11 @@ class _BlockChain:
 
         It calls no hook, and it holds parameters: a weight that is computed from others would stay as it was.
         """
-        return not self._computes and not any(self._hooks)
+        return self._as_made and not self._computes and not any(self._hooks)
 
 
-# Plain attributes of the modules that the sublayers are told of.
-_CONSTANTS = ("eps", "scale", "qk_widths", "v_widths", "activation")
+# Plain attributes of the modules that the sublayers are told of, and what would run instead of the class's own code.
+_CONSTANTS = ("eps", "scale", "qk_widths", "v_widths", "activation", "forward")
 
 # Beside the modules and not in them, so that a copy or a checkpoint of a model does not carry packed weights along.
 _chains: WeakKeyDictionary[PrunedBlocks, _BlockChain] = WeakKeyDictionary()
@@ -476,16 +521,54 @@ def head_masks(
     return [full_mask[:, head : head + 1] for head in heads]
 
 
-def _compute_weights(holders: Iterable[CompactLinear]) -> None:
-    """Let ``torch.nn.utils.prune``, ``weight_norm`` and ``spectral_norm`` set the weights that they compute.
+def _product(
+    holder: Any,
+    x: Tensor,
+    in_cols: Tensor | None = None,
+    out_cols: Tensor | None = None,
+    out_features: int | None = None,
+    activation: str = "identity",
+) -> Tensor:
+    """What the kernels compute with the weights of a linear layer, or what its call gives where it must be called."""
+    if _is_as_made(holder) and not _is_hooked(holder):
+        _compute_weight(holder)
+        return gk.packed_linear(
+            x,
+            holder.weight,
+            holder.bias,
+            in_cols=in_cols,
+            out_cols=out_cols,
+            out_features=out_features,
+            activation=activation,
+        )
+    y = gk.ACTIVATIONS[activation](holder(gather_columns(x, in_cols)))
+    return y if out_features is None else scatter_columns(y, out_cols, out_features)
 
-    They do so in a hook before the forward pass of the module that they hang on, and the parameter holders are never
-    called. Newer parametrizations need nothing: they compute the weight when it is read.
+
+def _compute_weight(holder: nn.Module) -> None:
+    """Let ``torch.nn.utils.prune``, ``weight_norm`` and ``spectral_norm`` set the weight that they compute.
+
+    They do so in a hook before the forward pass of the module that they hang on, and a parameter holder is not called
+    as a rule. Newer parametrizations need nothing: they compute the weight when it is read.
     """
-    for holder in holders:
-        for hook in holder._forward_pre_hooks.values():
-            if isinstance(hook, _WEIGHT_HOOKS):
-                hook(holder, ())
+    for hook in holder._forward_pre_hooks.values():
+        if isinstance(hook, _WEIGHT_HOOKS):
+            hook(holder, ())
+
+
+# Of the classes that a block is made with. Subclasses without a forward of their own, as FSDP and parametrizations make
+# them, run the same code.
+_CODE = {
+    kind.forward
+    for kind in (
+        *(CompactLinear, CompactLayerScale, PrunedAttention, PrunedMlp),
+        *(nn.LayerNorm, LayerNorm, nn.Identity, nn.Dropout, DropPath),
+    )
+}
+
+
+def _is_as_made(module: nn.Module) -> bool:
+    return type(module).forward in _CODE and "forward" not in vars(module)
 
 
 def _is_computed(module: nn.Module) -> bool:
@@ -497,8 +580,16 @@ def _hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
+def has_additions(module: nn.Module) -> bool:
+    """Return whether a call of the module does more than its class tells: a hook, or a forward put on the object."""
+    return any(_hook_tables(module)) or "forward" in vars(module)
+
+
 def _is_hooked(module: nn.Module) -> bool:
-    return any(_hook_tables(module))
+    """Whether a hook hangs on the module, other than those that :func:`_compute_weight` calls."""
+    if type(module).forward is not CompactLinear.forward:
+        return any(_hook_tables(module))
+    return any(not isinstance(hook, _WEIGHT_HOOKS) for table in _hook_tables(module) for hook in table.values())
 
 
 def _drops(module: Any) -> bool:

@@ -228,7 +228,7 @@ class ModelMask:
             shares["qk"] = 1.0
         for block in mask.blocks:
             for name, share in shares.items():
-                draws = torch.rand(getattr(block, name).shape, generator=generator)
+                draws = torch.rand(getattr(block, name).shape, generator=generator, device="cpu")
                 kept = draws < share
                 if share > 0 and name != "qk":
                     kept |= draws == draws.amin(dim=-1, keepdim=True)

@@ -134,8 +134,10 @@ def prune(
     Raises:
         TypeError: The model, the batches or the target are not of a kind that is known.
         ValueError: A parameter is out of its range, the target is out of reach (the message names the nearest that is
-            not), there are no images, or the model cannot be pruned.
+            not), there are no images, or the model cannot be pruned or has hooks where :func:`gohsp.compress` wants
+            none.
     """
+    vit.refuse_hooks(vit.find_dense_blocks(model))
     kind, share = parse_target(target)
     layers = sublayers(model)
     if budgets is not None and 2 * len(budgets) != len(layers):

@@ -243,7 +243,7 @@ def cut_loss(weight: Tensor, covariance: Tensor, scores: Tensor) -> float:
     """
     heads = len(scores)
     gone = scores.argsort(stable=True)[: heads // 2]
-    columns = torch.arange(len(covariance)).view(heads, -1)[gone.cpu()].flatten().to(weight.device)
+    columns = torch.arange(len(covariance), device="cpu").view(heads, -1)[gone.cpu()].flatten().to(weight.device)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(covariance, 1e-3)))
     left = torch.linalg.inv(inverse[columns][:, columns]) if len(columns) else inverse[columns][:, columns]
     error = (weight[:, columns] @ left * weight[:, columns]).sum()

@@ -76,7 +76,7 @@ def _model(run: Run, kind: str) -> Any:
 
 
 def _timed(model: Any) -> Callable[[], object]:
-    image = torch.zeros(1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    image = torch.zeros(1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, device="cpu")
     model.eval()
 
     def call(model: nn.Module = model) -> object:

@@ -151,7 +151,7 @@ def obs(evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
 
 def random(evidence: Evidence, grouping: Grouping) -> Tensor:
     """Chance. Its costs are alike in every block, so that budgets come out near uniform."""
-    return torch.rand(evidence.weight.shape[1], generator=evidence.generator, dtype=torch.float64)
+    return torch.rand(evidence.weight.shape[1], generator=evidence.generator, dtype=torch.float64, device="cpu")
 
 
 def l1(evidence: Evidence, grouping: Grouping) -> Tensor:
@@ -286,7 +286,7 @@ def qk_scores(method: str, qkv_weight: Tensor, energy: Tensor, worth: Tensor, ge
         generator: Source of the draws of "random".
     """
     if method == "random":
-        scores = torch.rand(energy.shape, generator=generator, dtype=torch.float64)
+        scores = torch.rand(energy.shape, generator=generator, dtype=torch.float64, device="cpu")
     elif method in ("l1", "l2"):
         norms = qkv_weight.detach().double().norm(p=int(method[1]), dim=1).view(3, *energy.shape)
         scores = (norms[0] * norms[1]) ** int(method[1])
@@ -311,7 +311,7 @@ def output_scores(method: str, write_weight: Tensor, energy: Tensor, evidence: E
         evidence: Of the same layer, for its metric and its generator.
     """
     if method == "random":
-        return _as_share(torch.rand(energy.shape, generator=evidence.generator, dtype=torch.float64))
+        return _as_share(torch.rand(energy.shape, generator=evidence.generator, dtype=torch.float64, device="cpu"))
     if method in ("l1", "l2"):
         power = int(method[1])
         return _as_share(write_weight.detach().double().norm(p=power, dim=1) ** power)

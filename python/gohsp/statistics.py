@@ -349,7 +349,7 @@ def _traced_gradients(model: nn.Module, layers: list[Sublayer], x: Tensor, gener
             values.append((inputs[0].detach(), inputs[1].detach(), layer.read.weight.detach()))
             inside += [outputs[0], inputs[1], x]
         features = _features(model, x)
-        signs = torch.randint(0, 2, features.shape, generator=generator).mul(2).sub(1)
+        signs = torch.randint(0, 2, features.shape, generator=generator, device="cpu").mul(2).sub(1)
         gradients = torch.autograd.grad((features * signs.to(features)).sum(), inside)
     by_layer = zip(gradients[::3], gradients[1::3], gradients[2::3], strict=True)
     return [_Traced(*before, *after) for before, after in zip(values, by_layer, strict=True)]

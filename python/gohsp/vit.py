@@ -202,12 +202,20 @@ _COMPUTED = {
 }
 
 
-def _why_altered(block: Any) -> str | None:
-    """Return what stands between the modules of a block and their bare weights, or None if nothing does."""
+def why_computed(block: Any) -> str | None:
+    """Return which weight of a block is computed from other tensors and how to end that, or None if none is."""
     for name, module in block.named_modules():
         for attribute, way_out in _COMPUTED.items():
             if hasattr(module, attribute):
                 return f"the weight of {name} is computed ({attribute}); call {way_out} first"
+    return None
+
+
+def _why_altered(block: Any) -> str | None:
+    """Return what stands between the modules of a block and their bare weights, or None if nothing does."""
+    if computed := why_computed(block):
+        return computed
+    for name, module in block.named_modules():
         if "forward" in vars(module):
             return f"forward of {name or 'the block'} was replaced on the object, and would be lost; undo that first"
     return None

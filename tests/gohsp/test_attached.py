@@ -100,6 +100,8 @@ def test_a_hook_on_what_is_replaced_is_refused(path: str, register: str, make_mo
     where = f"blocks.1.{path}".rstrip(".")
     with pytest.raises(ValueError, match=f"a hook hangs on {where}, which compress replaces; wanted none. Remove it"):
         gohsp.compress(model, gohsp.ModelMask.full(model))
+    with pytest.raises(ValueError, match=f"a hook hangs on {where}"):
+        gohsp.prune(model, [torch.zeros(1, 3, 48, 48).double()], {"params": 0.9})
     handle.remove()
     gohsp.compress(model, gohsp.ModelMask.full(model))
 
@@ -111,6 +113,132 @@ def test_other_hooks_are_kept(path: str, make_model: Make, images: Make) -> None
     small = gohsp.compress(model, gohsp.ModelMask.full(model))
     with torch.no_grad():
         torch.testing.assert_close(small(x), model(x))
+
+
+# timm's fused attention does not call attn_drop, and neither do we.
+INSIDE = ("norm1", "attn", "attn.q_norm", "attn.proj_drop", "ls1", "drop_path1", "norm2", "mlp", "mlp.drop1", "ls2")
+
+
+@pytest.fixture
+def small(make_model: Make) -> Any:
+    """A compressed model with all that a block can have, in which no module computes nothing."""
+    dense = make_model(qk_norm=True, init_values=1.0).float()
+    keep = {"heads": 0.7, "v": 0.7, "hidden": 0.5, "attn_in": 0.8, "attn_out": 0.8, "mlp_in": 0.8, "mlp_out": 0.8}
+    return gohsp.compress(dense, gohsp.ModelMask.random(dense, keep, torch.Generator().manual_seed(3)))
+
+
+@pytest.mark.parametrize("by_chain", [True, False])
+@pytest.mark.parametrize("path", [*INSIDE, *PATHS])
+def test_hooks_in_a_compressed_block_are_called(path: str, by_chain: bool, small: Any, images: Make) -> None:
+    """Whatever module they hang on, and whether or not the model has been called before."""
+    x = images().float()
+    module = small.blocks[1].get_submodule(path)
+    with torch.no_grad():
+        before = small(x) if by_chain else None
+        calls: list[str] = []
+        handle = module.register_forward_hook(lambda *_: calls.append(path))
+        watched = small(x)
+        assert calls and (len(calls) == 1 or path == "attn.q_norm")  # which is called head by head
+        handle.remove()
+        torch.testing.assert_close(small(x), watched, rtol=1e-3, atol=1e-4)
+        if before is not None:
+            torch.testing.assert_close(before, watched, rtol=1e-3, atol=1e-4)
+        module.register_forward_hook(lambda _, arguments, result: result * 0.5)
+        assert float((small(x) - watched).norm() / watched.norm()) > 1e-3
+
+
+class LowRank(nn.Module):
+    """An adapter around one of the cut layers."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base = base
+        rows, columns = base.weight.shape
+        self.down = nn.Parameter(torch.randn(2, columns) * columns**-0.5)
+        self.up = nn.Parameter(torch.randn(rows, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("path", PATHS)
+def test_an_adapter_in_a_compressed_block_is_called(path: str, training: bool, small: Any, images: Make) -> None:
+    x = images().float()
+    merged = copy.deepcopy(small).train(training)
+    with torch.no_grad():
+        small.train(training)(x)
+        part, name = path.split(".")
+        adapter = LowRank(small.blocks[1].get_submodule(path))
+        setattr(getattr(small.blocks[1], part), name, adapter)
+        merged.blocks[1].get_submodule(path).weight += adapter.up @ adapter.down
+        torch.testing.assert_close(small(x), merged(x), rtol=1e-3, atol=1e-4)
+        setattr(getattr(small.blocks[1], part), name, adapter.base)
+        assert not torch.allclose(small(x), merged(x), rtol=1e-2)
+    setattr(getattr(small.blocks[1], part), name, adapter)
+    small(x).square().sum().backward()
+    assert adapter.up.grad is not None and float(adapter.up.grad.norm()) > 0
+    for cast in (gohsp.densify, gohsp.freeze):
+        with pytest.raises(ValueError, match=rf"blocks\.1: {path} is .*LowRank, with code of its own"):
+            cast(small)
+
+
+@pytest.mark.parametrize("path", [*INSIDE, *PATHS])
+def test_a_forward_of_its_own_in_a_compressed_block_is_called(path: str, small: Any, images: Make) -> None:
+    x = images().float()
+    module = small.blocks[1].get_submodule(path)
+    with torch.no_grad():
+        before = small(x)
+        own = type(module).forward
+        module.forward = lambda *arguments, **keywords: own(module, *arguments, **keywords) * 0.5
+        assert float((small(x) - before).norm() / before.norm()) > 1e-3
+        del module.forward
+        torch.testing.assert_close(small(x), before)
+
+
+@pytest.mark.parametrize("path", ["", *INSIDE, *PATHS])
+def test_hooks_are_refused_where_their_modules_go(path: str, small: Any) -> None:
+    handle = small.blocks[1].get_submodule(path).register_forward_hook(lambda *_: None)
+    for cast in (gohsp.densify, gohsp.freeze):
+        with pytest.raises(ValueError, match=rf"blocks\.1: a hook hangs on {path or 'the block'}, which would be lost"):
+            cast(small)
+    handle.remove()
+    gohsp.densify(small)
+
+
+@pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
+@pytest.mark.parametrize("path", ["patch_embed", "patch_embed.proj", "head", "norm", "pos_drop"])
+def test_a_frozen_model_calls_the_hooks_around_its_blocks(path: str, small: Any, images: Make) -> None:
+    small.get_submodule(path).register_forward_hook(lambda module, arguments, result: result * 1.5)
+    x = images().float()
+    with torch.no_grad():
+        torch.testing.assert_close(gohsp.freeze(small)(x), small(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize(
+    ("compute", "way_out"),
+    [
+        (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), r"prune\.remove\(module, 'weight'\) or .*"),
+        (weight_norm, r"remove_weight_norm\(module\)"),
+        (parametrizations.weight_norm, r"parametrize\.remove_parametrizations\(module, 'weight'\)"),
+    ],
+)
+def test_computed_weights_are_frozen_as_they_are_and_not_made_plain(
+    compute: Callable[[nn.Module], object], way_out: str, small: Any, images: Make
+) -> None:
+    x = images().float()
+    compute(small.blocks[1].mlp.fc1)
+    with torch.no_grad():
+        small(x)
+        for name, parameter in small.blocks[1].mlp.fc1.named_parameters():
+            if name in ("weight_orig", "weight_g", "parametrizations.weight.original0"):
+                parameter.mul_(1.5)
+        if _native.load():
+            frozen = gohsp.freeze(small)
+            torch.testing.assert_close(frozen(x), small(x), rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match=rf"blocks\.1 plain: the weight of mlp\.fc1 is computed .*{way_out} first"):
+        gohsp.densify(small)
 
 
 @pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
@@ -169,6 +297,19 @@ def test_a_default_device_does_not_reach_masks_files_and_kernels(tmp_path: Path,
         mask.save(tmp_path / "mask.json")
         again = gohsp.compress(dense, gohsp.ModelMask.load(tmp_path / "mask.json"))
         torch.testing.assert_close(again(x), wanted)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_default_device_does_not_reach_pruning_and_loading(tmp_path: Path, make_model: Make) -> None:
+    with torch.device("cpu"):
+        dense, x = make_model().float(), torch.randn(4, 3, 48, 48)
+    result = gohsp.prune(dense, [x], {"params": 0.7}, refine=1)
+    small = gohsp.compress(result.model, result.mask)
+    gohsp.save(small, tmp_path / "model.safetensors")
+    loaded = gohsp.load(tmp_path / "model.safetensors")
+    assert all(tensor.device.type == "cpu" for tensor in (*loaded.parameters(), *loaded.buffers()))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), small(x))
 
 
 def test_a_criterion_of_ones_own_is_on_one_scale() -> None:
