@@ -16,6 +16,7 @@ from typer.core import TyperCommand
 from bench import (
     accuracy,
     contenders,
+    content,
     contention,
     end_to_end,
     environment,
@@ -227,6 +228,20 @@ def proportion_command(
 ) -> None:
     """Whether gohsp's time falls in proportion to the multiply-accumulates that are removed."""
     _finish(proportion.run(model, preset, batch, _settings(threads, rounds, out)))
+
+
+@app.command("content", cls=SpreadCommand)
+def content_command(
+    model: Models = MODEL,
+    preset: Presets = PRESET,
+    batch: Batches = BATCH,
+    image_size: ImageSize = None,
+    threads: Threads = THREADS,
+    rounds: Rounds = ROUNDS,
+    out: Out = DEFAULT_PATH,
+) -> None:
+    """What a model that is not frozen pays for telling at each call whether its weights have changed."""
+    _finish(content.run(_cases(model, preset, image_size), batch, _settings(threads, rounds, out)))
 
 
 @app.command("training", cls=SpreadCommand)

@@ -114,7 +114,8 @@ def test_blocks_are_what_the_launches_ask_for(costs: list[gpu_static.Cost]) -> N
             assert table[kernel] == tuple(block), kernel
 
 
-def test_command() -> None:
+def test_command(monkeypatch: pytest.MonkeyPatch, costs: list[gpu_static.Cost]) -> None:
+    monkeypatch.setattr(gpu_static, "cuda_costs", lambda _: costs)  # disassembled once for all tests here
     result = CliRunner().invoke(app, ["gpu-static", "--target", "sm_80", "--no-triton"])
     assert result.exit_code == 0, result.output
     assert "nothing was run" in result.output and "sm_90" not in result.output

@@ -289,6 +289,26 @@ class Cases:
         yield from self.attentions()
         yield from self.gradients()
 
+    def some(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+        """The largest tile of each kind of kernel, for types and GPUs beside the one for which all are compiled."""
+        x, n = self.x, FEATURES
+        tile = config.tile_ladder(self.target, x.element_size())[0]
+        size = f"{tile.BLOCK_M}x{tile.BLOCK_N}"
+        fc1 = self.linear(960, n, 960, bias=True, row_sum=True, activation="gelu")
+        proj = self.linear(n, n, n, bias=True)
+        yield f"linear {size} norm gelu", lambda: fc1(x, tile=tile)
+        yield f"linear {size} residual", lambda: proj(x, x, tile=tile)
+        attentions = dict(self.attentions())
+        for name in (
+            "attention heads 64, 197 of 197",
+            "attention odd heads to 64, 197 of 197",
+            "attention gradient heads 64",
+        ):
+            yield name, attentions[name]
+        if x.element_size() == 2:
+            yield from (case for case in self.mlps() if case[0] == "mlp 192")
+        yield from (case for case in self.gradients() if case[0].startswith("weight gradient"))
+
     def tf32(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         """Products of float32 by tensor cores."""
         torch.backends.cuda.matmul.fp32_precision = "tf32"

@@ -36,11 +36,21 @@ def waves(cost: Cost, target: str) -> int:
     return cost.programs_per_processor(description) * cost.threads // gpu.warp_size
 
 
+@pytest.fixture
+def exhaustive(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--exhaustive"))
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_kernel_is_within_its_budget(target: str, dtype: str) -> None:
-    costs = compiled(target, dtype)
-    assert len(costs) == 52 and len({cost.kernel for cost in costs}) == 8
+def test_every_kernel_is_within_its_budget(target: str, dtype: str, exhaustive: bool) -> None:
+    """All of them for Hopper in fp16; for the other GPUs, and in bf16, a choice unless the run is exhaustive."""
+    if exhaustive or (target, dtype) == ("sm_90", "fp16"):
+        costs, kernels = compiled(target, dtype), 8
+        assert len(costs) == 52
+    else:
+        costs, kernels = compiled(target, dtype, "some"), 6
+    assert len({cost.kernel for cost in costs}) == kernels
     for cost in costs:
         assert cost.spilled_bytes == 0, cost
         assert not cost.overwritten, cost
@@ -61,10 +71,11 @@ def test_sizes_of_one_and_none_compile() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "count"), [("sm_80", 36), ("sm_90", 40)])
-def test_float32_is_on_the_tensor_cores(target: str, count: int) -> None:
+def test_float32_is_on_the_tensor_cores(target: str, count: int, exhaustive: bool) -> None:
     """As three products of tf32. For sm_80 ptxas spills two words where that lets one more program run at once."""
-    costs = compiled(target, "fp32", "float32")
-    assert len(costs) == count and len({cost.kernel for cost in costs}) == 7
+    costs = compiled(target, "fp32", "float32" if exhaustive else "some")
+    assert not exhaustive or (len(costs) == count and len({cost.kernel for cost in costs}) == 7)
+    assert len({cost.kernel for cost in costs}) >= 5
     for cost in costs:
         assert (cost.matrix_instructions > 0) == (cost.kernel not in ELEMENTWISE), cost
         assert cost.spilled_bytes <= (8 if target == "sm_80" else 0), cost
