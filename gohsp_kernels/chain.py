@@ -128,7 +128,7 @@ class SublayerChain:
                 x = sublayer(x, num_queries=queries, backend=backend)
             else:
                 x = sublayer(x, backend=backend)
-        return x[:, :queries]
+        return x if self._last_attention >= 0 else x[:, :queries]
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,7 @@ def test_task_of_timm(model: Any) -> None:
     averaged.looked(3)
 
 
+@pytest.mark.filterwarnings("error:FSDP2-wrapped module")
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("by_block", [False, True], ids=["as a whole", "block by block"])
 def test_fully_sharded(by_block: bool, model: Any) -> None:
