@@ -181,7 +181,7 @@ def kernels(options: argparse.Namespace) -> Iterator[Row]:
             x = draw.normal(rows, inputs).to(device, half)
             arguments = (x, weight, bias, None, None, outputs, activation)
             runs: dict[str, Callable[[], Tensor]] = {
-                name: lambda name=name, arguments=arguments: ops._run("packed_linear", arguments, name)
+                name: lambda name=name, arguments=arguments: ops.call("packed_linear", arguments, name)
                 for name in backends
             }
             runs["cuBLAS, no activation"] = lambda x=x, weight=weight, bias=bias: F.linear(x, weight, bias)
@@ -190,7 +190,7 @@ def kernels(options: argparse.Namespace) -> Iterator[Row]:
         qkv = draw.normal(images, TOKENS, 3 * HEADS * WIDTH).to(device, half)
         arguments = (qkv, *(None,) * 4, (WIDTH,) * HEADS, (WIDTH,) * HEADS, WIDTH**-0.5, 1e-6, TOKENS)
         runs = {
-            name: lambda name=name, arguments=arguments: ops._run("ragged_attention", arguments, name)
+            name: lambda name=name, arguments=arguments: ops.call("ragged_attention", arguments, name)
             for name in backends
         }
         q, k, v = qkv.view(images, TOKENS, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4)

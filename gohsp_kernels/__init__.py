@@ -2,11 +2,11 @@
 """Kernels that execute heterogeneously pruned transformer sublayers. Tensors in, tensors out; knows no model."""
 
 from . import _native
+from .activations import ACTIVATIONS
 from .chain import FrozenChain, SublayerChain
 from .dispatch import Support, backends, can_run, use_backend
 from .graphed import GraphedModel
 from .ops import attention_sublayer, mlp_sublayer, packed_linear, ragged_attention
-from .reference import ACTIVATIONS
 
 # Operators of pickled and exported models are called without asking whether the library is there.
 _native.load()

@@ -14,29 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .descriptors import OPERATORS, Descriptor
+
 NAMESPACE = "gohsp_kernels"
 
-PUBLIC = {
-    "packed_linear": (
-        "(Tensor x, Tensor weight, Tensor? bias, Tensor? in_cols, Tensor? out_cols, int out_features, "
-        "str activation) -> Tensor"
-    ),
-    "ragged_attention": (
-        "(Tensor qkv, Tensor? q_norm_weight, Tensor? q_norm_bias, Tensor? k_norm_weight, Tensor? k_norm_bias, "
-        "int[] qk_widths, int[] v_widths, float scale, float eps, int num_queries) -> Tensor"
-    ),
-    "attention_sublayer": (
-        "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor qkv_weight, Tensor? qkv_bias, "
-        "Tensor proj_weight, Tensor? proj_bias, Tensor? layer_scale, Tensor? in_cols, Tensor? out_cols, "
-        "Tensor? q_norm_weight, Tensor? q_norm_bias, Tensor? k_norm_weight, Tensor? k_norm_bias, "
-        "int[] qk_widths, int[] v_widths, float scale, float eps, float qk_eps, int num_queries) -> Tensor"
-    ),
-    "mlp_sublayer": (
-        "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor fc1_weight, Tensor? fc1_bias, "
-        "Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale, Tensor? in_cols, Tensor? out_cols, "
-        "str activation, float eps) -> Tensor"
-    ),
-}
+PUBLIC = {name: kind.schema() for name, kind in OPERATORS.items()}
+"""Schemas of the public operators, by name."""
 
 # packing is what gohsp_cpu_packing() said where the panels were packed; elsewhere they are refused. Layouts begin
 # with it.
@@ -84,27 +67,20 @@ def _fake(*names: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor
     return remember
 
 
-@_fake("packed_linear")
-def _packed_linear(
-    x: Tensor, weight: Tensor, bias: object, in_cols: object, out_cols: object, out_features: int, activation: str
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], out_features)
+def _fake_of(kind: type[Descriptor]) -> Callable[..., Tensor]:
+    def fake(x: Tensor, *rest: Any) -> Tensor:
+        operator, num_queries = kind.from_flat(rest)
+        return x.new_empty(operator.shape_of_result(x.shape, num_queries))
+
+    return fake
 
 
-@_fake("ragged_attention")
-def _ragged_attention(qkv: Tensor, *rest: Any) -> Tensor:
-    v_widths, num_queries = rest[5], rest[8]
-    return qkv.new_empty(qkv.shape[0], num_queries, sum(v_widths))
+_FAKES.update({name: _fake_of(kind) for name, kind in OPERATORS.items()})
 
 
-@_fake("attention_sublayer", "cpu_sublayers", "cuda_sublayers")
-def _attention_sublayer(x: Tensor, *rest: Any) -> Tensor:
+@_fake("cpu_sublayers", "cuda_sublayers")
+def _cpu_sublayers(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], rest[-1], x.shape[2])
-
-
-@_fake("mlp_sublayer")
-def _mlp_sublayer(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 @_fake("cpu_linear", "cuda_linear")

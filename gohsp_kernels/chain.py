@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,19 +12,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import cpu, cuda, dispatch
+from . import cpu, dispatch
 from ._autocast import autocast_dtype, run_in
-from .ops import attention_sublayer, check_attention, check_mlp, check_queries, mlp_sublayer, wrong
+from .descriptors import AttentionSublayer, MlpSublayer, Sublayer, wrong
+from .ops import attention_sublayer, check_queries, mlp_sublayer
+from .registry import BACKENDS, PackedChain
 
-# Tensor arguments of the sublayers but for x, in the order of their schemas.
-_ATTENTION_TENSORS = (
-    *("norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "layer_scale"),
-    *("in_cols", "out_cols", "q_norm_weight", "q_norm_bias", "k_norm_weight", "k_norm_bias"),
-)
-_MLP_TENSORS = (
-    *("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "layer_scale"),
-    *("in_cols", "out_cols"),
-)
+_KINDS: dict[Callable[..., Tensor], type[Sublayer]] = {
+    attention_sublayer: AttentionSublayer,
+    mlp_sublayer: MlpSublayer,
+}
 
 
 class SublayerChain:
@@ -45,16 +42,15 @@ class SublayerChain:
 
     def __init__(self, sublayers: Sequence[partial[Tensor]]) -> None:
         for sublayer in sublayers:
-            if sublayer.func not in (attention_sublayer, mlp_sublayer) or sublayer.args:
+            if sublayer.func not in _KINDS or sublayer.args:
                 raise wrong("sublayers", "partials of attention_sublayer or mlp_sublayer, bound by keyword", sublayer)
         self._sublayers = tuple(sublayers)
-        attentions = [i for i, sublayer in enumerate(sublayers) if sublayer.func is attention_sublayer]
+        self._described = [descriptor(sublayer) for sublayer in sublayers]
+        attentions = [i for i, kind in enumerate(self._described) if isinstance(kind, AttentionSublayer)]
         self._last_attention = attentions[-1] if attentions else -1
-        self._packed: cpu.PackedChain | None = None
-        self._packed_gpu: dict[str, cuda.PackedChain] = {}
-        widths = ("qk_widths", "v_widths")
-        self._widest = max((w for s in sublayers for name in widths for w in s.keywords.get(name, ())), default=0)
-        self._tensors = [t for s in sublayers for t in s.keywords.values() if isinstance(t, Tensor)]
+        self._packed: dict[str, PackedChain] = {}
+        self._widest = max((sublayer.widest_head for sublayer in self._described), default=0)
+        self._tensors = [t for sublayer in self._described for t in sublayer.tensors if t is not None]
 
     def __call__(self, x: Tensor, *, num_queries: int | None = None, backend: str | None = None) -> Tensor:
         """Run the chain.
@@ -79,10 +75,8 @@ class SublayerChain:
             rows = x.shape[0] * x.shape[1]
             dtype = autocast_dtype(x)
             chosen = dispatch.choose(backend, x.device, dtype or x.dtype, needs_grad, self._widest, rows)
-            if chosen == "cpu":
-                return self._on_cpu(x, queries)
-            if chosen == "cuda" or (chosen == "triton" and not needs_grad):
-                return run_in(dtype, partial(self._on_gpu, chosen), x, queries, residual=True)
+            if not needs_grad and chosen != "reference":
+                return run_in(dtype, partial(self._on, chosen), x, queries, residual=True)
         return self._one_by_one(x, queries, backend)
 
     def frozen(self, features: int, weights: str = "float32") -> FrozenChain:
@@ -102,24 +96,20 @@ class SublayerChain:
         support = dispatch.can_run("cpu", weights=weights)
         if not support:
             raise RuntimeError(f"backend 'cpu': {support.reason}")
+        for sublayer in self._described:
+            sublayer.check(features)
         if weights == "float32":
-            return FrozenChain(features, tuple(self._pack(features).current()))
+            return FrozenChain(features, tuple(map(cpu.packed, self._described)))
         # Not through the cache, which would hold what only the frozen chain needs.
-        return FrozenChain(features, tuple(_describe(features, s).pack(weights) for s in self._sublayers))
+        return FrozenChain(features, tuple(cpu.pack_sublayer(s, weights) for s in self._described))
 
-    def _pack(self, features: int) -> cpu.PackedChain:
-        if self._packed is None or self._packed.features != features:
-            self._packed = cpu.PackedChain(features, [_describe(features, s) for s in self._sublayers])
-        return self._packed
-
-    def _on_cpu(self, x: Tensor, queries: int) -> Tensor:
-        return self._pack(x.shape[2])(x, queries)
-
-    def _on_gpu(self, backend: str, x: Tensor, queries: int) -> Tensor:
-        packed = self._packed_gpu.get(backend)
+    def _on(self, backend: str, x: Tensor, queries: int) -> Tensor:
+        packed = self._packed.get(backend)
         if packed is None or not packed.fits(x):
-            kind = cuda.PackedChain if backend == "cuda" else _triton_chain()
-            packed = self._packed_gpu[backend] = kind(x, [_describe(x.shape[2], s) for s in self._sublayers])
+            packed = BACKENDS[backend].chain(x, self._described)
+            if packed is None:
+                return self._one_by_one(x, queries, backend)
+            self._packed[backend] = packed
         return packed(x, queries)
 
     def _one_by_one(self, x: Tensor, queries: int, backend: str | None) -> Tensor:
@@ -152,22 +142,6 @@ class FrozenChain:
         return cpu.run_packed(x, self.sublayers, queries) if self.sublayers else x[:, :queries]
 
 
-def _triton_chain() -> type[cuda.PackedChain]:
-    from .triton.operators import PackedChain  # imports Triton, which a machine without a GPU need not have
-
-    return PackedChain
-
-
-def _describe(features: int, sublayer: partial[Tensor]) -> cpu.Sublayer:
-    """What a partial of a sublayer binds, in the order of the schema."""
-    bound = sublayer.keywords
-    eps = bound.get("eps", 1e-6)
-    if sublayer.func is mlp_sublayer:
-        tensors = tuple(map(bound.get, _MLP_TENSORS))
-        constants: tuple[Any, ...] = (bound.get("activation", "gelu"), eps)
-        return cpu.Sublayer("mlp_sublayer", tensors, constants, partial(check_mlp, features, tensors, constants))
-    tensors = tuple(map(bound.get, _ATTENTION_TENSORS))
-    widths = (tuple(bound["qk_widths"]), tuple(bound["v_widths"]))
-    constants = (*widths, bound["scale"], eps, bound.get("qk_eps", 1e-6))
-    check = partial(check_attention, features, tensors, constants)
-    return cpu.Sublayer("attention_sublayer", tensors, constants, check)
+def descriptor(sublayer: partial[Tensor]) -> Any:
+    """What a partial of a sublayer's function binds, as an object."""
+    return _KINDS[sublayer.func].of(sublayer.keywords)

@@ -16,19 +16,18 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _native, reference
-from ._cache import PackedCache, up_to_date
+from ._cache import PackedCache
 from ._packing import double, fold_layer_scale, fold_norm, qk_norm_table
-from ._stamp import Stamp
-
-ACTIVATION_IDS = {"identity": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4, "quick_gelu": 5}
-"""Numbers of the activations; the same as in csrc/cpu/kernels.h."""
+from .activations import ACTIVATION_IDS
+from .descriptors import NORMS, Attention, AttentionSublayer, Descriptor, Linear, MlpSublayer, Sublayer
+from .registry import PackedChain, Request, register
 
 _ATTENTION, _MLP = 0, 1  # kinds of sublayer in a layout
 _RUNS_ON = (torch.float32, "cpu")
@@ -63,29 +62,6 @@ def packing() -> int:
         RuntimeError: if the native library cannot be loaded.
     """
     return int(_ask_library("gohsp_cpu_packing", ctypes.c_int64))
-
-
-def missing(device: torch.device, dtype: torch.dtype, needs_grad: bool = False, weights: str = "float32") -> str:
-    """Why the backend cannot run a call, or the empty string if it can.
-
-    Args:
-        device: where the tensors are.
-        dtype: of the activations.
-        needs_grad: whether the result must be differentiable.
-        weights: one of ``dispatch.WEIGHTS``.
-    """
-    native = _native.load()
-    if not native:
-        return native.reason
-    if device.type != "cpu":
-        return f"runs on CPU tensors; got a tensor on {device.type}"
-    if dtype != torch.float32:
-        return f"runs in float32; got {dtype}"
-    if needs_grad:
-        return "has no backward; call under torch.no_grad() or use the backend 'reference'"
-    if weights == "bfloat16" and capability() != "amx":
-        return f"needs AMX for bfloat16 weights; runs on {capability()}"
-    return ""
 
 
 def _ask_library(name: str, kind: Any) -> Any:
@@ -232,79 +208,41 @@ class FoldedAttention:
     scale: float
 
 
-def fold_attention(
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    in_cols: Tensor | None,
-    n_qk: int,
-    scale: float,
-    has_qk_norm: bool,
-) -> FoldedAttention:
-    """Fold the constants of an attention sublayer; ``n_qk`` is the sum of its QK widths."""
-    qkv, constant = fold_norm(qkv_weight, qkv_bias, norm_weight, norm_bias, in_cols)
-    proj, proj_constant = double(proj_weight), None if proj_bias is None else double(proj_bias)
+def fold_attention(sublayer: AttentionSublayer) -> FoldedAttention:
+    """Fold the constants of an attention sublayer."""
+    n_qk, scale, has_norm = sum(sublayer.qk_widths), sublayer.scale, sublayer.q_norm_weight is not None
+    qkv, constant = fold_norm(
+        sublayer.qkv_weight, sublayer.qkv_bias, sublayer.norm_weight, sublayer.norm_bias, sublayer.in_cols
+    )
+    proj = double(sublayer.proj_weight)
     v_constant = constant[2 * n_qk :].clone()
     constant[2 * n_qk :] = 0
-    proj_constant = proj @ v_constant if proj_constant is None else proj_constant + proj @ v_constant
-    if not has_qk_norm:
+    proj_constant = proj @ v_constant
+    if sublayer.proj_bias is not None:
+        proj_constant = double(sublayer.proj_bias) + proj_constant
+    if not has_norm:
         qkv[:n_qk] *= scale
         constant[:n_qk] *= scale
         constant[n_qk : 2 * n_qk] = 0
-    if layer_scale is not None:
-        proj, proj_constant = proj * double(layer_scale)[:, None], proj_constant * double(layer_scale)
-    return FoldedAttention(qkv, constant, proj, proj_constant, scale if has_qk_norm else 1.0)
+    if sublayer.layer_scale is not None:
+        factors = double(sublayer.layer_scale)
+        proj, proj_constant = proj * factors[:, None], proj_constant * factors
+    return FoldedAttention(qkv, constant, proj, proj_constant, scale if has_norm else 1.0)
 
 
-def pack_attention(
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    in_cols: Tensor | None,
-    out_cols: Tensor | None,
-    q_norm_weight: Tensor | None,
-    q_norm_bias: Tensor | None,
-    k_norm_weight: Tensor | None,
-    k_norm_bias: Tensor | None,
-    qk_widths: Sequence[int],
-    v_widths: Sequence[int],
-    scale: float,
-    eps: float,
-    qk_eps: float,
-    weights: str = "float32",
-) -> PackedSublayer:
-    """Fold the constants of an attention sublayer and pack its two matrices. Arguments as attention_sublayer, then one
-    of ``dispatch.WEIGHTS``."""
-    n_qk = sum(qk_widths)
-    qk_norm = qk_norm_table(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias) if qk_widths else None
-    folded = fold_attention(
-        norm_weight,
-        norm_bias,
-        qkv_weight,
-        qkv_bias,
-        proj_weight,
-        proj_bias,
-        layer_scale,
-        in_cols,
-        n_qk,
-        scale,
-        qk_norm is not None,
-    )
-    panels = [_panels(folded.qkv[rows], folded.qkv_bias[rows], weights) for rows in _qkv_rows(n_qk)]
+def pack_attention(sublayer: AttentionSublayer, weights: str = "float32") -> PackedSublayer:
+    """Fold the constants of an attention sublayer and pack its two matrices, as one of ``dispatch.WEIGHTS``."""
+    qk_widths, v_widths = sublayer.qk_widths, sublayer.v_widths
+    qk_norm = qk_norm_table(*sublayer.norms) if qk_widths else None
+    folded = fold_attention(sublayer)
+    panels = [_panels(folded.qkv[rows], folded.qkv_bias[rows], weights) for rows in _qkv_rows(sum(qk_widths))]
     panels.append(_panels(folded.proj, folded.proj_bias, weights))
     if qk_norm is not None:
         panels.append(qk_norm.flatten().view(panels[0].dtype))
-    layout = [packing(), _ATTENTION, len(qk_widths), int(qk_norm is not None), *_columns(in_cols), *_columns(out_cols)]
-    constants = (eps, qk_eps, folded.scale)
-    return PackedSublayer(torch.cat(panels), torch.tensor([*layout, *qk_widths, *v_widths], device="cpu"), constants)
+    layout = [packing(), _ATTENTION, len(qk_widths), int(qk_norm is not None)]
+    layout += [*_columns(sublayer.in_cols), *_columns(sublayer.out_cols), *qk_widths, *v_widths]
+    constants = (sublayer.eps, sublayer.qk_eps, folded.scale)
+    return PackedSublayer(torch.cat(panels), torch.tensor(layout, device="cpu"), constants)
 
 
 def _qkv_rows(n_qk: int) -> tuple[slice, slice, slice]:
@@ -312,83 +250,66 @@ def _qkv_rows(n_qk: int) -> tuple[slice, slice, slice]:
     return slice(0, n_qk), slice(n_qk, 2 * n_qk), slice(2 * n_qk, None)
 
 
-def fold_mlp(
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    in_cols: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def fold_mlp(sublayer: MlpSublayer) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """fc1, its bias, fc2 and its bias, float64, with LayerNorm's affine part and layer scale folded in."""
-    fc2_constant = None if fc2_bias is None else double(fc2_bias)
+    fc2_constant = None if sublayer.fc2_bias is None else double(sublayer.fc2_bias)
     return (
-        *fold_norm(fc1_weight, fc1_bias, norm_weight, norm_bias, in_cols),
-        *fold_layer_scale(double(fc2_weight), fc2_constant, layer_scale),
+        *fold_norm(sublayer.fc1_weight, sublayer.fc1_bias, sublayer.norm_weight, sublayer.norm_bias, sublayer.in_cols),
+        *fold_layer_scale(double(sublayer.fc2_weight), fc2_constant, sublayer.layer_scale),
     )
 
 
-def pack_mlp(
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    in_cols: Tensor | None,
-    out_cols: Tensor | None,
-    activation: str,
-    eps: float,
-    weights: str = "float32",
-) -> PackedSublayer:
-    """Fold the constants of an MLP sublayer and pack its two matrices. Arguments as mlp_sublayer, then one of
-    ``dispatch.WEIGHTS``."""
-    fc1, fc1_constant, fc2, fc2_constant = fold_mlp(
-        norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, in_cols
-    )
-    layout = [packing(), _MLP, fc1.shape[0], ACTIVATION_IDS[activation], *_columns(in_cols), *_columns(out_cols)]
+def pack_mlp(sublayer: MlpSublayer, weights: str = "float32") -> PackedSublayer:
+    """Fold the constants of an MLP sublayer and pack its two matrices, as one of ``dispatch.WEIGHTS``."""
+    fc1, fc1_constant, fc2, fc2_constant = fold_mlp(sublayer)
+    layout = [packing(), _MLP, fc1.shape[0], ACTIVATION_IDS[sublayer.activation]]
+    layout += [*_columns(sublayer.in_cols), *_columns(sublayer.out_cols)]
     panels = torch.cat([_panels(fc1, fc1_constant, weights), _panels(fc2, fc2_constant, weights)])
-    return PackedSublayer(panels, torch.tensor(layout, device="cpu"), (eps, 0.0, 1.0))
+    return PackedSublayer(panels, torch.tensor(layout, device="cpu"), (sublayer.eps, 0.0, 1.0))
 
 
-def packed_linear(
+def pack_sublayer(sublayer: Sublayer, weights: str = "float32") -> PackedSublayer:
+    """A packed form that no cache holds, with weights of one of ``dispatch.WEIGHTS``.
+
+    Raises:
+        ValueError: for weights that are not float32 on the CPU.
+    """
+    _check_weights(sublayer.tensors)
+    if isinstance(sublayer, AttentionSublayer):
+        return pack_attention(sublayer, weights)
+    return pack_mlp(sublayer, weights)
+
+
+def packed(sublayer: Sublayer) -> PackedSublayer:
+    """The packed form in float32, from the cache or made now."""
+    return _cache.get(sublayer.key, sublayer.tensors, sublayer.constants, lambda: pack_sublayer(sublayer))
+
+
+def rounded_reference(
+    sublayer: Sublayer,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_cols: Tensor | None,
-    out_cols: Tensor | None,
-    out_features: int,
-    activation: str,
+    linear: Callable[..., Tensor],
+    attention: Callable[..., Tensor] = reference.ragged_attention,
 ) -> Tensor:
-    def pack() -> PackedLinear:
-        _check_weights((weight, bias))
-        panels = _panels(weight.detach(), None if bias is None else bias.detach())
-        gather, scatter = (None if cols is None else cols.contiguous() for cols in (in_cols, out_cols))
-        kept, act = weight.shape[0], ACTIVATION_IDS[activation]
-        return PackedLinear(panels, packing(), gather, scatter, kept, out_features, act)
+    """What :func:`pack_sublayer` with rounded weights computes, in plain PyTorch.
 
-    return _cache.get(weight, (weight, bias, in_cols, out_cols), (out_features, activation), pack)(x)
-
-
-def ragged_attention(
-    qkv: Tensor,
-    q_norm_weight: Tensor | None,
-    q_norm_bias: Tensor | None,
-    k_norm_weight: Tensor | None,
-    k_norm_bias: Tensor | None,
-    qk_widths: Sequence[int],
-    v_widths: Sequence[int],
-    scale: float,
-    eps: float,
-    num_queries: int,
-) -> Tensor:
-    qk_norm = qk_norm_table(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias)
-    return torch.ops.gohsp_kernels.cpu_attention(
-        qkv, _widths(qk_widths, v_widths), qk_norm, scale, eps, sum(v_widths), num_queries
-    )
+    Args:
+        sublayer: whose constants are folded as packing folds them.
+        x: [batch, tokens, features].
+        linear: ``reference.int8_linear`` with its levels bound, or ``reference.bf16_linear``.
+        attention: ``reference.bf16_attention`` for the latter.
+    """
+    plain: dict[str, Any] = {"norm_weight": None, "norm_bias": None, "layer_scale": None}
+    if isinstance(sublayer, MlpSublayer):
+        fc1, fc1_bias, fc2, fc2_bias = fold_mlp(sublayer)
+        plain |= {"fc1_weight": fc1, "fc1_bias": fc1_bias, "fc2_weight": fc2, "fc2_bias": fc2_bias}
+        return reference.mlp_sublayer(replace(sublayer, **plain), x, None, linear)
+    folded = fold_attention(sublayer)
+    plain |= {"qkv_weight": folded.qkv, "qkv_bias": folded.qkv_bias, "scale": folded.scale}
+    plain |= {"proj_weight": folded.proj, "proj_bias": folded.proj_bias}
+    norms = zip(NORMS, sublayer.norms, strict=True)
+    plain |= {name: None if norm is None else norm.to(x.dtype) for name, norm in norms}
+    return reference.attention_sublayer(replace(sublayer, **plain), x, x.shape[1], linear, attention)
 
 
 def run_packed(x: Tensor, sublayers: Sequence[PackedSublayer], num_queries: int) -> Tensor:
@@ -402,100 +323,83 @@ def run_packed(x: Tensor, sublayers: Sequence[PackedSublayer], num_queries: int)
     )
 
 
-@dataclass(frozen=True)
-class Sublayer:
-    """A sublayer of a chain before it is packed.
+def packed_linear(linear: Linear, x: Tensor, _: int | None = None) -> Tensor:
+    """See :func:`gohsp_kernels.packed_linear`."""
 
-    Attributes:
-        name: "attention_sublayer" or "mlp_sublayer".
-        tensors: the tensor arguments of that operator but for x, in the order of its schema.
-        constants: its other arguments in that order, but for num_queries.
-        check: raises for arguments that do not fit together; called before they are packed.
-    """
+    def pack() -> PackedLinear:
+        weight, bias = linear.weight, linear.bias
+        _check_weights((weight, bias))
+        panels = _panels(weight.detach(), None if bias is None else bias.detach())
+        gather, scatter = (None if cols is None else cols.contiguous() for cols in (linear.in_cols, linear.out_cols))
+        kept, activation = weight.shape[0], ACTIVATION_IDS[linear.activation]
+        return PackedLinear(panels, packing(), gather, scatter, kept, linear.out_features, activation)
 
-    name: str
-    tensors: Sequence[Any]
-    constants: tuple[Any, ...]
-    check: Callable[[], None]
-
-    def packed(self) -> PackedSublayer:
-        """The packed form in float32, from the cache or made now."""
-        # The key is qkv_weight or fc1_weight: of all the tensors the one that is never None.
-        return _cache.get(self.tensors[2], self.tensors, self.constants, self.pack)
-
-    def pack(self, weights: str = "float32") -> PackedSublayer:
-        """A packed form that no cache holds, with weights of one of ``dispatch.WEIGHTS``."""
-        self.check()
-        _check_weights(self.tensors)
-        return _PACK[self.name](*self.tensors, *self.constants, weights)
-
-    def rounded_reference(
-        self, x: Tensor, linear: Callable[..., Tensor], attention: Callable[..., Tensor] = reference.ragged_attention
-    ) -> Tensor:
-        """What :meth:`pack` with rounded weights computes, in plain PyTorch.
-
-        Args:
-            x: [batch, tokens, features].
-            linear: ``reference.int8_linear`` with its levels bound, or ``reference.bf16_linear``.
-            attention: ``reference.bf16_attention`` for the latter.
-        """
-        tensors, constants = self.tensors, self.constants
-        columns, arguments = tuple(tensors[7:9]), tuple(tensors[:8])
-        if self.name == "mlp_sublayer":
-            arguments = (x, None, None, *fold_mlp(*arguments), None, *columns, *constants, linear)
-            return reference.mlp_sublayer(*arguments)
-        qk_widths, v_widths, scale, eps, qk_eps = constants
-        norms = [None if t is None else t.to(x.dtype) for t in tensors[9:13]]
-        arguments = (*arguments, sum(qk_widths), scale, norms[0] is not None)
-        folded = fold_attention(*arguments)
-        matrices = (folded.qkv, folded.qkv_bias, folded.proj, folded.proj_bias)
-        layout = (qk_widths, v_widths, folded.scale, eps, qk_eps, x.shape[1])
-        arguments = (x, None, None, *matrices, None, *columns, *norms, *layout, linear, attention)
-        return reference.attention_sublayer(*arguments)
+    return _cache.get(linear.key, linear.tensors, linear.constants, pack)(x)
 
 
-_PACK: dict[str, Callable[..., PackedSublayer]] = {"attention_sublayer": pack_attention, "mlp_sublayer": pack_mlp}
+def ragged_attention(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor:
+    """See :func:`gohsp_kernels.ragged_attention`."""
+    return torch.ops.gohsp_kernels.cpu_attention(
+        qkv,
+        _widths(heads.qk_widths, heads.v_widths),
+        qk_norm_table(*heads.norms),
+        heads.scale,
+        heads.eps,
+        sum(heads.v_widths),
+        num_queries,
+    )
 
 
-def _already_checked() -> None:
-    """The public operators check their arguments before they come here."""
+def attention_sublayer(sublayer: AttentionSublayer, x: Tensor, num_queries: int) -> Tensor:
+    """See :func:`gohsp_kernels.attention_sublayer`."""
+    return run_packed(x, [packed(sublayer)], num_queries)
 
 
-def attention_sublayer(x: Tensor, *arguments: Any) -> Tensor:
-    """Arguments in the order of the schema: 13 tensors, then qk_widths, v_widths, scale, eps, qk_eps, num_queries."""
-    sublayer = Sublayer("attention_sublayer", arguments[:13], arguments[13:18], _already_checked)
-    return run_packed(x, [sublayer.packed()], arguments[18])
-
-
-def mlp_sublayer(x: Tensor, *arguments: Any) -> Tensor:
-    """Arguments in the order of the schema: 9 tensors, then activation and eps."""
-    sublayer = Sublayer("mlp_sublayer", arguments[:9], arguments[9:], _already_checked)
+def mlp_sublayer(sublayer: MlpSublayer, x: Tensor, _: int | None = None) -> Tensor:
+    """See :func:`gohsp_kernels.mlp_sublayer`."""
     # Rows are independent here, so the whole batch is one image of many tokens.
     rows = x.reshape(1, -1, x.shape[-1]) if x.numel() else x.new_empty(1, 0, x.shape[-1])
-    return run_packed(rows, [sublayer.packed()], rows.shape[1]).view(x.shape)
+    return run_packed(rows, [packed(sublayer)], rows.shape[1]).view(x.shape)
 
 
-class PackedChain:
-    """Packed sublayers of a chain, packed again when one of their tensors has changed.
+_RUN: dict[str, Callable[..., Tensor]] = {
+    "packed_linear": packed_linear,
+    "ragged_attention": ragged_attention,
+    "attention_sublayer": attention_sublayer,
+    "mlp_sublayer": mlp_sublayer,
+}
 
-    Args:
-        features: of the x that it will be called with.
-        sublayers: in their order.
-    """
 
-    def __init__(self, features: int, sublayers: Sequence[Sublayer]) -> None:
-        self.features = features
-        self._sublayers = sublayers
-        self._tensors = [t for s in sublayers for t in s.tensors if t is not None]
-        self._entry: tuple[Stamp, list[PackedSublayer]] | None = None
+class CpuBackend:
+    """The native kernels on CPU tensors in float32."""
 
-    def __call__(self, x: Tensor, num_queries: int) -> Tensor:
-        return run_packed(x, self.current(), num_queries)
+    name = "cpu"
 
-    def current(self) -> list[PackedSublayer]:
-        """The packed sublayers as their tensors are now."""
-        entry = self._entry = up_to_date(self._entry, self._tensors, (), self._pack)
-        return entry[1]
+    def missing(self, request: Request) -> str:
+        native = _native.load()
+        if not native:
+            return native.reason
+        if request.device.type != "cpu":
+            return f"runs on CPU tensors; got a tensor on {request.device.type}"
+        if request.dtype != torch.float32:
+            return f"runs in float32; got {request.dtype}"
+        if request.needs_grad:
+            return "has no backward; call under torch.no_grad() or use the backend 'reference'"
+        if request.weights == "bfloat16" and capability() != "amx":
+            return f"needs AMX for bfloat16 weights; runs on {capability()}"
+        return ""
 
-    def _pack(self) -> list[PackedSublayer]:
-        return [sublayer.packed() for sublayer in self._sublayers]
+    def only_named(self, request: Request) -> str:
+        return ""
+
+    def priority(self, request: Request) -> int:
+        return 30
+
+    def run(self, operator: Descriptor, x: Tensor, num_queries: int | None) -> Tensor:
+        return _RUN[operator.name](operator, x, num_queries)
+
+    def chain(self, x: Tensor, sublayers: Sequence[Sublayer]) -> PackedChain:
+        return PackedChain(x, sublayers, lambda sublayer, _: packed(sublayer), run_packed)
+
+
+register(CpuBackend())

@@ -23,20 +23,18 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _native, cpu
+from . import _gpu, _native
 from ._cache import PackedCache
 from ._packing import double, fold_norm, kept_first, qk_norm_table, round_up
-from .cpu import ACTIVATION_IDS
+from .activations import ACTIVATION_IDS
+from .descriptors import Attention, AttentionSublayer, Descriptor, Linear, MlpSublayer, Sublayer
+from .registry import PackedChain, Request, register
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-OLDEST_CAPABILITY = (8, 0)
-WIDEST_HEAD = 128
 CHUNK_BYTES = 16
 CHANNELS = 8  # heads begin at multiples of so many channels, and hidden neurons are padded to it
 MANY_ROWS = 16384
@@ -44,43 +42,6 @@ MANY_ROWS = 16384
 _ATTENTION, _MLP = 0, 1  # kinds of sublayer in a layout
 _DIRECT, _CHUNKS, _COPY = 0, 1, 2  # forms of an input
 _BIAS, _ROW_SUM, _SCALE = 1, 2, 4  # parts of a matrix
-
-
-def missing(
-    device: torch.device,
-    dtype: torch.dtype,
-    needs_grad: bool = False,
-    capability: tuple[int, int] | None = None,
-    widest_head: int = 0,
-) -> str:
-    """Why the backend cannot run a call, or the empty string if it can.
-
-    Args:
-        device: where the tensors are.
-        dtype: of the activations.
-        needs_grad: whether the result must be differentiable.
-        capability: compute capability to judge by; None for that of ``device``.
-        widest_head: most channels that a head has.
-    """
-    library = _native.load_cuda()
-    if not library:
-        return library.reason
-    if dtype not in DTYPES:
-        return f"runs in float32, float16 and bfloat16; got {dtype}"
-    if widest_head > WIDEST_HEAD:
-        return f"takes heads of at most {WIDEST_HEAD} channels; got {widest_head}"
-    if needs_grad:
-        return "has no backward; call under torch.no_grad() or use the backend 'triton' or 'reference'"
-    if device.type != "cuda" or torch.version.hip:
-        return f"runs on NVIDIA GPUs; got a tensor on {'hip' if device.type == 'cuda' else device.type}"
-    if capability is None:
-        if not torch.cuda.is_available():
-            return "needs a GPU, and PyTorch finds none"
-        capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_CAPABILITY:
-        wanted, got = (".".join(map(str, c)) for c in (OLDEST_CAPABILITY, capability))
-        return f"needs compute capability {wanted} or newer; the GPU has {got}"
-    return ""
 
 
 def goes_first(device: torch.device, rows: int, capability: tuple[int, int] | None = None) -> bool:
@@ -91,7 +52,7 @@ def goes_first(device: torch.device, rows: int, capability: tuple[int, int] | No
     starting its kernels takes longest.
     """
     if capability is None:
-        capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else OLDEST_CAPABILITY
+        capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else _gpu.OLDEST_CAPABILITY
     return capability < (10, 0) or rows <= MANY_ROWS
 
 
@@ -218,36 +179,18 @@ def _spread(
     return _Output(None, *whole)  # type: ignore[arg-type]
 
 
-def _check_columns(argument: str, cols: Tensor | None, features: int) -> None:
-    """The kernels trust the lists, so what is in them is looked at once, when they are packed."""
-    if cols is not None and len(cols):
-        ascending = bool((cols[1:] > cols[:-1]).all())
-        if not ascending or int(cols[0]) < 0 or int(cols[-1]) >= features:
-            raise ValueError(f"{argument}: wanted ascending columns in [0, {features}); got {cols.tolist()}")
-
-
 def _check_weights(x: Tensor, tensors: Sequence[Tensor | None]) -> None:
     for tensor in tensors:
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"weights: wanted tensors on {x.device}, as x; got one on {tensor.device}")
 
 
-def _pack_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_cols: Tensor | None,
-    out_cols: Tensor | None,
-    out_features: int,
-    activation: str,
-) -> Packed:
-    features = x.shape[-1]
-    _check_weights(x, (weight, bias, in_cols, out_cols))
-    _check_columns("in_cols", in_cols, features)
-    _check_columns("out_cols", out_cols, out_features)
-    parts = _Parts(x.dtype, x.device, [features, out_features, ACTIVATION_IDS[activation]])
-    target = _spread(weight.detach(), bias, None, out_cols, out_features, x.dtype)
-    source = _arrange(target.weight, in_cols, features, x.dtype, norm=False)
+def _pack_linear(linear: Linear, x: Tensor) -> Packed:
+    features, out_features = x.shape[-1], linear.out_features
+    _check_weights(x, linear.tensors)
+    parts = _Parts(x.dtype, x.device, [features, out_features, ACTIVATION_IDS[linear.activation]])
+    target = _spread(linear.weight.detach(), linear.bias, None, linear.out_cols, out_features, x.dtype)
+    source = _arrange(target.weight, linear.in_cols, features, x.dtype, norm=False)
     parts.matrix(source.weight, target.bias, None)
     parts.layout += [source.form, source.count]
     parts.table(source.table)
@@ -320,42 +263,22 @@ def _moved(tensor: Tensor, dim: int, channels: _Channels, size: int) -> Tensor:
     return tensor.new_zeros(shape).index_copy(dim, target, tensor.index_select(dim, source))
 
 
-def pack_attention(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    in_cols: Tensor | None,
-    out_cols: Tensor | None,
-    q_norm_weight: Tensor | None,
-    q_norm_bias: Tensor | None,
-    k_norm_weight: Tensor | None,
-    k_norm_bias: Tensor | None,
-    qk_widths: tuple[int, ...],
-    v_widths: tuple[int, ...],
-    scale: float,
-    eps: float,
-    qk_eps: float,
-) -> Packed:
-    """An attention sublayer for activations like ``x`` [..., features]. Other arguments as attention_sublayer."""
+def pack_attention(sublayer: AttentionSublayer, x: Tensor) -> Packed:
+    """An attention sublayer for activations like ``x`` [..., features]."""
     features = x.shape[-1]
-    _check_columns("in_cols", in_cols, features)
-    _check_columns("out_cols", out_cols, features)
-    heads = _Heads.of(tuple(qk_widths), tuple(v_widths))
-    qkv, bias = fold_norm(qkv_weight, qkv_bias, norm_weight, norm_bias, in_cols)
+    heads = _Heads.of(sublayer.qk_widths, sublayer.v_widths)
+    qkv, bias = fold_norm(
+        sublayer.qkv_weight, sublayer.qkv_bias, sublayer.norm_weight, sublayer.norm_bias, sublayer.in_cols
+    )
     qkv = _moved(qkv, 0, heads.rows, heads.qkv_channels)
     bias = _moved(bias, 0, heads.rows, heads.qkv_channels)
-    source = _arrange(qkv, in_cols, features, x.dtype, norm=True)
-    norm = qk_norm_table(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias) if heads.table else None
+    source = _arrange(qkv, sublayer.in_cols, features, x.dtype, norm=True)
+    norm = qk_norm_table(*sublayer.norms) if heads.table else None
     norm_width = 0 if norm is None else norm.shape[1]
     parts = _Parts(x.dtype, x.device, [_ATTENTION, features, len(heads.table), heads.widest, norm_width])
     parts.matrix(source.weight, bias, None, row_sum=source.form != _COPY)
-    proj = _moved(double(proj_weight), 1, heads.columns, heads.out_channels)
-    target = _spread(proj, proj_bias, layer_scale, out_cols, features, x.dtype)
+    proj = _moved(double(sublayer.proj_weight), 1, heads.columns, heads.out_channels)
+    target = _spread(proj, sublayer.proj_bias, sublayer.layer_scale, sublayer.out_cols, features, x.dtype)
     parts.matrix(target.weight, target.bias, target.scale)
     parts.layout += [source.form, source.count]
     parts.table(source.table)
@@ -363,62 +286,46 @@ def pack_attention(
     parts.tables.append(torch.tensor(heads.table, dtype=torch.int32, device=x.device).flatten())
     if norm is not None:
         parts.vectors.append(norm)
-    return parts.packed(eps, qk_eps, scale)
+    return parts.packed(sublayer.eps, sublayer.qk_eps, sublayer.scale)
 
 
-def pack_mlp(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    in_cols: Tensor | None,
-    out_cols: Tensor | None,
-    activation: str,
-    eps: float,
-) -> Packed:
-    """An MLP sublayer for activations like ``x`` [..., features]. Other arguments as mlp_sublayer."""
+def pack_mlp(sublayer: MlpSublayer, x: Tensor) -> Packed:
+    """An MLP sublayer for activations like ``x`` [..., features]."""
     features = x.shape[-1]
-    _check_columns("in_cols", in_cols, features)
-    _check_columns("out_cols", out_cols, features)
-    fc1, bias = fold_norm(fc1_weight, fc1_bias, norm_weight, norm_bias, in_cols)
+    fc1, bias = fold_norm(
+        sublayer.fc1_weight, sublayer.fc1_bias, sublayer.norm_weight, sublayer.norm_bias, sublayer.in_cols
+    )
     added = -fc1.shape[0] % CHANNELS  # neurons of zero: every activation keeps zero
     fc1, bias = (torch.cat([t, t.new_zeros(added, *t.shape[1:])]) for t in (fc1, bias))
-    source = _arrange(fc1, in_cols, features, x.dtype, norm=True)
-    parts = _Parts(x.dtype, x.device, [_MLP, features, ACTIVATION_IDS[activation]])
+    source = _arrange(fc1, sublayer.in_cols, features, x.dtype, norm=True)
+    parts = _Parts(x.dtype, x.device, [_MLP, features, ACTIVATION_IDS[sublayer.activation]])
     parts.matrix(source.weight, bias, None, row_sum=source.form != _COPY)
-    target = _spread(F.pad(fc2_weight, (0, added)), fc2_bias, layer_scale, out_cols, features, x.dtype)
+    fc2 = F.pad(sublayer.fc2_weight, (0, added))
+    target = _spread(fc2, sublayer.fc2_bias, sublayer.layer_scale, sublayer.out_cols, features, x.dtype)
     parts.matrix(target.weight, target.bias, target.scale)
     parts.layout += [source.form, source.count]
     parts.table(source.table)
     parts.table(target.table)
-    return parts.packed(eps)
+    return parts.packed(sublayer.eps)
 
 
 _cache = PackedCache()
-_PACK: dict[str, Callable[..., Packed]] = {"attention_sublayer": pack_attention, "mlp_sublayer": pack_mlp}
+_PACK: dict[str, Callable[..., Packed]] = {
+    "packed_linear": _pack_linear,
+    "attention_sublayer": pack_attention,
+    "mlp_sublayer": pack_mlp,
+}
 
 
-def packed_sublayer(name: str, x: Tensor, tensors: Sequence[Tensor | None], constants: tuple[Any, ...]) -> Packed:
-    """The packed form of a sublayer for activations like ``x``, from the cache or made now.
-
-    Args:
-        name: "attention_sublayer" or "mlp_sublayer".
-        x: [..., features].
-        tensors: the tensor arguments of that operator but for x, in the order of its schema.
-        constants: its other arguments in that order, but for num_queries.
-    """
+def packed(operator: Linear | Sublayer, x: Tensor) -> Packed:
+    """The packed form for activations like ``x`` [..., features], from the cache or made now."""
 
     def pack() -> Packed:
-        _check_weights(x, tensors)
-        return _PACK[name](x, *tensors, *constants)
+        _check_weights(x, operator.tensors)
+        return _PACK[operator.name](operator, x)
 
-    key = tensors[2]  # qkv_weight or fc1_weight: of all the tensors the one that is never None
-    assert key is not None
-    return _cache.get(key, tensors, (x.dtype, x.shape[-1], *constants), pack)
+    constants = (x.dtype, x.shape[-1], *operator.constants)
+    return _cache.get(operator.key, operator.tensors, constants, pack)
 
 
 def run_packed(x: Tensor, sublayers: Sequence[Packed], num_queries: int) -> Tensor:
@@ -435,20 +342,11 @@ def run_packed(x: Tensor, sublayers: Sequence[Packed], num_queries: int) -> Tens
     )
 
 
-def packed_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_cols: Tensor | None,
-    out_cols: Tensor | None,
-    out_features: int,
-    activation: str,
-) -> Tensor:
-    arguments = (weight, bias, in_cols, out_cols, out_features, activation)
-    constants = (x.dtype, x.shape[-1], out_features, activation)
-    packed = _cache.get(weight, arguments[:4], constants, lambda: _pack_linear(x, *arguments))
+def packed_linear(linear: Linear, x: Tensor, _: int | None = None) -> Tensor:
+    """See :func:`gohsp_kernels.packed_linear`."""
+    form = packed(linear, x)
     return torch.ops.gohsp_kernels.cuda_linear(
-        x, packed.weights, packed.vectors, packed.tables, packed.layout, out_features, _uses_tf32()
+        x, form.weights, form.vectors, form.tables, form.layout, linear.out_features, _uses_tf32()
     )
 
 
@@ -461,79 +359,75 @@ def _head_table(qk_widths: tuple[int, ...], v_widths: tuple[int, ...], device: t
     return torch.tensor(table, dtype=torch.int32, device=device).reshape(-1, 6)
 
 
-def ragged_attention(
-    qkv: Tensor,
-    q_norm_weight: Tensor | None,
-    q_norm_bias: Tensor | None,
-    k_norm_weight: Tensor | None,
-    k_norm_bias: Tensor | None,
-    qk_widths: tuple[int, ...],
-    v_widths: tuple[int, ...],
-    scale: float,
-    eps: float,
-    num_queries: int,
-) -> Tensor:
-    qk_widths, v_widths = tuple(qk_widths), tuple(v_widths)
+def ragged_attention(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor:
+    """See :func:`gohsp_kernels.ragged_attention`."""
+    widths = (*heads.qk_widths, *heads.v_widths)
     per_chunk = CHUNK_BYTES // qkv.element_size()
     return torch.ops.gohsp_kernels.cuda_attention(
         qkv,
-        _head_table(qk_widths, v_widths, qkv.device),
-        qk_norm_table(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias) if any(v_widths) else None,
-        max((*qk_widths, *v_widths), default=0),
-        all(width % per_chunk == 0 for width in (*qk_widths, *v_widths)),
-        scale,
-        eps,
-        sum(v_widths),
+        _head_table(heads.qk_widths, heads.v_widths, qkv.device),
+        qk_norm_table(*heads.norms) if any(heads.v_widths) else None,
+        heads.widest_head,
+        all(width % per_chunk == 0 for width in widths),
+        heads.scale,
+        heads.eps,
+        sum(heads.v_widths),
         num_queries,
         _uses_tf32(),
     )
 
 
-def attention_sublayer(x: Tensor, *arguments: Any) -> Tensor:
-    """Arguments in the order of the schema: 13 tensors, then qk_widths, v_widths, scale, eps, qk_eps, num_queries."""
-    packed = packed_sublayer("attention_sublayer", x, arguments[:13], arguments[13:18])
-    return run_packed(x, [packed], arguments[18])
+def attention_sublayer(sublayer: AttentionSublayer, x: Tensor, num_queries: int) -> Tensor:
+    """See :func:`gohsp_kernels.attention_sublayer`."""
+    return run_packed(x, [packed(sublayer, x)], num_queries)
 
 
-def mlp_sublayer(x: Tensor, *arguments: Any) -> Tensor:
-    """Arguments in the order of the schema: 9 tensors, then activation and eps."""
+def mlp_sublayer(sublayer: MlpSublayer, x: Tensor, _: int | None = None) -> Tensor:
+    """See :func:`gohsp_kernels.mlp_sublayer`."""
     # Rows are independent here, so the whole batch is one image of many tokens.
     rows = x.reshape(1, -1, x.shape[-1]) if x.numel() else x.new_empty(1, 0, x.shape[-1])
-    return run_packed(rows, [packed_sublayer("mlp_sublayer", x, arguments[:9], arguments[9:])], rows.shape[1]).view(
-        x.shape
-    )
+    return run_packed(rows, [packed(sublayer, x)], rows.shape[1]).view(x.shape)
 
 
-@dataclass(frozen=True)
-class SublayerLike(cpu.Sublayer):
-    """A sublayer of a chain, packed for activations like ``like`` [0, features]."""
-
-    like: Tensor
-
-    def packed(self) -> Any:
-        self.check()
-        return packed_sublayer(self.name, self.like, self.tensors, self.constants)
+_RUN: dict[str, Callable[..., Tensor]] = {
+    "packed_linear": packed_linear,
+    "ragged_attention": ragged_attention,
+    "attention_sublayer": attention_sublayer,
+    "mlp_sublayer": mlp_sublayer,
+}
 
 
-class PackedChain(cpu.PackedChain):
-    """Packed sublayers of a chain, packed again when one of their tensors has changed.
+class CudaBackend:
+    """The kernels in CUDA C++ on NVIDIA GPUs, for inference."""
 
-    Args:
-        x: [batch, tokens, features], of the dtype and device that it will be called with.
-        sublayers: in their order.
-    """
+    name = "cuda"
 
-    member: type[SublayerLike] = SublayerLike  # what packs each of the sublayers
+    def missing(self, request: Request) -> str:
+        library = _native.load_cuda()
+        if not library:
+            return library.reason
+        if reason := _gpu.missing_numbers(request):
+            return reason
+        if request.needs_grad:
+            return "has no backward; call under torch.no_grad() or use the backend 'triton' or 'reference'"
+        kind = request.device.type
+        if kind != "cuda" or torch.version.hip:
+            return f"runs on NVIDIA GPUs; got a tensor on {'hip' if kind == 'cuda' else kind}"
+        return _gpu.missing_device(request)
 
-    def __init__(self, x: Tensor, sublayers: Sequence[cpu.Sublayer]) -> None:
-        self._like = x.new_empty(0, x.shape[2])
-        own = [self.member(s.name, s.tensors, s.constants, s.check, self._like) for s in sublayers]
-        super().__init__(x.shape[2], own)
+    def only_named(self, request: Request) -> str:
+        return _gpu.ON_CPU if request.device.type == "cpu" else ""
 
-    def fits(self, x: Tensor) -> bool:
-        """Whether it was packed for such an ``x``."""
-        return (x.shape[2], x.dtype, x.device) == (self.features, self._like.dtype, self._like.device)
+    def priority(self, request: Request) -> int:
+        """Above Triton's where it is faster, below elsewhere."""
+        first = request.device.type != "cuda" or goes_first(request.device, request.rows, request.capability)
+        return 20 if first else 5
 
-    def __call__(self, x: Tensor, num_queries: int) -> Tensor:
-        packed: list[Any] = list(self.current())
-        return run_packed(x, packed, num_queries)
+    def run(self, operator: Descriptor, x: Tensor, num_queries: int | None) -> Tensor:
+        return _RUN[operator.name](operator, x, num_queries)
+
+    def chain(self, x: Tensor, sublayers: Sequence[Sublayer]) -> PackedChain:
+        return PackedChain(x, sublayers, packed, run_packed)
+
+
+register(CudaBackend())

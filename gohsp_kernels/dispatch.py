@@ -19,22 +19,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import cpu, cuda
-from .triton import support as triton_support
+from . import cpu, cuda, reference  # noqa: F401 (they register themselves)
+from .registry import BACKENDS, Request
+from .triton import support  # noqa: F401
 
 log = logging.getLogger("gohsp_kernels")
-
-PREFERENCE = ("cpu", "cuda", "triton", "reference")
-"""Backends, the one that "auto" would rather take first; cuda and triton change places as :func:`_preference` says."""
 
 WEIGHTS = ("float32", "bfloat16", "int8")
 """Forms that the weights of a frozen chain can have: see :func:`gohsp_kernels.reference.bf16_linear` and
 :func:`gohsp_kernels.reference.int8_linear`."""
 
 ENVIRONMENT_VARIABLE = "GOHSP_BACKEND"
-
-UNPROVEN_BACKWARD = "its backward kernels have not been run on a GPU yet; it trains where it is named"
-"""Why "auto" leaves calls that need gradients to the reference."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +44,8 @@ class Support:
 
 
 def _check_name(name: str) -> str:
-    if name not in ("auto", *PREFERENCE):
-        raise ValueError(f"backend: wanted one of 'auto', {', '.join(map(repr, PREFERENCE))}; got {name!r}")
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"backend: wanted one of 'auto', {', '.join(map(repr, BACKENDS))}; got {name!r}")
     return name
 
 
@@ -73,7 +68,7 @@ def can_run(
     """Tell whether ``backend`` can run a call on tensors of this device and dtype.
 
     Args:
-        backend: "reference", "cpu", "cuda" or "triton".
+        backend: "reference", "cpu", "cuda", "triton", or one that was registered.
         device: where the tensors are.
         dtype: of the activations and weights.
         needs_grad: whether the result must be differentiable.
@@ -90,31 +85,19 @@ def can_run(
         raise ValueError(f"weights: wanted one of {', '.join(map(repr, WEIGHTS))}; got {weights!r}")
     if weights != "float32" and backend != "cpu":
         return Support(False, f"has no {weights} weights; the backend 'cpu' has")
-    reason = _missing(backend, torch.device(device), dtype, needs_grad, compute_capability, widest_head, weights)
+    request = Request(torch.device(device), dtype, needs_grad, compute_capability, widest_head, weights)
+    return _supported(backend, request)
+
+
+def _supported(backend: str, request: Request) -> Support:
+    reason = BACKENDS[backend].missing(request)
     return Support(not reason, reason)
-
-
-def _missing(
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    needs_grad: bool,
-    capability: tuple[int, int] | None,
-    widest_head: int,
-    weights: str,
-) -> str:
-    if backend == "cpu":
-        return cpu.missing(device, dtype, needs_grad, weights)
-    if backend == "cuda":
-        return cuda.missing(device, dtype, needs_grad, capability, widest_head)
-    if backend == "triton":
-        return triton_support.missing(device, dtype, capability, widest_head)
-    return ""  # the reference runs everything
 
 
 def backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, Support]:
     """What can run here and, where not, why: one :class:`Support` for each backend."""
-    return {name: can_run(name, device, dtype) for name in PREFERENCE}
+    request = Request(torch.device(device), dtype)
+    return {name: _supported(name, request) for name in _in_order(request)}
 
 
 @contextmanager
@@ -145,11 +128,9 @@ def needs_grad(tensors: Iterable[object]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
-def _preference(device: torch.device, rows: int) -> tuple[str, ...]:
-    """The order in which "auto" tries the backends for a call on ``rows`` rows of activations."""
-    if device.type == "cuda" and not cuda.goes_first(device, rows):
-        return ("cpu", "triton", "cuda", "reference")
-    return PREFERENCE
+def _in_order(request: Request) -> list[str]:
+    """The backends in the order in which "auto" tries them."""
+    return sorted(BACKENDS, key=lambda name: -BACKENDS[name].priority(request))
 
 
 def choose(
@@ -167,21 +148,17 @@ def choose(
         RuntimeError: if the named backend cannot run the call; the message is its reason.
     """
     wanted = selected() if backend is None else _check_name(backend)
+    request = Request(device, dtype, needs_grad, widest_head=widest_head, rows=rows)
     if wanted != "auto":
-        support = can_run(wanted, device, dtype, needs_grad=needs_grad, widest_head=widest_head)
+        support = _supported(wanted, request)
         if not support:
             raise RuntimeError(f"backend {wanted!r}: {support.reason}")
         return wanted
-    for name in _preference(device, rows):
-        if name in ("cuda", "triton") and device.type == "cpu":
-            continue  # what runs there is for tests, to be named: Triton's interpreter
-        if name == "triton" and needs_grad:
-            _log_once(f"backend 'triton' passed over: {UNPROVEN_BACKWARD}")
-            continue
-        support = can_run(name, device, dtype, needs_grad=needs_grad, widest_head=widest_head)
-        if support:
+    for name in _in_order(request):
+        reason = BACKENDS[name].only_named(request) or BACKENDS[name].missing(request)
+        if not reason:
             return name
-        _log_once(f"backend {name!r} passed over: {support.reason}")
+        _log_once(f"backend {name!r} passed over: {reason}")
     raise AssertionError("the reference backend runs everything")
 
 

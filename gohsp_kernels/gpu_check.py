@@ -30,9 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, ops
+from . import descriptors, dispatch, ops
+from .activations import ACTIVATIONS
 from .graphed import GraphedModel
-from .reference import ACTIVATIONS
+
+OPERATORS = tuple(descriptors.OPERATORS)
 
 Row = dict[str, Any]
 
@@ -44,7 +46,6 @@ PRECISIONS: Mapping[str, tuple[torch.dtype, float]] = {
 }
 """Dtype, and the largest norm of an error relative to that of the result, or of ones where the result is smaller."""
 
-OPERATORS = ("packed_linear", "ragged_attention", "attention_sublayer", "mlp_sublayer")
 SANITIZERS = ("memcheck", "racecheck")
 BATCHES = (1, 8, 64)
 
@@ -267,11 +268,11 @@ def poisoned() -> Iterator[None]:
 @torch.no_grad()
 def judge_case(operator: str, backend: str, arguments: tuple[Any, ...], limit: float) -> Row:
     """A call against the reference in float64, as a whole and element by element, once more, and with x transposed."""
-    result = ops._run(operator, arguments, backend)
-    again = ops._run(operator, arguments, backend)
+    result = ops.call(operator, arguments, backend)
+    again = ops.call(operator, arguments, backend)
     x, *rest = arguments
-    strided = ops._run(operator, (x.transpose(-1, -2).contiguous().transpose(-1, -2), *rest), backend)
-    truth = ops._run(operator, convert(arguments, x.device, torch.float64), "reference")
+    strided = ops.call(operator, (x.transpose(-1, -2).contiguous().transpose(-1, -2), *rest), backend)
+    truth = ops.call(operator, convert(arguments, x.device, torch.float64), "reference")
     size = truth.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-3)
     element = float(((result.double() - truth).abs() / size).max()) if truth.numel() else 0.0
     error, same = error_of(result, truth), torch.equal(result, again) and torch.equal(result, strided)
@@ -312,7 +313,7 @@ def every_case(scope: Scope, needs_grad: bool, measure: Callable[..., float]) ->
                             scope.device,
                             dtype,
                             needs_grad=needs_grad,
-                            widest_head=ops._widest_head(arguments),
+                            widest_head=descriptors.OPERATORS[operator].from_flat(arguments[1:])[0].widest_head,
                         )
                         if support:
                             with tf32(precision.endswith("tf32")):
@@ -331,11 +332,11 @@ def every_case(scope: Scope, needs_grad: bool, measure: Callable[..., float]) ->
 @torch.no_grad()
 def forward_error(operator: str, backend: str, arguments: tuple[Any, ...]) -> float:
     """Error against the reference in float64 on the same rounded numbers; infinite if a second run differs."""
-    result = ops._run(operator, arguments, backend)
-    if not torch.equal(result, ops._run(operator, arguments, backend)):
+    result = ops.call(operator, arguments, backend)
+    if not torch.equal(result, ops.call(operator, arguments, backend)):
         return float("inf")
     double = convert(arguments, arguments[0].device, torch.float64)
-    return error_of(result, ops._run(operator, double, "reference"))
+    return error_of(result, ops.call(operator, double, "reference"))
 
 
 def gradient_error(operator: str, backend: str, arguments: tuple[Any, ...]) -> float:
@@ -343,7 +344,7 @@ def gradient_error(operator: str, backend: str, arguments: tuple[Any, ...]) -> f
 
     def gradients(arguments: tuple[Any, ...], backend: str) -> Tensor:
         leaves = [a.requires_grad_() for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
-        result = ops._run(operator, arguments, backend)
+        result = ops.call(operator, arguments, backend)
         if not result.requires_grad:  # the reference of a call without any head
             return torch.cat([torch.zeros_like(leaf).flatten() for leaf in leaves])
         grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(5)).to(result)
@@ -407,7 +408,7 @@ class Sublayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         queries = (x.shape[1],) if self.operator == "attention_sublayer" else ()
-        result: Tensor = ops._run(self.operator, (x, *self.weights, *self.constants, *queries), None)
+        result: Tensor = ops.call(self.operator, (x, *self.weights, *self.constants, *queries), None)
         return result
 
 

@@ -16,18 +16,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda x: x,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
-"""Activations that the operators know, by name."""
+from .activations import ACTIVATIONS
+from .descriptors import Attention, AttentionSublayer, Descriptor, Linear, MlpSublayer, Sublayer
+from .registry import PackedChain, Request, register
 
-
-Linear = Callable[[Tensor, Tensor, Any], Tensor]
+LinearLayer = Callable[[Tensor, Tensor, Any], Tensor]
 """x, weight, bias -> x W^T + b"""
 
 
@@ -43,18 +36,10 @@ def scatter_columns(y: Tensor, cols: Tensor | None, features: int) -> Tensor:
     return y.new_zeros(*y.shape[:-1], features).index_copy(-1, cols, y)
 
 
-def packed_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_cols: Tensor | None,
-    out_cols: Tensor | None,
-    out_features: int,
-    activation: str,
-) -> Tensor:
+def packed_linear(linear: Linear, x: Tensor, _: int | None = None) -> Tensor:
     """Gather, matrix product, bias, activation, scatter. See :func:`gohsp_kernels.packed_linear`."""
-    y = ACTIVATIONS[activation](F.linear(gather_columns(x, in_cols), weight, bias))
-    return scatter_columns(y, out_cols, out_features)
+    y = F.linear(gather_columns(x, linear.in_cols), linear.weight, linear.bias)
+    return scatter_columns(ACTIVATIONS[linear.activation](y), linear.out_cols, linear.out_features)
 
 
 def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,35 +142,24 @@ def _mean_of_values(v: Tensor, num_queries: int) -> Tensor:
     return v.mean(dim=2, keepdim=True).expand(-1, -1, num_queries, -1)
 
 
-def ragged_attention(
-    qkv: Tensor,
-    q_norm_weight: Tensor | None,
-    q_norm_bias: Tensor | None,
-    k_norm_weight: Tensor | None,
-    k_norm_bias: Tensor | None,
-    qk_widths: Sequence[int],
-    v_widths: Sequence[int],
-    scale: float,
-    eps: float,
-    num_queries: int,
-) -> Tensor:
+def ragged_attention(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor:
     """Softmax attention over heads of any widths. See :func:`gohsp_kernels.ragged_attention`.
 
     Heads of equal widths share one call of PyTorch's scaled_dot_product_attention.
     """
-    n_qk, n_v = sum(qk_widths), sum(v_widths)
+    n_qk, n_v = sum(heads.qk_widths), sum(heads.v_widths)
     q, k, v = qkv.split([n_qk, n_qk, n_v], dim=-1)
     q = q[:, :num_queries]
-    outputs: list[Tensor] = [qkv.new_empty(0)] * len(qk_widths)
-    for (qk, width), heads in _same_width_heads(qk_widths, v_widths).items():
-        ids, qk_starts, v_starts = zip(*heads, strict=True)
+    outputs: list[Tensor] = [qkv.new_empty(0)] * len(heads.qk_widths)
+    for (qk, width), members in _same_width_heads(heads.qk_widths, heads.v_widths).items():
+        ids, qk_starts, v_starts = zip(*members, strict=True)
         values = _heads(v, v_starts, width)
         if qk == 0 or width == 0:
             out = _mean_of_values(values, num_queries)
         else:
-            queries = _norm_channels(_heads(q, qk_starts, qk), q_norm_weight, q_norm_bias, eps)
-            keys = _norm_channels(_heads(k, qk_starts, qk), k_norm_weight, k_norm_bias, eps)
-            out = _attend(queries, keys, values, scale)
+            queries = _norm_channels(_heads(q, qk_starts, qk), heads.q_norm_weight, heads.q_norm_bias, heads.eps)
+            keys = _norm_channels(_heads(k, qk_starts, qk), heads.k_norm_weight, heads.k_norm_bias, heads.eps)
+            out = _attend(queries, keys, values, heads.scale)
         for head, head_out in zip(ids, out.unbind(1), strict=True):
             outputs[head] = head_out
     if not outputs:
@@ -200,31 +174,20 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tens
         return F.scaled_dot_product_attention(queries, keys, values, scale=scale)
 
 
-def bf16_attention(
-    qkv: Tensor,
-    q_norm_weight: Tensor | None,
-    q_norm_bias: Tensor | None,
-    k_norm_weight: Tensor | None,
-    k_norm_bias: Tensor | None,
-    qk_widths: Sequence[int],
-    v_widths: Sequence[int],
-    scale: float,
-    eps: float,
-    num_queries: int,
-) -> Tensor:
+def bf16_attention(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor:
     """What the CPU backend computes beside bfloat16 weights: as :func:`ragged_attention`, factors of both products
     rounded, those of the second before the softmax divides by its sum."""
-    n_qk, n_v = sum(qk_widths), sum(v_widths)
+    n_qk, n_v = sum(heads.qk_widths), sum(heads.v_widths)
     q, k, v = qkv.split([n_qk, n_qk, n_v], dim=-1)
     outputs = [qkv.new_zeros(qkv.shape[0], num_queries, 0)]
     for queries, keys, values in zip(
-        q[:, :num_queries].split(list(qk_widths), -1),
-        k.split(list(qk_widths), -1),
-        v.split(list(v_widths), -1),
+        q[:, :num_queries].split(list(heads.qk_widths), -1),
+        k.split(list(heads.qk_widths), -1),
+        v.split(list(heads.v_widths), -1),
         strict=True,
     ):
-        queries = _norm_channels(queries, q_norm_weight, q_norm_bias, eps) * scale
-        keys = _norm_channels(keys, k_norm_weight, k_norm_bias, eps)
+        queries = _norm_channels(queries, heads.q_norm_weight, heads.q_norm_bias, heads.eps) * heads.scale
+        keys = _norm_channels(keys, heads.k_norm_weight, heads.k_norm_bias, heads.eps)
         scores = _in_bf16(queries) @ _in_bf16(keys).mT
         shares = (scores - scores.amax(-1, keepdim=True)).exp()
         outputs.append((_in_bf16(shares) @ _in_bf16(values) / shares.sum(-1, keepdim=True)).to(qkv.dtype))
@@ -238,63 +201,58 @@ def _residual_add(x: Tensor, y: Tensor, layer_scale: Tensor | None, out_cols: Te
 
 
 def attention_sublayer(
+    sublayer: AttentionSublayer,
     x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    in_cols: Tensor | None,
-    out_cols: Tensor | None,
-    q_norm_weight: Tensor | None,
-    q_norm_bias: Tensor | None,
-    k_norm_weight: Tensor | None,
-    k_norm_bias: Tensor | None,
-    qk_widths: Sequence[int],
-    v_widths: Sequence[int],
-    scale: float,
-    eps: float,
-    qk_eps: float,
     num_queries: int,
-    linear: Linear = F.linear,
-    attention: Callable[..., Tensor] = ragged_attention,
+    linear: LinearLayer = F.linear,
+    attention: Callable[[Attention, Tensor, int], Tensor] = ragged_attention,
 ) -> Tensor:
     """LayerNorm, attention, layer scale, residual. See :func:`gohsp_kernels.attention_sublayer`."""
-    normed = gather_columns(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), in_cols)
-    qkv = linear(normed, qkv_weight, qkv_bias)
-    heads = attention(
-        qkv,
-        q_norm_weight,
-        q_norm_bias,
-        k_norm_weight,
-        k_norm_bias,
-        qk_widths,
-        v_widths,
-        scale,
-        qk_eps,
-        num_queries,
-    )
-    return _residual_add(x[:, :num_queries], linear(heads, proj_weight, proj_bias), layer_scale, out_cols)
+    qkv = linear(_normed(sublayer, x), sublayer.qkv_weight, sublayer.qkv_bias)
+    y = linear(attention(sublayer.attention, qkv, num_queries), sublayer.proj_weight, sublayer.proj_bias)
+    return _residual_add(x[:, :num_queries], y, sublayer.layer_scale, sublayer.out_cols)
 
 
-def mlp_sublayer(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    in_cols: Tensor | None,
-    out_cols: Tensor | None,
-    activation: str,
-    eps: float,
-    linear: Linear = F.linear,
-) -> Tensor:
+def mlp_sublayer(sublayer: MlpSublayer, x: Tensor, _: int | None = None, linear: LinearLayer = F.linear) -> Tensor:
     """LayerNorm, MLP, layer scale, residual. See :func:`gohsp_kernels.mlp_sublayer`."""
-    normed = gather_columns(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), in_cols)
-    hidden = ACTIVATIONS[activation](linear(normed, fc1_weight, fc1_bias))
-    return _residual_add(x, linear(hidden, fc2_weight, fc2_bias), layer_scale, out_cols)
+    hidden = ACTIVATIONS[sublayer.activation](linear(_normed(sublayer, x), sublayer.fc1_weight, sublayer.fc1_bias))
+    y = linear(hidden, sublayer.fc2_weight, sublayer.fc2_bias)
+    return _residual_add(x, y, sublayer.layer_scale, sublayer.out_cols)
+
+
+def _normed(sublayer: Sublayer, x: Tensor) -> Tensor:
+    """What the first matrix of a sublayer reads."""
+    normed = F.layer_norm(x, x.shape[-1:], sublayer.norm_weight, sublayer.norm_bias, sublayer.eps)
+    return gather_columns(normed, sublayer.in_cols)
+
+
+_RUN: dict[str, Callable[..., Tensor]] = {
+    "packed_linear": packed_linear,
+    "ragged_attention": ragged_attention,
+    "attention_sublayer": attention_sublayer,
+    "mlp_sublayer": mlp_sublayer,
+}
+
+
+class ReferenceBackend:
+    """Plain PyTorch: runs every call, and defines what it means."""
+
+    name = "reference"
+
+    def missing(self, request: Request) -> str:
+        return ""
+
+    def only_named(self, request: Request) -> str:
+        return ""
+
+    def priority(self, request: Request) -> int:
+        return 0
+
+    def run(self, operator: Descriptor, x: Tensor, num_queries: int | None) -> Tensor:
+        return _RUN[operator.name](operator, x, num_queries)
+
+    def chain(self, x: Tensor, sublayers: Sequence[Sublayer]) -> PackedChain | None:
+        return None
+
+
+register(ReferenceBackend())

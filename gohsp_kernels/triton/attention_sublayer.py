@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._packing import round_up
+from ..descriptors import AttentionSublayer
 from .attention import HeadLayout, attention
 from .linear import PackedLinear
 from .packing import fold_norm, pack_linear
@@ -82,26 +83,18 @@ class AlignedAttention:
     proj_weight: Tensor
 
 
-def align_attention(
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    in_cols: Tensor | None,
-    qk_widths: tuple[int, ...],
-    v_widths: tuple[int, ...],
-    qk_norm: bool,
-) -> AlignedAttention:
-    """Fold and align, in the dtype of ``qkv_weight``. Arguments as attention_sublayer; whether q and k have a norm."""
+def align_attention(sublayer: AttentionSublayer, dtype: torch.dtype) -> AlignedAttention:
+    """Fold and align a sublayer's weights; the qkv weight in ``dtype``, proj in its own."""
     # A norm on q and k divides by the width, so there the width must be the true one.
-    alignment = Alignment.of(qk_widths, v_widths, 1 if qk_norm else 8, qkv_weight.device)
-    weight, bias = fold_norm(qkv_weight, qkv_bias, norm_weight, norm_bias, in_cols)
+    align = 8 if sublayer.q_norm_weight is None else 1
+    alignment = Alignment.of(sublayer.qk_widths, sublayer.v_widths, align, sublayer.qkv_weight.device)
+    norm = sublayer.norm_weight, sublayer.norm_bias
+    weight, bias = fold_norm(sublayer.qkv_weight.to(dtype), sublayer.qkv_bias, *norm, sublayer.in_cols)
     return AlignedAttention(
         alignment.layout,
         move(weight, 0, alignment.qkv, alignment.qkv_channels),
         None if bias is None else move(bias, 0, alignment.qkv, alignment.qkv_channels),
-        move(proj_weight, 1, alignment.out, alignment.layout.out_channels),
+        move(sublayer.proj_weight, 1, alignment.out, alignment.layout.out_channels),
     )
 
 
@@ -134,57 +127,33 @@ def new_heads(qkv: Tensor, num_queries: int, layout: HeadLayout) -> Tensor:
     return qkv.new_empty(qkv.shape[0], num_queries, stride)[..., : layout.out_channels]
 
 
-def pack_attention(
-    dtype: torch.dtype,
-    features: int,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    in_cols: Tensor | None,
-    out_cols: Tensor | None,
-    q_norm_weight: Tensor | None,
-    q_norm_bias: Tensor | None,
-    k_norm_weight: Tensor | None,
-    k_norm_bias: Tensor | None,
-    qk_widths: tuple[int, ...],
-    v_widths: tuple[int, ...],
-    scale: float,
-    eps: float,
-    qk_eps: float,
-) -> PackedAttention:
-    """Prepare a sublayer for activations [batch, tokens, features] of ``dtype``. Other arguments as attention_sublayer.
-
-    Raises:
-        ValueError: for a head wider than the kernels take.
-    """
-    weights = (norm_weight, norm_bias, qkv_weight.detach().double(), qkv_bias, proj_weight.detach())
-    aligned = align_attention(*weights, in_cols, qk_widths, v_widths, q_norm_weight is not None)
+def pack_attention(sublayer: AttentionSublayer, x: Tensor) -> PackedAttention:
+    """Prepare a sublayer for activations like ``x`` [..., features]."""
+    with torch.no_grad():
+        aligned = align_attention(sublayer, torch.float64)
     channels, out_channels = aligned.qkv_weight.shape[0], aligned.layout.out_channels
+    features = x.shape[-1]
     return PackedAttention(
         pack_linear(
             aligned.qkv_weight,
             aligned.qkv_bias,
-            dtype,
+            x.dtype,
             features=features,
             out_features=channels,
-            in_cols=in_cols,
-            norm_eps=eps,
+            in_cols=sublayer.in_cols,
+            norm_eps=sublayer.eps,
         ),
         aligned.layout,
         pack_linear(
             aligned.proj_weight,
-            proj_bias,
-            dtype,
+            sublayer.proj_bias,
+            x.dtype,
             features=out_channels,
             out_features=features,
-            out_cols=out_cols,
-            layer_scale=layer_scale,
+            out_cols=sublayer.out_cols,
+            layer_scale=sublayer.layer_scale,
         ),
-        tuple(map(as_vector, (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias))),
-        scale,
-        qk_eps,
+        tuple(map(as_vector, sublayer.norms)),
+        sublayer.scale,
+        sublayer.qk_eps,
     )

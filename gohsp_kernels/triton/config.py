@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from .._gpu import WIDEST_HEAD
 from . import tuned
-from .support import WIDEST_HEAD, interpreting
+from .support import interpreting
 
 
 @dataclass(frozen=True)

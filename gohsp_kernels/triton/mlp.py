@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..descriptors import MlpSublayer
 from . import config
 from ._launch import dot_precision, launch
 from .activations import activate
@@ -187,43 +188,31 @@ def align_hidden(fc1: Tensor, bias1: Tensor | None, fc2: Tensor) -> tuple[Tensor
     return F.pad(fc1, (0, 0, 0, added)), None if bias1 is None else F.pad(bias1, (0, added)), F.pad(fc2, (0, added))
 
 
-def pack_mlp(
-    dtype: torch.dtype,
-    features: int,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    in_cols: Tensor | None,
-    out_cols: Tensor | None,
-    activation: str,
-    eps: float,
-) -> PackedMlp:
-    """Prepare a sublayer for activations [..., features] of ``dtype``. Other arguments as mlp_sublayer."""
-    weight, bias = fold_norm(fc1_weight.detach().double(), fc1_bias, norm_weight, norm_bias, in_cols)
-    weight, bias, fc2_weight = align_hidden(weight, bias, fc2_weight.detach())
+def pack_mlp(sublayer: MlpSublayer, x: Tensor) -> PackedMlp:
+    """Prepare a sublayer for activations like ``x`` [..., features]."""
+    features, norm = x.shape[-1], (sublayer.norm_weight, sublayer.norm_bias)
+    with torch.no_grad():
+        weight, bias = fold_norm(sublayer.fc1_weight.double(), sublayer.fc1_bias, *norm, sublayer.in_cols)
+        weight, bias, fc2_weight = align_hidden(weight, bias, sublayer.fc2_weight)
     hidden = weight.shape[0]
     return PackedMlp(
         pack_linear(
             weight,
             bias,
-            dtype,
+            x.dtype,
             features=features,
             out_features=hidden,
-            in_cols=in_cols,
-            norm_eps=eps,
-            activation=activation,
+            in_cols=sublayer.in_cols,
+            norm_eps=sublayer.eps,
+            activation=sublayer.activation,
         ),
         pack_linear(
             fc2_weight,
-            fc2_bias,
-            dtype,
+            sublayer.fc2_bias,
+            x.dtype,
             features=hidden,
             out_features=features,
-            out_cols=out_cols,
-            layer_scale=layer_scale,
+            out_cols=sublayer.out_cols,
+            layer_scale=sublayer.layer_scale,
         ),
     )

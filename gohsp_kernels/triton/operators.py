@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public operators on the Triton backend.
 
-Each operator takes its arguments in the order of its schema (:mod:`gohsp_kernels._schemas`). Inference packs
-parameters once and then only launches; a call that needs gradients goes through :mod:`.training`.
+Inference packs parameters once and then only launches; a call that needs gradients goes through :mod:`.training`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from .. import cuda
 from .._cache import PackedCache
+from ..descriptors import Attention, AttentionSublayer, Descriptor, Linear, MlpSublayer, Sublayer
 from ..dispatch import needs_grad
+from ..registry import PackedChain
 from . import training
 from .attention import HeadLayout, attention
 from .attention_sublayer import PackedAttention, pack_attention
@@ -27,119 +26,83 @@ from .rows import as_rows, as_tokens, as_vector
 _cache = PackedCache()
 
 
-def packed_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_cols: Tensor | None,
-    out_cols: Tensor | None,
-    out_features: int,
-    activation: str,
-) -> Tensor:
-    if needs_grad((x, weight, bias)):
-        return training.packed_linear(x, weight, bias, in_cols, out_cols, out_features, activation)
-    rows = as_rows(x)
-
-    def pack() -> PackedLinear:
-        return pack_linear(
-            weight,
-            bias,
-            x.dtype,
-            features=x.shape[-1],
-            out_features=out_features,
-            in_cols=in_cols,
-            out_cols=out_cols,
-            activation=activation,
-        )
-
-    constants = (x.dtype, x.shape[-1], out_features, activation)
-    packed = _cache.get(weight, (weight, bias, in_cols, out_cols), constants, pack)
-    return packed(rows).view(*x.shape[:-1], out_features)
+def _pack_linear(linear: Linear, x: Tensor) -> PackedLinear:
+    return pack_linear(
+        linear.weight,
+        linear.bias,
+        x.dtype,
+        features=x.shape[-1],
+        out_features=linear.out_features,
+        in_cols=linear.in_cols,
+        out_cols=linear.out_cols,
+        activation=linear.activation,
+    )
 
 
-def ragged_attention(
-    qkv: Tensor,
-    q_norm_weight: Tensor | None,
-    q_norm_bias: Tensor | None,
-    k_norm_weight: Tensor | None,
-    k_norm_bias: Tensor | None,
-    qk_widths: tuple[int, ...],
-    v_widths: tuple[int, ...],
-    scale: float,
-    eps: float,
-    num_queries: int,
-) -> Tensor:
-    norms = (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias)
-    if needs_grad((qkv, *norms)):
-        return training.ragged_attention(qkv, *norms, qk_widths, v_widths, scale, eps, num_queries)
-    layout = HeadLayout.of(qk_widths, v_widths, qkv.device)
-    return attention(as_tokens(qkv), layout, scale, num_queries, norms=[as_vector(t) for t in norms], eps=eps)
-
-
-_PACK: dict[str, Callable[..., PackedAttention | PackedMlp]] = {
+_PACK: dict[str, Callable[..., PackedLinear | PackedAttention | PackedMlp]] = {
+    "packed_linear": _pack_linear,
     "attention_sublayer": pack_attention,
     "mlp_sublayer": pack_mlp,
 }
 
 
-def packed_sublayer(
-    name: str, x: Tensor, tensors: Sequence[Tensor | None], constants: tuple[Any, ...]
-) -> PackedAttention | PackedMlp:
-    """The packed form of a sublayer for activations like ``x``, from the cache or made now.
-
-    Args:
-        name: "attention_sublayer" or "mlp_sublayer".
-        x: [..., features].
-        tensors: the tensor arguments of that operator but for x, in the order of its schema.
-        constants: its other arguments in that order, but for num_queries.
-    """
-    key = tensors[2]  # qkv_weight or fc1_weight: of all the tensors the one that is never None
-    assert key is not None
-    dtype, features = x.dtype, x.shape[-1]
-    return _cache.get(
-        key, tensors, (dtype, features, *constants), lambda: _PACK[name](dtype, features, *tensors, *constants)
-    )
+def packed(operator: Linear | Sublayer, x: Tensor) -> Any:
+    """The packed form for activations like ``x`` [..., features], from the cache or made now."""
+    constants = (x.dtype, x.shape[-1], *operator.constants)
+    return _cache.get(operator.key, operator.tensors, constants, lambda: _PACK[operator.name](operator, x))
 
 
-def attention_sublayer(x: Tensor, *arguments: Any) -> Tensor:
-    """Arguments in the order of the schema: 13 tensors, then qk_widths, v_widths, scale, eps, qk_eps, num_queries."""
-    if needs_grad((x, *arguments)):
-        return training.attention_sublayer(x, *arguments)
-    packed: Any = packed_sublayer("attention_sublayer", x, arguments[:13], arguments[13:18])
-    result: Tensor = packed(x, arguments[18])
+def packed_linear(linear: Linear, x: Tensor, _: int | None = None) -> Tensor:
+    """See :func:`gohsp_kernels.packed_linear`."""
+    result: Tensor = packed(linear, x)(as_rows(x))
+    return result.view(*x.shape[:-1], linear.out_features)
+
+
+def ragged_attention(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor:
+    """See :func:`gohsp_kernels.ragged_attention`."""
+    layout = HeadLayout.of(heads.qk_widths, heads.v_widths, qkv.device)
+    norms = [as_vector(norm) for norm in heads.norms]
+    return attention(as_tokens(qkv), layout, heads.scale, num_queries, norms=norms, eps=heads.eps)
+
+
+def attention_sublayer(sublayer: AttentionSublayer, x: Tensor, num_queries: int) -> Tensor:
+    """See :func:`gohsp_kernels.attention_sublayer`."""
+    result: Tensor = packed(sublayer, x)(x, num_queries)
     return result
 
 
-def mlp_sublayer(x: Tensor, *arguments: Any) -> Tensor:
-    """Arguments in the order of the schema: 9 tensors, then activation and eps."""
-    if needs_grad((x, *arguments)):
-        return training.mlp_sublayer(x, *arguments)
-    packed: Any = packed_sublayer("mlp_sublayer", x, arguments[:9], arguments[9:])
-    result: Tensor = packed(x)
+def mlp_sublayer(sublayer: MlpSublayer, x: Tensor, _: int | None = None) -> Tensor:
+    """See :func:`gohsp_kernels.mlp_sublayer`."""
+    result: Tensor = packed(sublayer, x)(x)
     return result
 
 
-@dataclass(frozen=True)
-class _Sublayer(cuda.SublayerLike):
-    """A sublayer of a chain, packed for Triton."""
+_RUN: dict[str, Callable[..., Tensor]] = {
+    "packed_linear": packed_linear,
+    "ragged_attention": ragged_attention,
+    "attention_sublayer": attention_sublayer,
+    "mlp_sublayer": mlp_sublayer,
+}
 
-    def packed(self) -> Any:
-        self.check()
-        return packed_sublayer(self.name, self.like, self.tensors, self.constants)
+
+def run(operator: Descriptor, x: Tensor, num_queries: int | None) -> Tensor:
+    """Compute a call, differentiably where a gradient is needed."""
+    if needs_grad((x, *operator.tensors)):
+        return training.RUN[operator.name](operator, x, num_queries)
+    return _RUN[operator.name](operator, x, num_queries)
 
 
-class PackedChain(cuda.PackedChain):
-    """Packed sublayers of a chain. Whether their tensors have changed is asked once for all of them, since on a GPU the
-    answer waits for what was launched before."""
+def chain(x: Tensor, sublayers: Sequence[Sublayer]) -> PackedChain:
+    """The chain for activations like ``x``. Whether its tensors have changed is asked once for all sublayers, since on
+    a GPU the answer waits for what was launched before."""
+    return PackedChain(x, sublayers, packed, _run_packed)
 
-    member = _Sublayer
 
-    def __call__(self, x: Tensor, num_queries: int) -> Tensor:
-        packed: list[Any] = list(self.current())
-        attentions = [i for i, sublayer in enumerate(packed) if isinstance(sublayer, PackedAttention)]
-        for i, sublayer in enumerate(packed):
-            if isinstance(sublayer, PackedAttention):
-                x = sublayer(x, num_queries if i == attentions[-1] else x.shape[1])
-            else:
-                x = sublayer(x)
-        return x[:, :num_queries]
+def _run_packed(x: Tensor, sublayers: list[Any], num_queries: int) -> Tensor:
+    attentions = [i for i, sublayer in enumerate(sublayers) if isinstance(sublayer, PackedAttention)]
+    for i, sublayer in enumerate(sublayers):
+        if isinstance(sublayer, PackedAttention):
+            x = sublayer(x, num_queries if i == attentions[-1] else x.shape[1])
+        else:
+            x = sublayer(x)
+    return x[:, :num_queries]

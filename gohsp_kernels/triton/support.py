@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the Triton backend can run a call, and why not. The answer does not need Triton itself."""
+"""The Triton backend as the others see it. Asking whether it can run a call does not need Triton itself."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-OLDEST_CAPABILITY = (8, 0)
-WIDEST_HEAD = 128
+from .. import _gpu
+from ..descriptors import Descriptor, Sublayer
+from ..registry import PackedChain, Request, register
+
+UNPROVEN_BACKWARD = "its backward kernels have not been run on a GPU yet; it trains where it is named"
+"""Why "auto" leaves calls that need gradients to the reference."""
 
 
 def interpreting() -> bool:
@@ -18,39 +23,43 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-def missing(
-    device: torch.device, dtype: torch.dtype, capability: tuple[int, int] | None = None, widest_head: int = 0
-) -> str:
-    """Why the backend cannot run a call, or the empty string if it can.
+class TritonBackend:
+    """The Triton kernels on NVIDIA and AMD GPUs, and on CPU tensors under TRITON_INTERPRET=1."""
 
-    Args:
-        device: where the tensors are.
-        dtype: of the activations.
-        capability: compute capability to judge by; None for that of ``device``.
-        widest_head: most channels that a head has.
-    """
-    if importlib.util.find_spec("triton") is None:
-        return "needs Triton, which is not installed"
-    if dtype not in DTYPES:
-        return f"runs in float32, float16 and bfloat16; got {dtype}"
-    if widest_head > WIDEST_HEAD:
-        return f"takes heads of at most {WIDEST_HEAD} channels; got {widest_head}"
-    if device.type == "cpu" and interpreting():
-        # tests/triton/test_canary.py shows it.
-        return "its interpreter multiplies bfloat16 wrong" if dtype == torch.bfloat16 else ""
-    if device.type != "cuda":
-        return (
-            f"runs on NVIDIA and AMD GPUs, and on the CPU only with TRITON_INTERPRET=1; got a tensor on {device.type}"
-        )
-    if interpreting():
-        return "is in its interpreter (TRITON_INTERPRET), which takes CPU tensors; got one on cuda"
-    if capability is None:
-        if not torch.cuda.is_available():
-            return "needs a GPU, and PyTorch finds none"
-        if torch.version.hip:
-            return ""
-        capability = torch.cuda.get_device_capability(device)
-    if capability < OLDEST_CAPABILITY:
-        wanted, got = (".".join(map(str, c)) for c in (OLDEST_CAPABILITY, capability))
-        return f"needs compute capability {wanted} or newer; the GPU has {got}"
-    return ""
+    name = "triton"
+
+    def missing(self, request: Request) -> str:
+        if importlib.util.find_spec("triton") is None:
+            return "needs Triton, which is not installed"
+        if reason := _gpu.missing_numbers(request):
+            return reason
+        kind = request.device.type
+        if kind == "cpu" and interpreting():
+            # tests/triton/test_canary.py shows it.
+            return "its interpreter multiplies bfloat16 wrong" if request.dtype == torch.bfloat16 else ""
+        if kind != "cuda":
+            return f"runs on NVIDIA and AMD GPUs, and on the CPU only with TRITON_INTERPRET=1; got a tensor on {kind}"
+        if interpreting():
+            return "is in its interpreter (TRITON_INTERPRET), which takes CPU tensors; got one on cuda"
+        return _gpu.missing_device(request)
+
+    def only_named(self, request: Request) -> str:
+        if request.device.type == "cpu":
+            return _gpu.ON_CPU
+        return UNPROVEN_BACKWARD if request.needs_grad else ""
+
+    def priority(self, request: Request) -> int:
+        return 10
+
+    def run(self, operator: Descriptor, x: Tensor, num_queries: int | None) -> Tensor:
+        from . import operators  # imports Triton, which a machine without a GPU need not have
+
+        return operators.run(operator, x, num_queries)
+
+    def chain(self, x: Tensor, sublayers: Sequence[Sublayer]) -> PackedChain:
+        from . import operators
+
+        return operators.chain(x, sublayers)
+
+
+register(TritonBackend())

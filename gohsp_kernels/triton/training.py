@@ -9,6 +9,7 @@ have, are plain PyTorch here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..descriptors import Attention, AttentionSublayer, Linear, MlpSublayer
 from .attention import HeadLayout, attention
 from .attention_backward import attention_gradient
 from .attention_sublayer import align_attention, new_heads
@@ -125,25 +127,18 @@ def linear(
     return result
 
 
-def packed_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    in_cols: Tensor | None,
-    out_cols: Tensor | None,
-    out_features: int,
-    activation: str,
-) -> Tensor:
+def packed_linear(operator: Linear, x: Tensor, _: int | None = None) -> Tensor:
+    """See :func:`gohsp_kernels.packed_linear`."""
     rows = linear(
         as_rows(x),
-        weight,
-        bias,
-        out_features=out_features,
-        in_cols=in_cols,
-        out_cols=out_cols,
-        activation=activation,
+        operator.weight,
+        operator.bias,
+        out_features=operator.out_features,
+        in_cols=operator.in_cols,
+        out_cols=operator.out_cols,
+        activation=operator.activation,
     )
-    return rows.view(*x.shape[:-1], out_features)
+    return rows.view(*x.shape[:-1], operator.out_features)
 
 
 def normalise_heads(qkv: Tensor, heads: int, width: int, norms: tuple[Tensor | None, ...], eps: float) -> Tensor:
@@ -155,23 +150,13 @@ def normalise_heads(qkv: Tensor, heads: int, width: int, norms: tuple[Tensor | N
     return torch.cat([q.flatten(-2), k.flatten(-2), rest], dim=-1)
 
 
-def ragged_attention(
-    qkv: Tensor,
-    q_norm_weight: Tensor | None,
-    q_norm_bias: Tensor | None,
-    k_norm_weight: Tensor | None,
-    k_norm_bias: Tensor | None,
-    qk_widths: tuple[int, ...],
-    v_widths: tuple[int, ...],
-    scale: float,
-    eps: float,
-    num_queries: int,
-) -> Tensor:
-    if q_norm_weight is not None and qk_widths:
-        norms = (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias)
-        qkv = normalise_heads(qkv, len(qk_widths), qk_widths[0], norms, eps)
-    layout = HeadLayout.of(qk_widths, v_widths, qkv.device)
-    result: Tensor = AttentionFunction.apply(as_tokens(qkv), layout, scale, num_queries)
+def ragged_attention(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor:
+    """See :func:`gohsp_kernels.ragged_attention`."""
+    qk_widths = heads.qk_widths
+    if heads.q_norm_weight is not None and qk_widths:
+        qkv = normalise_heads(qkv, len(qk_widths), qk_widths[0], heads.norms, heads.eps)
+    layout = HeadLayout.of(qk_widths, heads.v_widths, qkv.device)
+    result: Tensor = AttentionFunction.apply(as_tokens(qkv), layout, heads.scale, num_queries)
     return result.contiguous()
 
 
@@ -191,62 +176,40 @@ def finish_sublayer(
     return residual + y if out_cols is None else residual.index_add(-1, out_cols, y)
 
 
-def attention_sublayer(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    proj_weight: Tensor,
-    proj_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    in_cols: Tensor | None,
-    out_cols: Tensor | None,
-    q_norm_weight: Tensor | None,
-    q_norm_bias: Tensor | None,
-    k_norm_weight: Tensor | None,
-    k_norm_bias: Tensor | None,
-    qk_widths: tuple[int, ...],
-    v_widths: tuple[int, ...],
-    scale: float,
-    eps: float,
-    qk_eps: float,
-    num_queries: int,
-) -> Tensor:
+def attention_sublayer(sublayer: AttentionSublayer, x: Tensor, num_queries: int) -> Tensor:
+    """See :func:`gohsp_kernels.attention_sublayer`."""
     batch, tokens, features = x.shape
-    qk_norm = q_norm_weight is not None
-    weights = (norm_weight, norm_bias, qkv_weight.float(), qkv_bias, proj_weight)
-    aligned = align_attention(*weights, in_cols, qk_widths, v_widths, qk_norm)
+    aligned = align_attention(sublayer, torch.float32)
     channels = aligned.qkv_weight.shape[0]
     rows = as_rows(x)
-    qkv = linear(rows, aligned.qkv_weight, aligned.qkv_bias, out_features=channels, in_cols=in_cols, eps=eps)
+    weights, in_cols = (aligned.qkv_weight, aligned.qkv_bias), sublayer.in_cols
+    qkv = linear(rows, *weights, out_features=channels, in_cols=in_cols, eps=sublayer.eps)
     qkv = qkv.view(batch, tokens, channels)
     heads = aligned.layout.table.shape[0]
-    if qk_norm and heads:
-        norms = (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias)
-        qkv = normalise_heads(qkv, heads, qk_widths[0], norms, qk_eps)
-    out: Tensor = AttentionFunction.apply(qkv, aligned.layout, scale, num_queries)
+    if sublayer.q_norm_weight is not None and heads:
+        qkv = normalise_heads(qkv, heads, sublayer.qk_widths[0], sublayer.norms, sublayer.qk_eps)
+    out: Tensor = AttentionFunction.apply(qkv, aligned.layout, sublayer.scale, num_queries)
     residual = as_rows(rows.view(x.shape)[:, :num_queries])
-    y = finish_sublayer(out.flatten(0, 1), aligned.proj_weight, proj_bias, residual, layer_scale, out_cols)
-    return y.view(batch, num_queries, features)
+    last = aligned.proj_weight, sublayer.proj_bias, residual, sublayer.layer_scale, sublayer.out_cols
+    return finish_sublayer(out.flatten(0, 1), *last).view(batch, num_queries, features)
 
 
-def mlp_sublayer(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor | None,
-    layer_scale: Tensor | None,
-    in_cols: Tensor | None,
-    out_cols: Tensor | None,
-    activation: str,
-    eps: float,
-) -> Tensor:
-    rows = as_rows(x)
-    weight, bias = fold_norm(fc1_weight.float(), fc1_bias, norm_weight, norm_bias, in_cols)
-    weight, bias, fc2_weight = align_hidden(weight, bias, fc2_weight)
-    hidden = linear(rows, weight, bias, out_features=weight.shape[0], in_cols=in_cols, eps=eps, activation=activation)
-    return finish_sublayer(hidden, fc2_weight, fc2_bias, rows, layer_scale, out_cols).view(x.shape)
+def mlp_sublayer(sublayer: MlpSublayer, x: Tensor, _: int | None = None) -> Tensor:
+    """See :func:`gohsp_kernels.mlp_sublayer`."""
+    rows, in_cols = as_rows(x), sublayer.in_cols
+    norm = sublayer.norm_weight, sublayer.norm_bias
+    weight, bias = fold_norm(sublayer.fc1_weight.float(), sublayer.fc1_bias, *norm, in_cols)
+    weight, bias, fc2_weight = align_hidden(weight, bias, sublayer.fc2_weight)
+    neurons, eps, activation = weight.shape[0], sublayer.eps, sublayer.activation
+    hidden = linear(rows, weight, bias, out_features=neurons, in_cols=in_cols, eps=eps, activation=activation)
+    last = fc2_weight, sublayer.fc2_bias, rows, sublayer.layer_scale, sublayer.out_cols
+    return finish_sublayer(hidden, *last).view(x.shape)
+
+
+RUN: dict[str, Callable[..., Tensor]] = {
+    "packed_linear": packed_linear,
+    "ragged_attention": ragged_attention,
+    "attention_sublayer": attention_sublayer,
+    "mlp_sublayer": mlp_sublayer,
+}
+"""The operators, by name."""

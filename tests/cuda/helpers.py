@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gohsp_kernels import cuda
 from tests.kernels.cases import Call
-from tests.triton.helpers import assert_close, flat
+from tests.triton.helpers import assert_close
 
 # Loading it registers the emulated kernels for tensors on the CPU.
 checks: Any = pytest.importorskip("gohsp_kernels._checks_cuda", reason="the checks module is not built")
@@ -24,7 +24,7 @@ DTYPES = list(TOLERANCE)
 def run(call: Call) -> Tensor:
     """The call on the CUDA backend in emulation, past the choice of the backend, which wants a GPU."""
     with torch.no_grad():
-        return getattr(cuda, call.operator)(*flat(call))
+        return getattr(cuda, call.operator)(*call.described())
 
 
 def check(call: Call, dtype: torch.dtype = torch.float16, tolerance: float | None = None) -> None:

@@ -17,7 +17,6 @@ import gohsp_kernels as gk
 from gohsp_kernels import cuda
 from tests.kernels.cases import Maker
 from tests.kernels.test_chain import bound
-from tests.triton.helpers import flat
 
 from . import helpers  # noqa: F401 (registers the operators)
 
@@ -38,14 +37,14 @@ def main() -> None:
         calls.append(maker.mlp_sublayer((0,), 384, 960).to(torch.float16))
     x = torch.empty(0, 197, 384, dtype=torch.float16)
     chain = gk.SublayerChain([bound(call) for call in calls])
-    singles = [(getattr(cuda, call.operator), flat(call)[1:]) for call in calls]
+    singles = [(getattr(cuda, call.operator), call.described()) for call in calls]
 
     def one_by_one() -> None:
-        for run, arguments in singles:
-            run(x, *arguments)
+        for run, (operator, _, queries) in singles:
+            run(operator, x, queries)
 
     with torch.no_grad():
-        print(f"one call of a chain of 24   {median_us(lambda: chain._on_gpu('cuda', x, 197)):7.1f} us")
+        print(f"one call of a chain of 24   {median_us(lambda: chain._on('cuda', x, 197)):7.1f} us")
         print(f"24 calls of one sublayer    {median_us(one_by_one):7.1f} us")
 
 

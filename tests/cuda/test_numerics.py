@@ -21,7 +21,7 @@ import gohsp_kernels as gk
 from gohsp_kernels import cuda
 from tests.kernels.cases import OPERATORS, Call, Maker, calls, samples
 from tests.kernels.test_chain import bound, chains, one_by_one
-from tests.triton.helpers import assert_close, flat
+from tests.triton.helpers import assert_close
 from tests.triton.test_forward import EDGES
 
 from .helpers import DTYPES, TOLERANCE, check, checks, run
@@ -127,8 +127,8 @@ def test_every_form_of_input(form: str, dtype: torch.dtype) -> None:
         call = Call(call.operator, (call.args[0], maker.weight(72, len(cols)), call.args[2]), call.kwargs)
     check(call, dtype)
     if dtype == HALF:
-        x, weight, bias, *rest = flat(call.to(dtype))
-        layout = cuda._pack_linear(x, weight, bias, *rest).layout
+        linear, x, _ = call.to(dtype).described()
+        layout = cuda._pack_linear(linear, x).layout
         depth, found = int(layout[4]), int(layout[6])
         assert found == {"direct": 0, "zeros": 0, "chunks": 1, "copy": 2}[form]
         assert depth == (7 if form == "copy" else chunks.get(form, 52))
@@ -232,7 +232,7 @@ def test_tensor_cores_do_not_mix_the_heads_padding_in() -> None:
 def run_chain(x: Tensor, calls: list[Call], queries: int) -> Tensor:
     chain = gk.SublayerChain([bound(call) for call in calls])
     with torch.no_grad():
-        return chain._on_gpu("cuda", x, queries)
+        return chain._on("cuda", x, queries)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -276,10 +276,10 @@ def test_chain_follows_its_parameters_and_its_input() -> None:
     chain = gk.SublayerChain([bound(call) for call in calls])
     with torch.no_grad():
         for call in calls:
-            chain._on_gpu("cuda", x, 5)
+            chain._on("cuda", x, 5)
             call.args[3].mul_(2)
-            assert_close(chain._on_gpu("cuda", x, 5), one_by_one(x.double(), calls), 2 * TOLERANCE[HALF])
-        assert chain._on_gpu("cuda", x.float(), 5).dtype == torch.float32
+            assert_close(chain._on("cuda", x, 5), one_by_one(x.double(), calls), 2 * TOLERANCE[HALF])
+        assert chain._on("cuda", x.float(), 5).dtype == torch.float32
 
 
 def test_a_sublayer_leaves_its_input_alone() -> None:
@@ -307,8 +307,8 @@ def test_wrong_columns_give_one_clear_error(message: str) -> None:
 
 def test_the_operators_check_what_they_are_given() -> None:
     call = samples()["mlp_sublayer"].to(HALF)
-    x, *rest = flat(call)
-    packed = cuda.pack_mlp(x, *rest)
+    sublayer, x, _ = call.described()
+    packed = cuda.pack_mlp(sublayer, x)
     wrong = partial(cuda.run_packed, num_queries=9)
     with pytest.raises(RuntimeError, match="x: wanted 24 features, for which it was packed; got 23"):
         wrong(x[..., :23], [packed])

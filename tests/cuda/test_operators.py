@@ -11,7 +11,6 @@ from torch.library import opcheck
 
 from gohsp_kernels import _schemas, cuda
 from tests.kernels.cases import Maker, samples
-from tests.triton.helpers import flat
 
 from . import helpers  # noqa: F401 (registers the operators)
 
@@ -23,14 +22,11 @@ _held: list[torch.Tensor] = []
 
 def native_samples() -> dict[str, tuple[Any, ...]]:
     """Arguments of one call of each native operator."""
-    half = {name: flat(call.to(torch.float16)) for name, call in samples().items()}
-    x, *rest = half["packed_linear"]
-    linear = cuda._pack_linear(x, *rest)
-    stream = half["attention_sublayer"][0]
-    chain = (
-        cuda.pack_attention(stream, *half["attention_sublayer"][1:19]),
-        cuda.pack_mlp(stream, *half["mlp_sublayer"][1:]),
-    )
+    half = {name: call.to(torch.float16).described() for name, call in samples().items()}
+    operator, x, _ = half["packed_linear"]
+    linear = cuda._pack_linear(operator, x)
+    attention, stream, _ = half["attention_sublayer"]
+    chain = (cuda.pack_attention(attention, stream), cuda.pack_mlp(half["mlp_sublayer"][0], stream))
     lists = [[getattr(s, part) for s in chain] for part in ("weights", "vectors", "tables", "layout")]
     constants = [c for s in chain for c in s.constants]
     qkv = Maker(1).normal(2, 9, 26 + 27).half()

@@ -163,7 +163,7 @@ def test_int8_deit_tiny_computes_what_its_description_does(seed: int, images: Ca
                 assert torch.equal(result, exact)
             else:
                 for sublayer in block.sublayers():
-                    truth = gk.chain._describe(192, sublayer).rounded_reference(truth, linear)
+                    truth = gk.cpu.rounded_reference(gk.chain.descriptor(sublayer), truth, linear)
                 change = (truth - tokens).norm()
                 assert (result - truth).norm() / change < 1e-3
                 assert 2e-3 < (result - exact).norm() / change < 0.1

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import gohsp_kernels as gk
 from gohsp_kernels import cpu
+from gohsp_kernels.registry import BACKENDS
 
 OPERATORS = {
     "packed_linear": gk.packed_linear,
@@ -46,6 +48,23 @@ class Call:
             return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
         return Call(self.operator, tuple(map(convert, self.args)), {k: convert(v) for k, v in self.kwargs.items()})
+
+    def described(self) -> tuple[Any, Tensor, int | None]:
+        """The operator with its arguments, the activations, and the number of queries, as backends are given them."""
+        caught: list[tuple[Any, Tensor, int | None]] = []
+
+        def catch(operator: Any, x: Tensor, num_queries: int | None) -> Tensor:
+            caught.append((operator, x, num_queries))
+            return x
+
+        with mock.patch.object(BACKENDS["reference"], "run", catch):
+            self.run("reference")
+        return caught[0]
+
+    def flat(self) -> tuple[Any, ...]:
+        """The arguments in the order of the operator's schema."""
+        operator, x, num_queries = self.described()
+        return (x, *operator.flat(num_queries))
 
     def tensors(self) -> list[Tensor]:
         return [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point()]

@@ -35,13 +35,13 @@ FLIPPED = 2e-3
 def described(x: Tensor, calls: list[Call]) -> Tensor:
     """What a chain of bfloat16 sublayers computes, in float64 but for the rounding of factors."""
     for call in calls:
-        x = chain._describe(x.shape[2], bound(call)).rounded_reference(x, *BF16)
+        x = cpu.rounded_reference(chain.descriptor(bound(call)), x, *BF16)
     return x
 
 
 def bf16_chain(calls: list[Call], features: int = FEATURES) -> gk.FrozenChain:
     """As ``frozen(weights="bfloat16")``, on any instruction set."""
-    return gk.FrozenChain(features, tuple(chain._describe(features, bound(c)).pack("bfloat16") for c in calls))
+    return gk.FrozenChain(features, tuple(cpu.pack_sublayer(chain.descriptor(bound(c)), "bfloat16") for c in calls))
 
 
 def product(capability: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ def test_forms_of_weights_can_be_mixed_in_a_chain() -> None:
     calls = mixed_calls(maker)
     x = maker.normal(3, 20, FEATURES)
     forms = ("bfloat16", "float32", "int8", "bfloat16")
-    packed = [chain._describe(FEATURES, bound(c)).pack(form) for c, form in zip(calls, forms, strict=True)]
+    packed = [cpu.pack_sublayer(chain.descriptor(bound(c)), form) for c, form in zip(calls, forms, strict=True)]
     result = gk.FrozenChain(FEATURES, tuple(packed))(x)
     assert relative_error(result, one_by_one(x.double(), calls)) < 0.05
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gohsp_kernels as gk
-from gohsp_kernels import _native
+from gohsp_kernels import _native, chain, cpu
 
 from .cases import OPERATORS, Call, Maker, kept, relative_error
 
@@ -99,8 +99,11 @@ def test_chain_follows_its_parameters_and_its_input() -> None:
         call.args[3].mul_(2)
         result = gk.SublayerChain(list(map(bound, calls)))(x, backend="cpu")
         assert relative_error(result, one_by_one(x.double(), calls)) < 2e-6
-    with pytest.raises(RuntimeError, match="x: wanted the number of features that sublayer 0 was packed for; got 39"):
+    with pytest.raises(ValueError, match=r"norm_weight: wanted shape \[39\]; got shape \[40\]"):
         gk.SublayerChain(list(map(bound, calls)))(x[..., :39], backend="cpu")
+    packed = [cpu.packed(chain.descriptor(bound(call))) for call in calls]
+    with pytest.raises(RuntimeError, match="x: wanted the number of features that sublayer 0 was packed for; got 39"):
+        cpu.run_packed(x[..., :39], packed, 5)
 
 
 @needs_native

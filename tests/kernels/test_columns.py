@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gohsp_kernels as gk
-from gohsp_kernels import dispatch, ops
+from gohsp_kernels import descriptors, dispatch
 
 pytestmark = pytest.mark.interpreter
 
@@ -122,8 +122,8 @@ def test_of_a_long_list_the_place_is_shown() -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_list_is_read_again_only_when_it_changed(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    original = ops._width_needed
-    monkeypatch.setattr(ops, "_width_needed", lambda cols: read.append(cols) or original(cols))
+    original = descriptors._width_needed
+    monkeypatch.setattr(descriptors, "_width_needed", lambda cols: read.append(cols) or original(cols))
     cols = torch.tensor([1, 3])
     with mode():
         for features in (FEATURES, 24, FEATURES):  # one reading serves all widths
@@ -141,14 +141,14 @@ def test_a_list_is_read_again_only_when_it_changed(mode: Any, monkeypatch: pytes
 def test_lists_without_numbers_are_checked_for_their_shape() -> None:
     """The one kind is on the device "meta", the other are those of a tracer."""
     cols = torch.tensor([1, 3], device="meta")
-    assert ops._columns("in_cols", cols, FEATURES) == 2
+    assert descriptors._kept("in_cols", cols, FEATURES) == 2
     with pytest.raises(ValueError, match=r"got 1-D torch\.int32"):
-        ops._columns("in_cols", cols.to(torch.int32), FEATURES)
+        descriptors._kept("in_cols", cols.to(torch.int32), FEATURES)
     with FakeTensorMode() as fake:
         cols = fake.from_tensor(torch.tensor([3, 1]))
-        assert ops._columns("in_cols", cols, FEATURES) == 2
+        assert descriptors._kept("in_cols", cols, FEATURES) == 2
         with pytest.raises(ValueError, match=r"got 2-D torch\.int64"):
-            ops._columns("in_cols", cols[None], FEATURES)
+            descriptors._kept("in_cols", cols[None], FEATURES)
 
 
 @pytest.mark.parametrize("columns", [[3, 1], [1, 1], [-1, 2], [1, 99]])

@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from gohsp_kernels import _schemas, cuda, gpu_check, ops, tune
+from gohsp_kernels import _schemas, cuda, gpu_check, tune
+from gohsp_kernels.descriptors import Linear
 from gohsp_kernels.gpu_check import PARTS, Part, Scope
+from gohsp_kernels.registry import BACKENDS
 from tests.kernels.graph_stand_in import StandIn, stand_in
 
 SMALL = Scope(torch.device("cpu"), cases=2, largest=24)
@@ -130,12 +132,17 @@ def test_what_cannot_run_gives_its_reason(name: str, monkeypatch: pytest.MonkeyP
 
 
 def replace(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
-    monkeypatch.setitem(ops._IMPLEMENTATIONS["mlp_sublayer"], "triton", function)
+    right = BACKENDS["triton"].run
+
+    def run(operator: Any, *arguments: Any) -> Tensor:
+        return (function if operator.name == "mlp_sublayer" else right)(operator, *arguments)
+
+    monkeypatch.setattr(BACKENDS["triton"], "run", run)
 
 
 @pytest.mark.interpreter
 def test_a_wrong_kernel_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ops._IMPLEMENTATIONS["mlp_sublayer"]["triton"]
+    right = BACKENDS["triton"].run
     calls: list[int] = []
 
     def unsteady(*arguments: Any) -> Tensor:
@@ -148,8 +155,9 @@ def test_a_wrong_kernel_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "OPERATORS", ("packed_linear", "mlp_sublayer"))
     monkeypatch.setattr(gpu_check, "PRECISIONS", {"float32": (torch.float32, 1e-5)})
     for function in (lambda *a: right(*a) + 0.1, unsteady, lambda *a: right(*a) / 0, faulty):
-        replace(monkeypatch, function)
-        rows = list(gpu_check.numerics(SMALL))
+        with monkeypatch.context() as patch:
+            replace(patch, function)
+            rows = list(gpu_check.numerics(SMALL))
         assert [row["ok"] for row in rows] == [True, False]
     assert rows[-1]["reason"] == "RuntimeError: out of shared memory"
 
@@ -246,8 +254,9 @@ def test_explicit_cases_reach_every_form_and_both_ways_out() -> None:
     forms, outputs, rows = set(), set(), set()
     for _, operator, arguments in gpu_check.explicit_cases(Scope(torch.device("cpu"))):
         if operator == "packed_linear":
-            x, weight, bias, *rest = gpu_check.convert(arguments, torch.device("cpu"), torch.float16)
-            layout = cuda._pack_linear(x, weight, bias, *rest).layout.tolist()
+            x, *flat = gpu_check.convert(arguments, torch.device("cpu"), torch.float16)
+            linear, _ = Linear.from_flat(flat)
+            layout = cuda._pack_linear(linear, x).layout.tolist()
             forms.add(layout[6])
             outputs.add(layout[-1])
         rows.add(arguments[0].numel() // arguments[0].shape[-1])
@@ -257,7 +266,7 @@ def test_explicit_cases_reach_every_form_and_both_ways_out() -> None:
 
 def test_a_wrong_element_an_unwritten_one_and_a_second_result_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     _, operator, arguments = next(gpu_check.explicit_cases(SMALL))
-    run, calls = gpu_check.ops._run, itertools.count()
+    run, calls = gpu_check.ops.call, itertools.count()
 
     def judged(fault: Callable[[torch.Tensor, int], None]) -> gpu_check.Row:
         def faulty(operator: str, arguments: Any, backend: str) -> torch.Tensor:
@@ -266,7 +275,7 @@ def test_a_wrong_element_an_unwritten_one_and_a_second_result_are_seen(monkeypat
                 fault(result, next(calls))
             return result
 
-        monkeypatch.setattr(gpu_check.ops, "_run", faulty)
+        monkeypatch.setattr(gpu_check.ops, "call", faulty)
         return gpu_check.judge_case(operator, "triton", arguments, 1e-5)
 
     assert judged(lambda result, call: None)["ok"]

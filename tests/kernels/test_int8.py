@@ -30,7 +30,7 @@ def described(x: Tensor, calls: list[Call], levels: int) -> Tensor:
     """What a chain of int8 sublayers computes, in float64 but for the integers."""
     linear = partial(reference.int8_linear, levels=levels)
     for call in calls:
-        x = chain._describe(x.shape[2], bound(call)).rounded_reference(x, linear)
+        x = cpu.rounded_reference(chain.descriptor(bound(call)), x, linear)
     return x
 
 

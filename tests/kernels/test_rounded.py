@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gohsp_kernels as gk
-from gohsp_kernels import _native, chain
+from gohsp_kernels import _native, chain, cpu
 
 from .cases import Call, Maker, relative_error, run_again
 from .test_chain import FEATURES, bound
@@ -24,7 +24,7 @@ FLIPPED = 2e-3
 
 def frozen(calls: list[Call], form: str) -> gk.FrozenChain:
     """As ``SublayerChain.frozen(weights=form)``, on any instruction set."""
-    return gk.FrozenChain(FEATURES, tuple(chain._describe(FEATURES, bound(call)).pack(form) for call in calls))
+    return gk.FrozenChain(FEATURES, tuple(cpu.pack_sublayer(chain.descriptor(bound(call)), form) for call in calls))
 
 
 @needs_native

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 import gohsp_kernels as gk
-from gohsp_kernels import _native, _schemas, cpu, ops, reference
+from gohsp_kernels import _native, _schemas, cpu, cuda, reference
 
 from .cases import Call, Maker, relative_error, samples
 
@@ -19,29 +19,13 @@ CPU_OPERATORS = [name for name in _schemas.NATIVE if name.startswith("cpu_")]  #
 needs_native = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
 
 
-def flat(call: Call) -> tuple[Any, ...]:
-    """Arguments of ``call`` in the order of its operator's schema, as the public function passes them on."""
-    caught: list[tuple[Any, ...]] = []
-
-    def catch(*arguments: Any) -> Tensor:
-        caught.append(arguments)
-        return arguments[0]
-
-    implementations = ops._IMPLEMENTATIONS[call.operator]
-    original, implementations["reference"] = implementations["reference"], catch
-    try:
-        call.run("reference")
-    finally:
-        implementations["reference"] = original
-    return caught[0]
-
-
 def native_samples() -> dict[str, tuple[Any, ...]]:
     """Arguments of one call of each native operator."""
     maker, calls = Maker(1), samples()
-    linear, attention, mlp = (flat(calls[n]) for n in ("packed_linear", "attention_sublayer", "mlp_sublayer"))
+    linear = calls["packed_linear"].flat()
+    attention, x, _ = calls["attention_sublayer"].described()
     weight, bias = maker.weight(20, 17), maker.normal(20)
-    chain = (cpu.pack_attention(*attention[1:19]), cpu.pack_mlp(*mlp[1:]))
+    chain = (cpu.pack_attention(attention), cpu.pack_mlp(calls["mlp_sublayer"].described()[0]))
     return {
         "cpu_pack": (weight, bias),
         "cpu_pack_int8": (*reference.quantise_weight(weight), bias),
@@ -59,7 +43,7 @@ def native_samples() -> dict[str, tuple[Any, ...]]:
         ),
         "cpu_attention": (maker.normal(2, 9, 26 + 27), torch.tensor([[8, 0, 5], [8, 3, 16]]), None, 0.2, 1e-6, 27, 9),
         "cpu_sublayers": (
-            attention[0],
+            x,
             [s.panels for s in chain],
             [s.layout for s in chain],
             [c for s in chain for c in s.constants],
@@ -68,11 +52,48 @@ def native_samples() -> dict[str, tuple[Any, ...]]:
     }
 
 
+SCHEMAS = {
+    "packed_linear": (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? in_cols, Tensor? out_cols, int out_features, "
+        "str activation) -> Tensor"
+    ),
+    "ragged_attention": (
+        "(Tensor qkv, Tensor? q_norm_weight, Tensor? q_norm_bias, Tensor? k_norm_weight, Tensor? k_norm_bias, "
+        "int[] qk_widths, int[] v_widths, float scale, float eps, int num_queries) -> Tensor"
+    ),
+    "attention_sublayer": (
+        "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor qkv_weight, Tensor? qkv_bias, "
+        "Tensor proj_weight, Tensor? proj_bias, Tensor? layer_scale, Tensor? in_cols, Tensor? out_cols, "
+        "Tensor? q_norm_weight, Tensor? q_norm_bias, Tensor? k_norm_weight, Tensor? k_norm_bias, "
+        "int[] qk_widths, int[] v_widths, float scale, float eps, float qk_eps, int num_queries) -> Tensor"
+    ),
+    "mlp_sublayer": (
+        "(Tensor x, Tensor? norm_weight, Tensor? norm_bias, Tensor fc1_weight, Tensor? fc1_bias, "
+        "Tensor fc2_weight, Tensor? fc2_bias, Tensor? layer_scale, Tensor? in_cols, Tensor? out_cols, "
+        "str activation, float eps) -> Tensor"
+    ),
+}
+
+
+def test_schemas_that_exported_programs_hold_stay_as_they_are() -> None:
+    assert _schemas.PUBLIC == SCHEMAS
+
+
+@pytest.mark.parametrize("name", _schemas.PUBLIC)
+def test_a_descriptor_goes_through_its_flat_form(name: str) -> None:
+    operator, _, queries = samples()[name].described()
+    again, asked = type(operator).from_flat(operator.flat(queries))
+    assert asked == queries and type(again) is type(operator)
+    assert all(a is b for a, b in zip(again.tensors, operator.tensors, strict=True))
+    assert again.constants == operator.constants
+    assert name == "ragged_attention" or any(operator.key is t for t in operator.tensors)
+
+
 def test_every_operator_has_a_fake_a_reference_and_a_sample() -> None:
     assert set(_schemas._FAKES) == set(_schemas.SCHEMAS)
     assert set(samples()) == set(_schemas.PUBLIC)
     for name in _schemas.PUBLIC:
-        assert callable(getattr(reference, name))
+        assert callable(getattr(reference, name)) and callable(getattr(cpu, name)) and callable(getattr(cuda, name))
     if _native.load():
         assert set(native_samples()) == set(CPU_OPERATORS)
 
@@ -81,7 +102,7 @@ def test_every_operator_has_a_fake_a_reference_and_a_sample() -> None:
 @pytest.mark.parametrize("name", _schemas.PUBLIC)
 def test_opcheck_public(name: str, backend: str) -> None:
     with gk.use_backend(backend):
-        opcheck(getattr(torch.ops.gohsp_kernels, name).default, flat(samples()[name]))
+        opcheck(getattr(torch.ops.gohsp_kernels, name).default, samples()[name].flat())
 
 
 @needs_native

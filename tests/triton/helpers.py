@@ -3,12 +3,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from gohsp_kernels import ops
 from tests.kernels.cases import Call
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3}
@@ -25,23 +22,6 @@ def assert_close(result: Tensor, truth: Tensor, tolerance: float) -> None:
     error = (result.double() - truth.double()).norm()
     limit = tolerance * max(float(truth.double().norm()), truth.numel() ** 0.5)
     assert error <= limit, f"error {error:.2e}, limit {limit:.2e}"
-
-
-def flat(call: Call) -> tuple[Any, ...]:
-    """Arguments of ``call`` in the order of its operator's schema."""
-    caught: list[tuple[Any, ...]] = []
-
-    def catch(*arguments: Any) -> Tensor:
-        caught.append(arguments)
-        return arguments[0]
-
-    implementations = ops._IMPLEMENTATIONS[call.operator]
-    original, implementations["reference"] = implementations["reference"], catch
-    try:
-        call.run("reference")
-    finally:
-        implementations["reference"] = original
-    return caught[0]
 
 
 def run(call: Call) -> Tensor:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,13 +12,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gohsp_kernels.triton import config
+from gohsp_kernels.triton import config, operators
 from gohsp_kernels.triton.attention import HeadLayout
 from gohsp_kernels.triton.mlp import pack_mlp
-from gohsp_kernels.triton.packing import pack_linear
 from tests.kernels.cases import OPERATORS, Call, Maker, calls, samples
 
-from .helpers import TOLERANCE, assert_close, check, flat, run
+from .helpers import TOLERANCE, assert_close, check, run
 
 pytestmark = pytest.mark.interpreter
 
@@ -133,17 +133,8 @@ def test_every_tile_of_the_linear_kernel(tile: config.Tile) -> None:
     """More rows, columns and depth than one tile has, and remainders of each."""
     call = Maker(15).linear((150,), 150, 137, 149, 140, "gelu")
     rounded = call.to(torch.float16)
-    x, weight, bias, in_cols, out_cols, out_features, activation = flat(rounded)
-    packed = pack_linear(
-        weight,
-        bias,
-        x.dtype,
-        features=150,
-        out_features=out_features,
-        in_cols=in_cols,
-        out_cols=out_cols,
-        activation=activation,
-    )
+    linear, x, _ = rounded.described()
+    packed = operators._pack_linear(linear, x)
     truth = rounded.to(torch.float64).run("reference")
     assert_close(packed(x, tile=tile), truth, TOLERANCE[torch.float16])
 
@@ -155,8 +146,8 @@ def test_every_tile_of_the_linear_kernel(tile: config.Tile) -> None:
 )
 def test_mlp_in_one_launch(features: int, kept_in: int | None, kept_out: int | None, dtype: torch.dtype) -> None:
     call = Maker(16).mlp_sublayer((50,), features, 75, kept_in, kept_out).to(dtype)
-    x, *rest = flat(call)
-    packed = pack_mlp(dtype, features, *rest)
+    sublayer, x, _ = call.described()
+    packed = pack_mlp(sublayer, x)
     truth = call.to(torch.float64).run("reference")
     result = packed.in_one(x, config.MlpTile(*config.panels(features), 32, 32, 4, 2))
     assert_close(result, truth, TOLERANCE[dtype])
@@ -165,16 +156,16 @@ def test_mlp_in_one_launch(features: int, kept_in: int | None, kept_out: int | N
 @pytest.mark.parametrize("missing", ["bias", "norm", "scale"])
 def test_mlp_in_one_launch_with_parts_missing(missing: str) -> None:
     call = Maker(17).mlp_sublayer((40,), 144, 20)
-    x, norm_weight, norm_bias, fc1, bias1, fc2, bias2, *rest = flat(call)
-    if missing == "bias":
-        bias1 = bias2 = norm_bias = None
-    if missing == "norm":
-        norm_weight = norm_bias = None
-    if missing == "scale":
-        rest[0] = None
-    arguments = (norm_weight, norm_bias, fc1, bias1, fc2, bias2, *rest)
-    truth = Call("mlp_sublayer", (x, *arguments[:6]), {**call.kwargs, "layer_scale": rest[0]}).to(torch.float64)
-    result = pack_mlp(x.dtype, 144, *arguments).in_one(x, config.MlpTile(128, 16, 32, 32, 4, 2))
+    sublayer, x, _ = call.described()
+    gone = {
+        "bias": ("fc1_bias", "fc2_bias", "norm_bias"),
+        "norm": ("norm_weight", "norm_bias"),
+        "scale": ("layer_scale",),
+    }
+    sublayer = replace(sublayer, **dict.fromkeys(gone[missing], None))
+    arguments = dict(zip((*sublayer.tensor_names, *sublayer.constant_names), sublayer.flat(), strict=True))
+    truth = Call("mlp_sublayer", (x,), arguments).to(torch.float64)
+    result = pack_mlp(sublayer, x).in_one(x, config.MlpTile(128, 16, 32, 32, 4, 2))
     assert_close(result, truth.run("reference"), TOLERANCE[torch.float32])
 
 

@@ -15,12 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import gohsp_kernels as gk
 from gohsp_kernels.triton import attention, config, linear, mlp
-from gohsp_kernels.triton.attention_sublayer import PackedAttention, pack_attention
+from gohsp_kernels.triton.attention_sublayer import pack_attention
 from gohsp_kernels.triton.linear import PackedLinear
 from gohsp_kernels.triton.mlp import PackedMlp, pack_mlp
 from tests.kernels.cases import Call, Maker, samples
-
-from .helpers import flat
 
 pytestmark = pytest.mark.interpreter
 
@@ -110,16 +108,13 @@ def test_on_a_gpu_every_argument_of_a_launch_lies_there(
 ) -> None:
     """Fake tensors have no values: a host that asked for one could not go on. In one launch and in two."""
     monkeypatch.setattr(config.Target, "of", lambda device: config.Target("cuda", 90, 132))
-    x, *rest = flat(Maker(6).mlp_sublayer((2, 9), 192, 40, 17, 20) if name == "mlp_sublayer" else CALLS[name])
-    packed: PackedAttention | PackedMlp
-    if name == "mlp_sublayer":
-        packed = pack_mlp(torch.float16, x.shape[-1], *rest)
-    else:
-        packed = pack_attention(torch.float16, x.shape[-1], *rest[:-1])
+    call = Maker(6).mlp_sublayer((2, 9), 192, 40, 17, 20) if name == "mlp_sublayer" else CALLS[name]
+    sublayer, x, queries = call.described()
+    packed = (pack_mlp if name == "mlp_sublayer" else pack_attention)(sublayer, x.half())
     mode = FakeTensorMode()
     packed, x = on_gpu(mode, packed), on_gpu(mode, x.new_empty(1, rows, x.shape[-1]).half())
     with mode, OnlyRoom(ONE_COPY if name == "class token" else set()):
-        result = packed(x) if isinstance(packed, PackedMlp) else packed(x, rest[-1])
+        result = packed(x) if isinstance(packed, PackedMlp) else packed(x, queries)
     assert isinstance(result, FakeTensor) and result.device.type == "cuda"
     assert len(launches) == (3 if name != "mlp_sublayer" else 2 if rows == 9 else 1)
     tensors = [tensor for launch in launches for tensor in launch if isinstance(tensor, Tensor)]
@@ -129,7 +124,7 @@ def test_on_a_gpu_every_argument_of_a_launch_lies_there(
 def test_packed_parts_are_all_replaced() -> None:
     """For the test above: no tensor stays behind on the CPU."""
     call: Call = CALLS["norms on q and k"]
-    packed = on_gpu(FakeTensorMode(), pack_attention(torch.float16, 24, *flat(call)[1:-1]))
+    packed = on_gpu(FakeTensorMode(), pack_attention(call.described()[0], torch.empty(0, 24).half()))
     assert isinstance(packed.proj, PackedLinear) and packed.proj.weight.device.type == "cuda"
     assert packed.norms[0].device.type == packed.layout.table.device.type == "cuda"
 

@@ -21,8 +21,6 @@ from gohsp_kernels import _schemas
 from gohsp_kernels.triton import config
 from tests.kernels.cases import relative_error, samples
 
-from .helpers import flat
-
 
 @functools.cache
 def compressed(name: str) -> Any:
@@ -65,7 +63,7 @@ def test_deit_small_agrees_with_the_cpu_backend(
 @pytest.mark.parametrize("name", _schemas.PUBLIC)
 def test_opcheck(name: str) -> None:
     with gk.use_backend("triton"):
-        opcheck(getattr(torch.ops.gohsp_kernels, name).default, flat(samples()[name]))
+        opcheck(getattr(torch.ops.gohsp_kernels, name).default, samples()[name].flat())
 
 
 def on_fake_gpu(model: nn.Module) -> nn.Module:

@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators as objects: what a call has beside its activations, each argument once, with all that follows from it.
+
+A descriptor holds tensors and constants, not copies, and never changes. Its fields in their order are the operator's
+schema, what a cache compares, and what every backend is given. A public function builds one; a chain holds many.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ._cache import PackedCache
+from .activations import ACTIVATIONS
+
+_SCHEMA_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "tuple[int, ...]": "int[]",
+    "float": "float",
+    "int": "int",
+    "str": "str",
+}
+
+
+class Descriptor:
+    """What all operators have. Subclasses are dataclasses, registered by :func:`_operator`.
+
+    Attributes:
+        name: of the operator.
+        activations: their name in its schema.
+        residual: whether the result is the activations and something added to them.
+        attends: whether the call says how many queries it wants.
+        tensor_names, constant_names: of the fields, in the order of the schema: tensors first.
+        key_name: of the first tensor that is never None.
+    """
+
+    name: ClassVar[str]
+    activations: ClassVar[str]
+    residual: ClassVar[bool]
+    attends: ClassVar[bool]
+    tensor_names: ClassVar[tuple[str, ...]]
+    constant_names: ClassVar[tuple[str, ...]]
+    key_name: ClassVar[str]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The tensors, in the order of the schema."""
+        return tuple([getattr(self, name) for name in self.tensor_names])
+
+    @property
+    def constants(self) -> tuple[Any, ...]:
+        """Everything else, in the order of the schema, but for the number of queries."""
+        return tuple([getattr(self, name) for name in self.constant_names])
+
+    @property
+    def key(self) -> Tensor:
+        """A tensor that is never None: what packed forms are kept beside. Attention alone has none."""
+        key: Tensor = getattr(self, self.key_name)
+        return key
+
+    @property
+    def widest_head(self) -> int:
+        """Most channels that a head has; 0 without heads."""
+        return 0
+
+    def check(self, features: int) -> None:
+        """Compare all arguments with each other, columns included.
+
+        Args:
+            features: of the activations.
+
+        Raises:
+            ValueError: they do not fit together; the message names one, what was wanted and what came.
+        """
+        raise NotImplementedError
+
+    def shape_of_result(self, shape: Sequence[int], num_queries: int | None) -> tuple[int, ...]:
+        """The shape that activations of a shape become."""
+        raise NotImplementedError
+
+    def flat(self, num_queries: int | None = None) -> tuple[Any, ...]:
+        """All arguments behind the activations, in the order of the schema."""
+        queries = (num_queries,) if self.attends else ()
+        return (*self.tensors, *self.constants, *queries)
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Any:
+        """The descriptor of arguments by name; widths may be any sequences."""
+        return cls(**{k: tuple(v) if k in ("qk_widths", "v_widths") else v for k, v in arguments.items()})
+
+    @classmethod
+    def from_flat(cls, flat: Sequence[Any]) -> tuple[Any, int | None]:
+        """The descriptor, and the number of queries, of what :meth:`flat` gives."""
+        names = (*cls.tensor_names, *cls.constant_names)
+        return cls.of(dict(zip(names, flat, strict=False))), flat[-1] if cls.attends else None
+
+    @classmethod
+    def schema(cls) -> str:
+        """The operator's schema as torch wants it."""
+        types = _types(cls)
+        arguments = [f"Tensor {cls.activations}"]
+        arguments += [f"{_SCHEMA_TYPES[types[name]]} {name}" for name in (*cls.tensor_names, *cls.constant_names)]
+        return f"({', '.join([*arguments, 'int num_queries'] if cls.attends else arguments)}) -> Tensor"
+
+
+def _types(kind: Any) -> dict[str, str]:
+    """The annotations of a descriptor's fields, by name."""
+    return {field.name: str(field.type) for field in dataclasses.fields(kind)}
+
+
+OPERATORS: dict[str, type[Descriptor]] = {}
+"""The kinds of descriptor by the name of the operator."""
+
+Kind = TypeVar("Kind", bound=type[Descriptor])
+
+
+def _operator(name: str, *, activations: str = "x", residual: bool, attends: bool) -> Callable[[Kind], Kind]:
+    """Complete a descriptor by what follows from its fields, and enter it in the list."""
+
+    def complete(kind: Kind) -> Kind:
+        types = _types(kind)
+        kind.name, kind.activations, kind.residual, kind.attends = name, activations, residual, attends
+        kind.tensor_names = tuple(n for n, t in types.items() if t.startswith("Tensor"))
+        kind.constant_names = tuple(n for n in types if n not in kind.tensor_names)
+        kind.key_name = next((n for n, t in types.items() if t == "Tensor"), "")
+        OPERATORS[name] = kind
+        return kind
+
+    return complete
+
+
+@_operator("packed_linear", residual=False, attends=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Linear(Descriptor):
+    """See :func:`gohsp_kernels.packed_linear`."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    in_cols: Tensor | None = None
+    out_cols: Tensor | None = None
+    out_features: int
+    activation: str = "identity"
+
+    def check(self, features: int) -> None:
+        _check_activation(self.activation)
+        outputs = _kept("out_cols", self.out_cols, self.out_features)
+        _check_shape("weight", self.weight, outputs, _kept("in_cols", self.in_cols, features))
+        _check_shape("bias", self.bias, self.weight.shape[0])
+
+    def shape_of_result(self, shape: Sequence[int], num_queries: int | None) -> tuple[int, ...]:
+        return (*shape[:-1], self.out_features)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Heads(Descriptor):
+    """What attention and the sublayer around it ask of their heads."""
+
+    qk_widths: tuple[int, ...]
+    v_widths: tuple[int, ...]
+
+    @property
+    def channels(self) -> int:
+        """Channels of q, k and v together."""
+        return 2 * sum(self.qk_widths) + sum(self.v_widths)
+
+    @property
+    def widest_head(self) -> int:
+        return max((*self.qk_widths, *self.v_widths), default=0)
+
+    @property
+    def norms(self) -> tuple[Tensor | None, ...]:
+        """Weight and bias of the norm on q, then on k."""
+        return tuple([getattr(self, name) for name in NORMS])
+
+    def _check_heads(self) -> None:
+        qk_widths, v_widths = self.qk_widths, self.v_widths
+        if len(qk_widths) != len(v_widths):
+            raise wrong("v_widths", f"{len(qk_widths)} heads, as in qk_widths", f"{len(v_widths)}")
+        if any(width < 0 for width in (*qk_widths, *v_widths)):
+            raise wrong("qk_widths, v_widths", "no negative width", f"{list(qk_widths)}, {list(v_widths)}")
+
+    def _check_norms(self) -> None:
+        norms = dict(zip(NORMS, self.norms, strict=True))
+        if norms["q_norm_weight"] is None and norms["k_norm_weight"] is None:
+            return
+        if len(set(self.qk_widths)) > 1:
+            raise wrong("qk_widths", "one width for all heads, as the model has a q and k norm", list(self.qk_widths))
+        for argument, tensor in norms.items():
+            if tensor is None and argument.endswith("weight"):
+                raise wrong(argument, "a weight for both the q and the k norm, or for neither", None)
+            if self.qk_widths:
+                _check_shape(argument, tensor, self.qk_widths[0])
+
+
+NORMS = ("q_norm_weight", "q_norm_bias", "k_norm_weight", "k_norm_bias")
+"""Names of the norms on q and k, which all heads share."""
+
+
+@_operator("ragged_attention", activations="qkv", residual=False, attends=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Attention(_Heads):
+    """See :func:`gohsp_kernels.ragged_attention`; ``eps`` is that of the norms on q and k."""
+
+    q_norm_weight: Tensor | None = None
+    q_norm_bias: Tensor | None = None
+    k_norm_weight: Tensor | None = None
+    k_norm_bias: Tensor | None = None
+    scale: float
+    eps: float = 1e-6
+
+    def check(self, features: int) -> None:
+        """``features`` are the channels of qkv."""
+        self._check_heads()
+        if features != self.channels:
+            raise wrong("qkv", f"{self.channels} channels", features)
+        self._check_norms()
+
+    def check_input(self, qkv: Tensor) -> None:
+        """:meth:`check`, with a message that shows the shape."""
+        self._check_heads()
+        _check_shape("qkv", qkv, qkv.shape[0], qkv.shape[1], self.channels)
+        self._check_norms()
+
+    def shape_of_result(self, shape: Sequence[int], num_queries: int | None) -> tuple[int, ...]:
+        assert num_queries is not None
+        return (shape[0], num_queries, sum(self.v_widths))
+
+
+@_operator("attention_sublayer", residual=True, attends=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AttentionSublayer(_Heads):
+    """See :func:`gohsp_kernels.attention_sublayer`."""
+
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+    qkv_weight: Tensor
+    qkv_bias: Tensor | None = None
+    proj_weight: Tensor
+    proj_bias: Tensor | None = None
+    layer_scale: Tensor | None = None
+    in_cols: Tensor | None = None
+    out_cols: Tensor | None = None
+    q_norm_weight: Tensor | None = None
+    q_norm_bias: Tensor | None = None
+    k_norm_weight: Tensor | None = None
+    k_norm_bias: Tensor | None = None
+    scale: float
+    eps: float = 1e-6
+    qk_eps: float = 1e-6
+
+    @property
+    def attention(self) -> Attention:
+        """The attention inside."""
+        norms = dict(zip(NORMS, self.norms, strict=True))
+        return Attention(qk_widths=self.qk_widths, v_widths=self.v_widths, scale=self.scale, eps=self.qk_eps, **norms)
+
+    def check(self, features: int) -> None:
+        self._check_heads()
+        _check_shape("norm_weight", self.norm_weight, features)
+        _check_shape("norm_bias", self.norm_bias, features)
+        _check_shape("qkv_weight", self.qkv_weight, self.channels, _kept("in_cols", self.in_cols, features))
+        _check_shape("qkv_bias", self.qkv_bias, self.channels)
+        outputs = _kept("out_cols", self.out_cols, features)
+        _check_shape("proj_weight", self.proj_weight, outputs, sum(self.v_widths))
+        _check_shape("proj_bias", self.proj_bias, outputs)
+        _check_shape("layer_scale", self.layer_scale, outputs)
+        self._check_norms()
+
+    def shape_of_result(self, shape: Sequence[int], num_queries: int | None) -> tuple[int, ...]:
+        assert num_queries is not None
+        return (shape[0], num_queries, shape[2])
+
+
+@_operator("mlp_sublayer", residual=True, attends=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
+class MlpSublayer(Descriptor):
+    """See :func:`gohsp_kernels.mlp_sublayer`."""
+
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None = None
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None = None
+    layer_scale: Tensor | None = None
+    in_cols: Tensor | None = None
+    out_cols: Tensor | None = None
+    activation: str = "gelu"
+    eps: float = 1e-6
+
+    def check(self, features: int) -> None:
+        _check_activation(self.activation)
+        hidden = self.fc1_weight.shape[0]
+        _check_shape("norm_weight", self.norm_weight, features)
+        _check_shape("norm_bias", self.norm_bias, features)
+        _check_shape("fc1_weight", self.fc1_weight, hidden, _kept("in_cols", self.in_cols, features))
+        _check_shape("fc1_bias", self.fc1_bias, hidden)
+        outputs = _kept("out_cols", self.out_cols, features)
+        _check_shape("fc2_weight", self.fc2_weight, outputs, hidden)
+        _check_shape("fc2_bias", self.fc2_bias, outputs)
+        _check_shape("layer_scale", self.layer_scale, outputs)
+
+    def shape_of_result(self, shape: Sequence[int], num_queries: int | None) -> tuple[int, ...]:
+        return tuple(shape)
+
+
+Sublayer = AttentionSublayer | MlpSublayer
+"""What a chain is made of."""
+
+
+def wrong(argument: str, wanted: str, got: object) -> ValueError:
+    """The error for an argument that does not fit."""
+    return ValueError(f"{argument}: wanted {wanted}; got {got}")
+
+
+def _check_shape(argument: str, tensor: Tensor | None, *shape: int) -> None:
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise wrong(argument, f"shape {list(shape)}", f"shape {list(tensor.shape)}")
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise wrong("activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+
+
+_widths_needed = PackedCache(by_content=False)
+
+
+def _width_needed(cols: Tensor) -> int:
+    """Fewest features that have the columns ``cols``; -1 if these do not ascend from 0 on, without repeats."""
+    columns = cols.tolist()
+    ascend = all(before < after for before, after in pairwise([-1, *columns]))
+    return max(columns, default=-1) + 1 if ascend else -1
+
+
+def _shown(columns: Sequence[int]) -> str:
+    """The list; of a long one only its ends, and the place where it first fails to ascend."""
+    if len(columns) <= 16:
+        return str(list(columns))
+    ends = f"[{', '.join(map(str, columns[:4]))}, ..., {columns[-1]}]"
+    falls = (i for i, (before, after) in enumerate(pairwise(columns)) if before >= after)
+    return ends + next((f", where {columns[i + 1]} follows {columns[i]}" for i in falls), "")
+
+
+def _kept(argument: str, cols: Tensor | None, features: int) -> int:
+    """Number of kept columns."""
+    if cols is None:
+        return features
+    if cols.dim() != 1 or cols.dtype != torch.int64:
+        raise wrong(argument, "a 1-D int64 tensor", f"{cols.dim()}-D {cols.dtype}")
+    # Such tensors hold no numbers.
+    if torch.compiler.is_compiling() or cols.is_meta or isinstance(cols, FakeTensor):
+        return cols.shape[0]
+    # Read once a list, not once a call: on a GPU reading waits for all that was launched before.
+    needed = _widths_needed.get(cols, (cols,), (), lambda: _width_needed(cols))
+    if not 0 <= needed <= features:
+        wanted = f"ascending indices of the {features} features, without repeats"
+        raise wrong(argument, wanted, _shown(cols.tolist()))
+    return cols.shape[0]

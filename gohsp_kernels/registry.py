@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The backends, peers behind one protocol, and what they are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ._cache import up_to_date
+from ._stamp import Stamp
+from .descriptors import Descriptor, Sublayer
+
+
+@dataclass(frozen=True)
+class Request:
+    """A call, as far as a backend must know it to tell whether it can run it.
+
+    Attributes:
+        device: where the tensors are.
+        dtype: of the activations.
+        needs_grad: whether the result must be differentiable.
+        capability: compute capability of a GPU to judge by; None for that of ``device``.
+        widest_head: most channels that a head has.
+        weights: one of ``dispatch.WEIGHTS``.
+        rows: of activations; 0 where it is not known.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    needs_grad: bool = False
+    capability: tuple[int, int] | None = None
+    widest_head: int = 0
+    weights: str = "float32"
+    rows: int = 0
+
+
+class Backend(Protocol):
+    """A way to compute the operators. Each means the same on all of them."""
+
+    name: str
+
+    def missing(self, request: Request) -> str:
+        """Why it cannot run such a call, or the empty string if it can."""
+
+    def only_named(self, request: Request) -> str:
+        """Why "auto" does not take it for such a call although it could run, or the empty string."""
+
+    def priority(self, request: Request) -> int:
+        """ "auto" tries the backend with the highest number first. The reference, which runs everything, has 0."""
+
+    def run(self, operator: Descriptor, x: Tensor, num_queries: int | None) -> Tensor:
+        """Compute a call; ``num_queries`` counts where the operator attends."""
+
+    def chain(self, x: Tensor, sublayers: Sequence[Sublayer]) -> PackedChain | None:
+        """The sublayers for activations like ``x``, to be run in one go; None where they are called one by one."""
+
+
+BACKENDS: dict[str, Backend] = {}
+"""By name."""
+
+
+def register(backend: Backend) -> None:
+    """Add a backend.
+
+    Raises:
+        ValueError: there is one of that name.
+    """
+    if backend.name in BACKENDS:
+        raise ValueError(f"backend: wanted a name that is free; got {backend.name!r}")
+    BACKENDS[backend.name] = backend
+
+
+class PackedChain:
+    """Packed sublayers of a chain, packed again when one of their tensors has changed.
+
+    Args:
+        x: [batch, tokens, features], of the dtype and device that it will be called with.
+        sublayers: in their order.
+        pack: makes the packed form of one for activations like its second argument [0, features].
+        run: the activations, the packed forms and the number of queries to the result.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        sublayers: Sequence[Sublayer],
+        pack: Callable[[Any, Tensor], Any],
+        run: Callable[[Tensor, list[Any], int], Tensor],
+    ) -> None:
+        self._like = x.new_empty(0, x.shape[2])
+        self._sublayers = sublayers
+        self._pack_one, self._run = pack, run
+        self._tensors = [t for s in sublayers for t in s.tensors if t is not None]
+        self._entry: tuple[Stamp, list[Any]] | None = None
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether it was made for such an ``x``."""
+        like = self._like
+        return (x.shape[2], x.dtype, x.device) == (like.shape[1], like.dtype, like.device)
+
+    def current(self) -> list[Any]:
+        """The packed sublayers as their tensors are now."""
+        entry = self._entry = up_to_date(self._entry, self._tensors, (), self._pack)
+        return entry[1]
+
+    def __call__(self, x: Tensor, num_queries: int) -> Tensor:
+        return self._run(x, self.current(), num_queries)
+
+    def _pack(self) -> list[Any]:
+        for sublayer in self._sublayers:
+            sublayer.check(self._like.shape[1])
+        return [self._pack_one(sublayer, self._like) for sublayer in self._sublayers]
