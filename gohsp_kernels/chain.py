@@ -16,7 +16,7 @@ from . import cpu, dispatch
 from ._autocast import autocast_dtype, run_in
 from .descriptors import AttentionSublayer, MlpSublayer, Sublayer, wrong
 from .ops import attention_sublayer, check_queries, mlp_sublayer
-from .registry import BACKENDS, PackedChain
+from .registry import BACKENDS, PackedChain, needs_grad
 
 _KINDS: dict[Callable[..., Tensor], type[Sublayer]] = {
     attention_sublayer: AttentionSublayer,
@@ -71,11 +71,11 @@ class SublayerChain:
             raise wrong("x", "3 dimensions (batch, tokens, features)", f"shape {list(x.shape)}")
         queries = check_queries(num_queries, x.shape[1])
         if self._sublayers and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor):
-            needs_grad = dispatch.needs_grad((x, *self._tensors))
+            differentiable = needs_grad((x, *self._tensors))
             rows = x.shape[0] * x.shape[1]
             dtype = autocast_dtype(x)
-            chosen = dispatch.choose(backend, x.device, dtype or x.dtype, needs_grad, self._widest, rows)
-            if not needs_grad and chosen != "reference":
+            chosen = dispatch.choose(backend, x.device, dtype or x.dtype, differentiable, self._widest, rows)
+            if not differentiable and chosen != "reference":
                 return run_in(dtype, partial(self._on, chosen), x, queries, residual=True)
         return self._one_by_one(x, queries, backend)
 

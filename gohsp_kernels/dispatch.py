@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import cpu, cuda, reference  # noqa: F401 (they register themselves)
 from .registry import BACKENDS, Request
@@ -119,13 +117,6 @@ def use_backend(name: str) -> Iterator[None]:
 def selected() -> str:
     """The backend that calls of this thread run on: the name of one, or ``"auto"``."""
     return _selected.get()
-
-
-def needs_grad(tensors: Iterable[object]) -> bool:
-    """Whether a call on these tensors must be differentiable, backwards or forwards."""
-    if forward_ad._current_level >= 0:
-        return True  # a tangent may be on any of them, whatever requires_grad says
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 def _in_order(request: Request) -> list[str]:

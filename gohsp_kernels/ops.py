@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import _schemas, dispatch
 from ._autocast import autocast_dtype, run_in
 from .descriptors import OPERATORS, Attention, AttentionSublayer, Descriptor, Linear, MlpSublayer, wrong
-from .registry import BACKENDS
+from .registry import BACKENDS, needs_grad
 
 
 def _rows(x: Tensor) -> int:
@@ -40,7 +40,7 @@ def _on_reference(dtype: torch.dtype | None, operator: Descriptor, x: Tensor, nu
 
 
 def _run(operator: Descriptor, x: Tensor, backend: str | None, num_queries: int | None = None) -> Tensor:
-    needs_grad = dispatch.needs_grad((x, *operator.tensors))
+    differentiable = needs_grad((x, *operator.tensors))
     dtype = autocast_dtype(x)
 
     def node(x: Tensor, *flat: Any) -> Tensor:
@@ -48,13 +48,13 @@ def _run(operator: Descriptor, x: Tensor, backend: str | None, num_queries: int 
 
     if torch.compiler.is_compiling():
         # No kernel for the CPU takes less than float32.
-        if needs_grad or backend == "reference" or (dtype is not None and x.device.type == "cpu"):
+        if differentiable or backend == "reference" or (dtype is not None and x.device.type == "cpu"):
             return _on_reference(dtype, operator, x, num_queries)
         # One node in the graph; the backend is chosen, and weights are packed, when it runs.
         return run_in(dtype, node, x, *operator.flat(num_queries), residual=operator.residual)
-    if isinstance(x, FakeTensor) and not needs_grad:  # only shapes are wanted, and nothing can be packed
+    if isinstance(x, FakeTensor) and not differentiable:  # only shapes are wanted, and nothing can be packed
         return run_in(dtype, node, x, *operator.flat(num_queries), residual=operator.residual)
-    chosen = dispatch.choose(backend, x.device, dtype or x.dtype, needs_grad, operator.widest_head, _rows(x))
+    chosen = dispatch.choose(backend, x.device, dtype or x.dtype, differentiable, operator.widest_head, _rows(x))
     if chosen == "reference":
         return _on_reference(dtype, operator, x, num_queries)
 

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._cache import up_to_date
 from ._stamp import Stamp
@@ -57,6 +58,13 @@ class Backend(Protocol):
 
     def chain(self, x: Tensor, sublayers: Sequence[Sublayer]) -> PackedChain | None:
         """The sublayers for activations like ``x``, to be run in one go; None where they are called one by one."""
+
+
+def needs_grad(tensors: Iterable[object]) -> bool:
+    """Whether a call on these tensors must be differentiable, backwards or forwards."""
+    if forward_ad._current_level >= 0:
+        return True  # a tangent may be on any of them, whatever requires_grad says
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 BACKENDS: dict[str, Backend] = {}

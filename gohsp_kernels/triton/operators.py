@@ -13,8 +13,7 @@ from torch import Tensor
 
 from .._cache import PackedCache
 from ..descriptors import Attention, AttentionSublayer, Descriptor, Linear, MlpSublayer, Sublayer
-from ..dispatch import needs_grad
-from ..registry import PackedChain
+from ..registry import PackedChain, needs_grad
 from . import training
 from .attention import HeadLayout, attention
 from .attention_sublayer import PackedAttention, pack_attention

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: options and help. What the commands do stands in gohsp.commands, gohsp.report and gohsp.demo."""
+"""The command line: options and help. What the commands do stands in gohsp.runs and gohsp.demo."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from gohsp.commands import Work
+    from gohsp.runs.commands import Work
 
 app = typer.Typer(
     name="gohsp",
@@ -215,7 +215,7 @@ def report(
 
     **gohsp report dense run --out report.md --picture report.svg**
     """
-    from gohsp import report as pages
+    from gohsp.runs import report as pages
 
     console = Console()
     with _one_line_errors("report", console):
@@ -260,8 +260,8 @@ def _target(text: str) -> dict[str, float]:
 
 
 def _work(verb: str, out: Path, recipe: Path | None, changes: dict[str, Any]) -> None:
-    from gohsp import commands
-    from gohsp.artefacts import Run
+    from gohsp.runs import commands
+    from gohsp.runs.directory import Run
 
     # Of the processes that share a run, the first speaks.
     console = Console(quiet=os.environ.get("RANK", "0") != "0")

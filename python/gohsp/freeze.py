@@ -91,7 +91,7 @@ class FrozenEmbedding(nn.Module):
         # What timm adds to patches of which nothing is left: the tokens in front of them, and all positions.
         with torch.no_grad():
             base = model._pos_embed(weight.new_zeros(1, embed.num_patches, weight.shape[0]))[0]
-        self.packed = gk.cpu.pack_embedding(weight, embed.proj.bias, base)
+        self.packed = gk.pack_embedding(weight, embed.proj.bias, base)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return tokens [B, N, D] for images [B, C, height, width]; no gradient flows through it."""
@@ -118,7 +118,7 @@ class FrozenLinear(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.packed = gk.cpu.pack_linear(layer.weight, layer.bias)
+        self.packed = gk.pack_linear(layer.weight, layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product [..., out_features] for x [..., in_features]; no gradient flows through it."""

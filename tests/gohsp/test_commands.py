@@ -18,9 +18,9 @@ from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner, Result
 
 import gohsp
-from gohsp.artefacts import Run, open_model, read_scores
 from gohsp.cli import app
 from gohsp.recipe import ModelSource, read_recipe
+from gohsp.runs.directory import Run, open_model, read_scores
 
 Call = Callable[..., Result]
 NAME = "commands_vit_tiny"

@@ -13,8 +13,8 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torchvision import datasets
 
-from gohsp.data import open_images
 from gohsp.recipe import Augmentation, DataSource
+from gohsp.runs.datasets import open_images
 from gohsp.training.seeds import seeded
 
 
@@ -121,7 +121,7 @@ def test_torchvision_data_sets_are_opened_by_name(tmp_path: Path, model: Any, mo
 
 
 def test_timm_data_sets_are_opened_by_name(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gohsp import data
+    from gohsp.runs import datasets as data
 
     def fake(name: str, split: str, **options: Any) -> Any:
         if split == "validation":
@@ -134,7 +134,7 @@ def test_timm_data_sets_are_opened_by_name(model: Any, monkeypatch: pytest.Monke
 
 
 def test_data_sets_without_random_access_are_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gohsp import data
+    from gohsp.runs import datasets as data
 
     monkeypatch.setattr(data, "create_dataset", lambda name, **options: iter(()))
     with pytest.raises(ValueError, match="random access"):

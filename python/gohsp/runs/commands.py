@@ -15,7 +15,11 @@ from torch import nn
 
 import gohsp
 from gohsp import io, vit
-from gohsp.artefacts import (
+from gohsp.files import write_json
+from gohsp.latency import LatencyTable
+from gohsp.recipe import Recipe
+from gohsp.runs.datasets import Images, open_images
+from gohsp.runs.directory import (
     HEAD_BATCH,
     RANKING,
     Run,
@@ -27,11 +31,7 @@ from gohsp.artefacts import (
     set_classifier,
     write_scores,
 )
-from gohsp.data import Images, open_images
-from gohsp.demo.progress import Steps, each
-from gohsp.files import write_json
-from gohsp.latency import LatencyTable
-from gohsp.recipe import Recipe
+from gohsp.runs.progress import Steps, each
 from gohsp.train import make_accelerator
 from gohsp.training.evaluation import evaluate as measure
 

@@ -13,10 +13,10 @@ from rich.table import Table
 from torch import nn
 
 from gohsp import io
-from gohsp.artefacts import Run, open_model
 from gohsp.files import read_json, replacing, write_text
 from gohsp.mask import check_keys
 from gohsp.recipe import read_recipe
+from gohsp.runs.directory import Run, open_model
 from gohsp.timing import interleave
 
 TITLES = ("run", "what", "parameters", "MACs", "top-1", "images")

