@@ -9,31 +9,19 @@ Needs the build tree that `make setup` leaves. tests/cuda/test_mutations.py sees
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.faults import ROOT, Mutation, copy_tree, first_failure, plant, report
+
 TREE = ROOT / "build" / "native"
 SOURCES = ROOT / "csrc" / "cuda"
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """A fault: ``old`` in ``file`` becomes ``new``; ``test`` of test_numerics.py must fail."""
-
-    file: str
-    old: str
-    new: str
-    test: str
-
+TESTS = Path(__file__).parent / "test_numerics.py"
 
 LINEAR, ATTENTION, ROWS = "linear.cuh", "attention.cuh", "rows.cuh"
 MUTATIONS = {
@@ -174,11 +162,8 @@ MUTATIONS = {
 
 def build(mutation: Mutation, folder: Path, module: Path) -> None:
     """Compile the mutated kernels and link them with the rest of the module as it was built."""
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    target = folder / "csrc" / "cuda" / mutation.file
-    text = target.read_text()
-    assert text.count(mutation.old) == 1, mutation
-    target.write_text(text.replace(mutation.old, mutation.new))
+    copy_tree(folder, "csrc")
+    plant(folder / "csrc" / "cuda" / mutation.file, mutation)
     commands = json.loads((TREE / "compile_commands.json").read_text())
     (command,) = (c["command"] for c in commands if c["file"].endswith("emulate/emulated.cpp"))
     words = shlex.split(command)
@@ -196,33 +181,20 @@ def build(mutation: Mutation, folder: Path, module: Path) -> None:
     subprocess.run(link, check=True, capture_output=True)
 
 
-def first_failure(mutation: Mutation) -> str:
-    """The line of pytest about the test that found the mutant; the empty string if it lives."""
+def find(mutation: Mutation) -> str:
+    """Build a mutant and return the test that finds it, or the empty string."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part in ("tests", "python", "bench"):  # not links, through which pytest would find the sound module
-            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", folder)
-        shutil.copytree(ROOT / "gohsp_kernels", folder / "gohsp_kernels", ignore=shutil.ignore_patterns("_C_cuda*"))
+        copy_tree(folder, "tests", "python", "bench", "pyproject.toml")
+        copy_tree(folder, "gohsp_kernels", leave=("_C_cuda*",))
         (module,) = (folder / "gohsp_kernels").glob("_checks_cuda*.so")
         module.unlink()
         build(mutation, folder, module)
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/cuda/test_numerics.py", "-k", mutation.test]
-        environment = {**os.environ, "PYTHONPATH": f"{folder}:{folder / 'python'}"}
-        options = ["-p", "no:cacheprovider", "--hypothesis-seed=0"]
-        run = subprocess.run([*command, *options], cwd=folder, env=environment, capture_output=True, text=True)
-        assert run.returncode in (0, 1), run.stdout + run.stderr
-        failed = [line for line in run.stdout.splitlines() if line.startswith("FAILED")]
-        return failed[0] if failed else ""
+        return first_failure(folder, [f"tests/cuda/test_numerics.py::{mutation.test}", "--hypothesis-seed=0"])
 
 
 def main(names: list[str]) -> int:
-    alive = 0
-    for name in names or MUTATIONS:
-        failure = first_failure(MUTATIONS[name])
-        alive += not failure
-        print(f"{'found' if failure else 'LIVES':6} {name:58} {failure.removeprefix('FAILED ')[:140]}", flush=True)
-    return alive
+    return report(names, MUTATIONS, find)
 
 
 if __name__ == "__main__":

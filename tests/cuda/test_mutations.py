@@ -3,21 +3,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from .mutations import MUTATIONS, SOURCES
+from tests.faults import check_fits, check_note
+
+from .mutations import MUTATIONS, SOURCES, TESTS
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_each_fault_still_fits_the_source(name: str) -> None:
-    mutation = MUTATIONS[name]
-    assert (SOURCES / mutation.file).read_text().count(mutation.old) == 1
-    assert mutation.old != mutation.new
-    assert f"def {mutation.test}(" in (Path(__file__).parent / "test_numerics.py").read_text()
+    check_fits(MUTATIONS[name], SOURCES, TESTS)
 
 
 def test_the_note_lists_them_all() -> None:
-    note = (Path(__file__).parents[2] / "docs" / "cuda.md").read_text()
-    assert all(name in note for name in MUTATIONS)
+    check_note("cuda.md", MUTATIONS)

@@ -34,6 +34,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rates": ("vit_tiny_patch16_224", {"drop_path_rate": 0.1, "attn_drop_rate": 0.2, "patch_drop_rate": 0.3}),
     "any image size": ("vit_tiny_patch16_224", {"dynamic_img_size": True, "in_chans": 3, "act_layer": "gelu_tanh"}),
     "odd sizes": ("vit_tiny_patch16_224", {"img_size": (32, 64), "mlp_ratio": 2.345, "final_norm": False}),
+    "neurons that no ratio gives": ("vit_tiny_patch16_224", {"embed_dim": 60, "mlp_ratio": 123.5 / 60}),  # 123
 }
 
 

@@ -97,6 +97,17 @@ def test_block_agrees_with_the_masked_dense_block(
         assert relative_error(compact.mlp(tokens) + 1, masked.mlp(tokens) + 1) < 1e-12
 
 
+def test_eps_of_each_norm_is_its_own(
+    pair: Callable[..., Any], tokens: Tensor, relative_error: Callable[..., float]
+) -> None:
+    compact, masked, _ = pair(keep_all, qk_norm=True)
+    for block in (compact, masked):
+        block.norm1.eps, block.norm2.eps = 0.1, 0.3
+        block.attn.q_norm.eps = block.attn.k_norm.eps = 0.2
+    with torch.no_grad():
+        assert relative_error(compact(tokens), masked(tokens)) < 1e-12
+
+
 @pytest.mark.parametrize("edge", EDGES)
 def test_block_in_float32_on_each_backend(
     pair: Callable[..., Any], tokens: Tensor, relative_error: Callable[..., float], backend: str, edge: str

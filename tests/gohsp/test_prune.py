@@ -19,6 +19,7 @@ from gohsp.latency import LatencyTable
 from gohsp.prune import PruneResult, prune
 from gohsp.ranking import SIMILARITIES, rank_heads
 from gohsp.scores import CRITERIA
+from gohsp.statistics import Moments, embed, measure_sensitivities, sublayers
 
 SMALL: dict[str, Any] = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}  # heads of 16, 192 neurons
 ALL_GROUPS = ("heads", "hidden", "qk", "v")
@@ -155,6 +156,24 @@ def test_what_follows_from_the_rest_is_pruned_without_a_trace(make_model, images
     fresh = images(8, 32, seed=7)
     assert distance(fitted.model, model, fresh) < 1e-5
     assert distance(dropped.model, model, fresh) > 0.01  # a thousand times more
+
+
+def test_the_fit_sees_the_attention_that_is_left(make_model, images) -> None:
+    """Once QK channels have gone, proj is the least-squares solution for what the heads give then."""
+    model = make_model(**{**SMALL, "depth": 1})
+    full = prune(model, batches_of(images), {"params": 1.0}).report.budgets
+    result = prune(model, batches_of(images), groups=("qk",), budgets=[replace(full[0], qk=24)], ridge=0.0)
+    dense, pruned = (sublayers(of)[0] for of in (model, result.model))
+    moments = Moments(pruned.write.in_features, pruned.write.out_features)
+    with torch.no_grad():
+        stream, _ = embed(model, batches_of(images))
+        weights = measure_sensitivities(model, stream)[0].weights()
+        hidden, _ = pruned.trace(stream)
+        moments.update(hidden, dense(stream) - stream, weights.expand(hidden.shape[:2]))
+    again, bias = moments.fit(dense.write.weight, torch.arange(pruned.write.in_features), 0.0)
+    torch.testing.assert_close(pruned.write.weight, again, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(pruned.write.bias, bias, rtol=1e-6, atol=1e-6)
+    assert distance(result.model, model, images(8, 32, seed=7)) > 1e-3  # something was lost that a fit could see
 
 
 COLUMN_GROUPS = ("attn_in", "attn_out", "mlp_in", "mlp_out")

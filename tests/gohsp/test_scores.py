@@ -151,6 +151,13 @@ def test_a_guide_multiplies_the_cost_of_its_head() -> None:
     assert same.losses == pytest.approx([2 * loss for loss in plain.losses])
 
 
+def test_guides_stay_with_their_heads() -> None:
+    """Also after the first has gone, when the places of those that are left no longer are their numbers."""
+    guide = torch.tensor([1e4, 1.0, 1e8, 1e12], dtype=torch.float64)
+    got = obs(replace(evidence(seed=6), guide=guide), heads())
+    assert [int(step[0]) // 3 for step in got.steps] == [1, 0, 2]
+
+
 @pytest.mark.parametrize("name", CRITERIA)
 @pytest.mark.parametrize(("tile", "sizes"), [(5, [2, 5]), (4, [4, 4]), (12, [])])
 def test_the_odd_rest_goes_first_and_a_tile_stays(name: str, tile: int, sizes: list[int]) -> None:

@@ -77,6 +77,35 @@ def test_chain_of_a_small_transformer(backend: str) -> None:
         assert relative_error(result, one_by_one(x.double(), calls)[:, :queries]) < 2e-6
 
 
+@needs_native
+def test_chain_that_begins_and_ends_with_two_mlps() -> None:
+    """What stands before the first attention reads x, and what follows the last writes the result."""
+    maker = Maker(5)
+    mlps = [maker.mlp_sublayer((0,), FEATURES, 50, kept_in, 33) for kept_in in (None, 29, 17, None)]
+    calls = [*mlps[:2], maker.attention_sublayer(0, 0, FEATURES, [8, 8], [8, 8]), *mlps[2:]]
+    x = maker.normal(3, 20, FEATURES)
+    for part in (calls, calls[:2]):
+        for queries in (None, 2):
+            result = gk.SublayerChain(list(map(bound, part)))(x, num_queries=queries, backend="cpu")
+            assert relative_error(result, one_by_one(x.double(), part)[:, :queries]) < 2e-6
+
+
+@needs_native
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_workers_share_images_and_buffers(batch: int) -> None:
+    """Calls so long that workers meet in the middle of tasks, and attentions whose keys and values take turns."""
+    maker, threads = Maker(6), torch.get_num_threads()
+    calls = [maker.attention_sublayer(0, 0, FEATURES, [24, 16, 24], [16, 24, 24]) for _ in range(3)]
+    chain, x = gk.SublayerChain(list(map(bound, calls))), maker.normal(batch, 300, FEATURES)
+    truth = one_by_one(x.double(), calls)
+    try:
+        for count in (1, 2, 3, 4) * 4:
+            torch.set_num_threads(count)
+            assert relative_error(chain(x, backend="cpu"), truth) < 2e-6
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_empty_chain_gives_its_input() -> None:
     x = torch.randn(2, 5, 8)
     assert torch.equal(gk.SublayerChain([])(x, num_queries=3), x[:, :3])

@@ -72,6 +72,11 @@ EDGES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "no row": ("mlp_sublayer", ((0, 7), 16, 12), {}),
     "leading dimensions": ("mlp_sublayer", ((2, 3, 2, 5), 16, 12), {}),
     "a single row": ("mlp_sublayer", ((), 16, 12), {}),
+    "columns after whole vectors, linear": ("linear", ((2, 9), 61, 37, 31, 20, "gelu"), {}),
+    "columns after whole vectors, attention": ("attention_sublayer", (2, 9, 61, [5, 8], [7, 3], 37, 29), {}),
+    "columns after whole vectors, MLP": ("mlp_sublayer", ((2, 9), 61, 33, 37, 29), {}),
+    "all columns, which fill no whole vectors": ("mlp_sublayer", ((2, 9), 61, 33), {}),
+    "an eps that matters": ("mlp_sublayer", ((2, 7), 16, 12), {"eps": 0.5}),
 }
 
 
@@ -87,6 +92,18 @@ def test_real_shapes(name: str) -> None:
     maker = Maker(8)
     check(maker.attention_sublayer(2, 197, features, [64] * heads, [64] * heads))
     check(maker.mlp_sublayer((2, 197), features, features * 5 // 2))
+
+
+@pytest.mark.parametrize(("down", "across", "own"), [(1, 1, 0), (3, 5, 1), (7, 4, 2)])
+def test_embedding(down: int, across: int, own: int) -> None:
+    """Patches that are not square, and tokens before them."""
+    maker = Maker(14)
+    images, weight, bias = maker.normal(3, 2, 3 * down, 5 * across), maker.normal(21, 2, 3, 5), maker.normal(21)
+    base = maker.normal(own + down * across, 21)
+    patches = torch.nn.functional.conv2d(images.double(), weight.double(), bias.double(), stride=(3, 5))
+    truth = base.double().repeat(3, 1, 1)
+    truth[:, own:] += patches.flatten(2).mT
+    assert relative_error(cpu.pack_embedding(weight, bias, base)(images), truth) < TOLERANCE
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 16])

@@ -11,6 +11,7 @@ import torch
 import gohsp_kernels as gk
 from gohsp_kernels import _native, chain, cpu
 
+from . import test_bf16, test_int8
 from .cases import Call, Maker, relative_error, run_again
 from .test_chain import FEATURES, bound
 
@@ -25,6 +26,19 @@ FLIPPED = 2e-3
 def frozen(calls: list[Call], form: str) -> gk.FrozenChain:
     """As ``SublayerChain.frozen(weights=form)``, on any instruction set."""
     return gk.FrozenChain(FEATURES, tuple(cpu.pack_sublayer(chain.descriptor(bound(call)), form) for call in calls))
+
+
+@each_form
+@pytest.mark.parametrize("inputs", [57, 61])
+@pytest.mark.parametrize("capability", checks.capabilities())
+def test_what_stands_behind_a_row_does_not_count(capability: str, inputs: int, form: str) -> None:
+    """The kernel's own row still holds the longer one of the call before."""
+    product = test_int8.product if form == "int8" else test_bf16.product
+    maker = Maker(9)
+    x, weight, bias = maker.normal(13, inputs), maker.weight(40, inputs), maker.normal(40)
+    before = product(capability, x, weight, bias)
+    assert product(capability, torch.full((1, 64), float("nan")), torch.ones(1, 64), torch.zeros(1)).isnan().all()
+    assert torch.equal(product(capability, x, weight, bias), before)
 
 
 @needs_native

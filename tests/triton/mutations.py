@@ -8,16 +8,15 @@ one survived. Arguments choose mutations whose file or description contains one 
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.faults import ROOT, Run, planted, run_pytest
+
 FORWARD = ("test_forward.py", "test_norm_algebra.py", "test_bounds.py")
 BACKWARD = ("test_backward.py", "test_bounds.py")
 
@@ -180,28 +179,19 @@ def _all() -> list[Mutation]:
 
 def killer(mutation: Mutation, folder: Path) -> str:
     """Name of the first test that fails with the mutation in the copy at ``folder``; empty where none does."""
-    path = folder / "gohsp_kernels" / "triton" / mutation.file
-    original = path.read_text()
-    assert original.count(mutation.old) == 1, f"{mutation.file}: {original.count(mutation.old)} times {mutation.old!r}"
-    path.write_text(original.replace(mutation.old, mutation.new))
-    try:
+    with planted(folder / "gohsp_kernels" / "triton" / mutation.file, mutation):
         run = pytest(folder, mutation.tests)
-        died = run.returncode < 0
+        died = run.status < 0
         if died:  # it wrote where it should not; the test of that stops it before
             run = pytest(folder, ("test_bounds.py",))
-    finally:
-        path.write_text(original)
-    assert run.returncode in (0, 1), run.stdout[-2000:] + run.stderr[-2000:]
-    failed = re.findall(r"^FAILED tests/triton/\S+::(\w+)", run.stdout, re.MULTILINE)
+    assert run.status in (0, 1), run.text[-4000:]
+    failed = re.findall(r"^FAILED tests/triton/\S+::(\w+)", run.text, re.MULTILINE)
     return failed[0] if failed else "the interpreter dies of it" if died else ""
 
 
-def pytest(folder: Path, files: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+def pytest(folder: Path, files: tuple[str, ...]) -> Run:
     """Run the tests with fixed inputs in ``files`` up to the first that fails."""
-    tests = [f"tests/triton/{name}" for name in files]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", "not random_calls", *tests]
-    environment = {**os.environ, "PYTHONPATH": f"{folder}:{folder / 'python'}", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+    return run_pytest(folder, ["-k", "not random_calls", *(f"tests/triton/{name}" for name in files)])
 
 
 def main(words: list[str]) -> int:
