@@ -106,7 +106,7 @@ MUTATIONS = {
     "sensitivity: terms are squared token by token": Mutation(
         "statistics.py", "(x * gradient).sum(dim=1).double().square().sum(dim=0)",
         "(x * gradient).double().square().sum(dim=(0, 1))",
-        "test_statistics.py::test_sensitivity_is_the_jacobian_of_the_features_by_random_signs",
+        "test_statistics.py::test_first_order_terms_are_gradients_by_a_factor_on_each_column",
     ),
     "sensitivity: token weights without the square root": Mutation(
         "statistics.py", "(self.tokens / self.tokens.mean()).sqrt()", "(self.tokens / self.tokens.mean())",
@@ -135,7 +135,7 @@ MUTATIONS = {
     ),
     "budget: costs are rounded down to a cell": Mutation(
         "budget.py", "math.ceil((option.cost - least) / cell)", "math.floor((option.cost - least) / cell)",
-        "test_budget.py::test_solve_finds_the_least_loss_of_all_choices",
+        "test_budget.py::test_costs_that_miss_the_limit_by_less_than_a_cell_are_not_taken",
     ),
     "budget: what the rounding leaves is not spent": Mutation(
         "budget.py", "    return _spend_the_rest(choices, picks, limit)\n", "    return picks\n",
@@ -151,11 +151,11 @@ MUTATIONS = {
     ),
     "budget: losses are not weighed against what they save": Mutation(
         "budget.py", "offers.append((step.loss / saved,", "offers.append((step.loss,",
-        "test_budget.py::test_loss_is_weighed_against_cost_saved",
+        "test_budget.py::test_options_of_a_half_follow_the_loss_for_each_unit_saved",
     ),
     "budget: a head that gave channels takes its full width along": Mutation(
         "budget.py", "after[name] -= widths[self._head(step)]", "after[name] -= max(widths)",
-        "test_budget.py::test_the_result_is_counted_exactly_and_nothing_more_fits",
+        "test_budget.py::test_channels_of_a_head_that_has_gone_are_not_taken",
     ),
     "budget: channels of a head that has gone are taken": Mutation(
         "budget.py", "self.alive[self._head(step)] = False", "self.alive[self._head(step)] = True",
@@ -217,13 +217,13 @@ MUTATIONS = {
     ),
     "admm: the projection leaves the dual out": Mutation(
         "admm.py", "by_score(free.square()", "by_score(w.square()",
-        "test_admm.py::test_the_support_is_near_the_best_subset"
+        "test_admm.py::test_the_steps_are_those_that_are_described"
     ),
     "admm: the dual does not add up": Mutation(
-        "admm.py", "dual = free - z", "dual = w - z", "test_admm.py::test_the_support_is_near_the_best_subset"
+        "admm.py", "dual = free - z", "dual = w - z", "test_admm.py::test_the_steps_are_those_that_are_described"
     ),
     "admm: the dual grows with rho": Mutation(
-        "admm.py", "dual /= GROWTH", "dual *= GROWTH", "test_admm.py::test_the_support_is_near_the_best_subset"
+        "admm.py", "dual /= GROWTH", "dual *= GROWTH", "test_admm.py::test_the_steps_are_those_that_are_described"
     ),
     "admm: columns are not scaled to one variance": Mutation(
         "admm.py", "weight = root.T @ evidence.weight * deviations", "weight = root.T @ evidence.weight",
@@ -235,7 +235,7 @@ MUTATIONS = {
     ),
     "cut: layer scale is not divided out of what a layer should give": Mutation(
         "cut.py", "(wanted - part) * inverse, weights", "wanted - part, weights",
-        "test_prune.py::test_what_follows_from_the_rest_is_pruned_without_a_trace",
+        "test_prune.py::test_the_fit_sees_the_attention_that_is_left",
     ),
     "cut: QK channels of the heads that are left are sought among all": Mutation(
         "cut.py", "_marked(columns[left], size)", "_marked(left, size)",
@@ -248,7 +248,7 @@ MUTATIONS = {
     ),
     "survey: the graph does not guide the heads' budget": Mutation(
         "survey.py", "replace(look.write, guide=guide)", "look.write",
-        "test_prune.py::test_the_graph_guides_the_choice_of_heads",
+        "test_prune.py::test_the_graph_guides_the_budget_of_heads",
     ),
     "save: the number of neurons is rounded down": Mutation(
         "io.py", "(size.hidden + 0.5) / size.dim", "size.hidden / size.dim",

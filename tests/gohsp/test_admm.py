@@ -9,8 +9,9 @@ from itertools import combinations
 import pytest
 import torch
 
-from gohsp.admm import choose
-from gohsp.scores import CRITERIA, Evidence, Grouping
+from gohsp.admm import GROWTH, PATIENCE, START, STEPS, choose
+from gohsp.scores import CRITERIA, RIDGE, Evidence, Grouping
+from gohsp.statistics import damped
 from tests.gohsp.test_scores import compensated_error, evidence, heads, singles
 
 
@@ -25,6 +26,33 @@ def test_the_support_is_near_the_best_subset(seed: int) -> None:
     kept = choose(given, singles(8), 4)
     assert len(kept) == 4
     assert compensated_error(given, gone(given, kept)) <= errors[len(errors) // 4]
+
+
+def written_out(given: Evidence, keep: int) -> list[int]:
+    """The steps of the module's own description, single columns, by plain solves."""
+    covariance = damped(given.covariance, RIDGE)
+    deviations = covariance.diagonal().sqrt()
+    root = torch.linalg.cholesky(damped(given.metric, 1e-6))
+    start = root.T @ given.weight * deviations
+    square = covariance / torch.outer(deviations, deviations)
+    z, dual, rho, supports = start, torch.zeros_like(start), START, []
+    for _ in range(STEPS):
+        system = square + rho * torch.eye(len(square), dtype=square.dtype)
+        w = torch.linalg.solve(system, start @ square + rho * (z - dual), left=False)
+        supports.append((w + dual).square().sum(dim=0).argsort(descending=True)[:keep].sort().values.tolist())
+        z = torch.zeros_like(w)
+        z[:, supports[-1]] = (w + dual)[:, supports[-1]]
+        dual = (dual + w - z) / GROWTH
+        rho *= GROWTH
+        if len(supports) > PATIENCE and all(support == supports[-1] for support in supports[-PATIENCE - 1 :]):
+            break
+    return supports[-1]
+
+
+def test_the_steps_are_those_that_are_described() -> None:
+    for seed in range(0, 400, 10):
+        given = evidence(seed=seed)
+        assert choose(given, singles(), 5).tolist() == written_out(given, 5)
 
 
 def test_over_many_layers_it_beats_the_norms() -> None:

@@ -134,6 +134,12 @@ def test_solve_beats_taking_the_cheapest_step_first() -> None:
     assert solve(choices, 17) == [0, 1]
 
 
+def test_costs_that_miss_the_limit_by_less_than_a_cell_are_not_taken() -> None:
+    choices = [[Option(0.0, 1.0, {}), Option(1.0, 0.0, {})]] * 2
+    assert sum(solve(choices, 2.0)) == 2
+    assert sum(solve(choices, 2.0 - 1e-6)) == 1
+
+
 def test_a_limit_below_everything_is_refused() -> None:
     with pytest.raises(ValueError, match="limit: wanted at least 3, got 2"):
         solve([[Option(3, 0.0, {})]], 2)
@@ -163,6 +169,17 @@ def test_loss_is_weighed_against_cost_saved(make_model) -> None:
         queues = [{"heads": steps_of([loss], 1, [0]), "hidden": steps_of([1.0] * 47, 16)}, {"heads": [], "hidden": []}]
         first, _ = allocate(plans_for(model, queues), 1 - 0.98 * HEAD / total, outside(model))
         assert first.heads == heads
+
+
+def test_options_of_a_half_follow_the_loss_for_each_unit_saved(make_model) -> None:
+    """A head saves sixteen times as much as a tile of V channels."""
+    model = make_model(depth=1)
+    tiles = HEAD / (8 * (2 * DIM + 1))
+    assert tiles == pytest.approx(16, rel=0.01)
+    for loss, heads in ((15.0, HEADS - 1), (17.0, HEADS)):
+        queue = {"heads": steps_of([loss], 1, [0]), "v": steps_of([1.0], 8, [1])}
+        (plan,) = plans_for(model, [queue])
+        assert plan.options(0, {})[1].widths["heads"] == heads
 
 
 def test_a_cheap_step_behind_a_dear_one_does_not_hide_its_price(make_model) -> None:

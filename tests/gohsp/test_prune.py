@@ -20,6 +20,7 @@ from gohsp.prune import PruneResult, prune
 from gohsp.ranking import SIMILARITIES, rank_heads
 from gohsp.scores import CRITERIA
 from gohsp.statistics import Moments, embed, measure_sensitivities, sublayers
+from gohsp.survey import Settings, survey
 
 SMALL: dict[str, Any] = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}  # heads of 16, 192 neurons
 ALL_GROUPS = ("heads", "hidden", "qk", "v")
@@ -49,6 +50,9 @@ def test_the_target_is_met_exactly_as_counted(make_model, images, method, groups
     assert result.report.dense == dense
     assert result.report.pruned == kept == count(compress(result.model, result.mask))
     assert getattr(kept, kind) <= 0.6 * getattr(dense, kind)
+    for layout, budget in zip((block.layout() for block in result.mask.blocks), result.report.budgets, strict=True):
+        assert (len(layout.heads), len(layout.hidden)) == (budget.heads, budget.hidden)
+        assert (sum(layout.qk_widths), sum(layout.v_widths)) == (budget.qk, budget.v)
     tile = 16 * (2 * 48 + 1) if kind == "params" else 5 * 16 * 2 * 48
     assert getattr(kept, kind) > 0.6 * getattr(dense, kind) - tile
 
@@ -160,7 +164,7 @@ def test_what_follows_from_the_rest_is_pruned_without_a_trace(make_model, images
 
 def test_the_fit_sees_the_attention_that_is_left(make_model, images) -> None:
     """Once QK channels have gone, proj is the least-squares solution for what the heads give then."""
-    model = make_model(**{**SMALL, "depth": 1})
+    model = make_model(**{**SMALL, "depth": 1}, init_values=1.0)
     full = prune(model, batches_of(images), {"params": 1.0}).report.budgets
     result = prune(model, batches_of(images), groups=("qk",), budgets=[replace(full[0], qk=24)], ridge=0.0)
     dense, pruned = (sublayers(of)[0] for of in (model, result.model))
@@ -169,7 +173,7 @@ def test_the_fit_sees_the_attention_that_is_left(make_model, images) -> None:
         stream, _ = embed(model, batches_of(images))
         weights = measure_sensitivities(model, stream)[0].weights()
         hidden, _ = pruned.trace(stream)
-        moments.update(hidden, dense(stream) - stream, weights.expand(hidden.shape[:2]))
+        moments.update(hidden, (dense(stream) - stream) / dense.gain(), weights.expand(hidden.shape[:2]))
     again, bias = moments.fit(dense.write.weight, torch.arange(pruned.write.in_features), 0.0)
     torch.testing.assert_close(pruned.write.weight, again, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(pruned.write.bias, bias, rtol=1e-6, atol=1e-6)
@@ -342,6 +346,22 @@ def test_the_graph_guides_the_choice_of_heads(make_model, images) -> None:
             torch.testing.assert_close(scores, wanted, rtol=1e-6, atol=1e-9)
             kept = scores.argsort(descending=True)[: int(block.heads.sum())]
             assert sorted(kept.tolist()) == block.heads.nonzero().flatten().tolist()
+
+
+def test_the_graph_guides_the_budget_of_heads(make_model, images) -> None:
+    """A head that scores low is offered first, and at a lower price than without guidance."""
+    model = make_model(**SMALL)
+    scores = [torch.tensor([0.4, 0.6 - 1e-6, 1e-6]), torch.tensor([1e-6, 0.6 - 1e-6, 0.4])]
+    lost = []
+    for guidance in (0.0, 1.0):
+        with torch.no_grad():
+            stream, _ = embed(model, batches_of(images))
+            settings = Settings("gohsp", ("heads",), "ridge", 0, "cka", 0.0, "important", guidance, 0.3)
+            sensitivities = measure_sensitivities(model, stream)
+            found = survey(model, stream, sensitivities, settings, torch.Generator(), lambda: None, scores)
+        lost.append([steps["heads"][0].loss for steps in found.steps])
+    assert [steps["heads"][0].head for steps in found.steps] == [2, 0]
+    assert all(guided < 1e-3 * plain for plain, guided in zip(*lost, strict=True))
 
 
 def test_without_guidance_the_graph_does_not_matter(make_model, images) -> None:

@@ -215,6 +215,24 @@ def test_sensitivity_is_the_jacobian_of_the_features_by_random_signs(
     torch.testing.assert_close(got.tokens, gradient.square().sum(dim=1), rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("index", [0, 3])
+def test_first_order_terms_are_gradients_by_a_factor_on_each_column(make_model, images, index: int) -> None:
+    """Such a factor stands before a column's weights at all tokens, so their terms add up before they are squared."""
+    model = make_model(embed_dim=24, img_size=32)
+    stream, _ = embed(model, [images(1, 32)])
+    layer, x = sublayers(model)[index], stream
+    for each in sublayers(model):
+        x = each(x)
+    features = model.norm(x)[:, 0].flatten()
+    signs = torch.randint(0, 2, features.shape, generator=torch.Generator().manual_seed(7)).mul(2).sub(1).double()
+    weights = layer.write.weight, layer.read.weight
+    gradients = torch.autograd.grad((features * signs).sum(), weights)
+    wanted = [(weight * gradient).sum(dim=0).square() for weight, gradient in zip(weights, gradients, strict=True)]
+    got = measure_sensitivities(model, stream, seed=7)[index]
+    torch.testing.assert_close(got.taylor, wanted[0].detach(), rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(got.taylor_in, wanted[1].detach(), rtol=1e-8, atol=1e-12)
+
+
 def test_sensitivity_is_a_mean_over_images(make_model, images) -> None:
     model = make_model(embed_dim=24, img_size=32)
     once, _ = embed(model, [images(3, 32)])
@@ -228,7 +246,7 @@ def test_token_weights_follow_the_sensitivity_and_have_a_floor(make_model, image
     model = make_model(global_pool="token")
     stream, _ = embed(model, [images()])
     last = measure_sensitivities(model, stream)[-1].weights()
-    assert last[0] > 2
+    assert last[0].item() == pytest.approx(10**0.5)  # the root of ten times the mean
     assert last[1:].tolist() == pytest.approx([0.1] * 9)
 
 

@@ -39,7 +39,7 @@ MUTATIONS = {
         "test_cpu.py::test_batches_and_threads",
     ),
     "product: the last panel gives columns past the end": Mutation(
-        GEMM, "min(N, w.n - p * N), c);", "vectors * W, c);", "test_cpu.py::test_batches_and_threads"
+        GEMM, "min(N, w.n - p * N), c);", "vectors * W, c);", "test_cpu.py::test_edges"
     ),
     "norm: the columns after the last whole vector are not in the mean": Mutation(
         ROWS, "Vec sum = load_first(x + whole, rest);", "Vec sum = {};", "test_cpu.py::test_edges"
