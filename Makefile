@@ -2,7 +2,7 @@
 # Stamp files in .venv/.stamps say what is done, so that a second run costs nothing.
 #
 #   make demo     rank, prune, compress and time a trained ViT; writes gohsp-demo/report.html
-#   make test     the tests (PYTEST_ARGS="-k mask" to choose)
+#   make test     the tests (PYTEST_ARGS="-k mask" to choose; --exhaustive compiles Triton's kernels for all GPUs)
 #   make bench    benchmarks (BENCH_ARGS="--help" to choose)
 #   make lint     ruff, mypy, the layers of the house, clang-format
 #   make gpu-check  correctness and speed on the GPU at hand; writes gpu-report/ (hours, most of them others' compilers)
