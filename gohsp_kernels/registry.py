@@ -51,7 +51,7 @@ class Backend(Protocol):
         """Why "auto" does not take it for such a call although it could run, or the empty string."""
 
     def priority(self, request: Request) -> int:
-        """ "auto" tries the backend with the highest number first. The reference, which runs everything, has 0."""
+        """How early it is tried: the highest number first. The reference, which runs everything, has 0."""
 
     def run(self, operator: Descriptor, x: Tensor, num_queries: int | None) -> Tensor:
         """Compute a call; ``num_queries`` counts where the operator attends."""

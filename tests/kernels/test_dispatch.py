@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import gohsp_kernels as gk
-from gohsp_kernels import _native, dispatch, info
+from gohsp_kernels import _native, dispatch, info, registry
+from gohsp_kernels.descriptors import Descriptor
+from gohsp_kernels.registry import BACKENDS, Request
 
-from .cases import Call, Maker, samples
+from .cases import Call, Maker, relative_error, samples
+from .test_chain import bound
 
 
 def test_backends_lists_each_with_a_reason_or_none() -> None:
@@ -104,6 +108,66 @@ def test_environment_variable_selects_the_backend() -> None:
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert expected in run.stdout + run.stderr
         assert (run.returncode == 0) == (value == "reference")
+
+
+class Counting:
+    """A backend from outside: the reference, for float32 alone, with a count of its calls."""
+
+    name = "counting"
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def missing(self, request: Request) -> str:
+        return "" if request.dtype == torch.float32 else "counts in float32"
+
+    def only_named(self, request: Request) -> str:
+        return "does not count gradients" if request.needs_grad else ""
+
+    def priority(self, request: Request) -> int:
+        return 100
+
+    def run(self, operator: Descriptor, x: Tensor, num_queries: int | None) -> Tensor:
+        self.calls.append(operator.name)
+        return BACKENDS["reference"].run(operator, x, num_queries)
+
+    def chain(self, x: Tensor, sublayers: Any) -> None:
+        return None
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
+    backend = Counting()
+    monkeypatch.setitem(BACKENDS, backend.name, backend)
+    return backend
+
+
+def test_a_backend_from_outside_is_a_peer(counting: Counting) -> None:
+    call = samples()["mlp_sublayer"]
+    truth = call.run("reference")
+    assert torch.equal(call.run(), truth) and torch.equal(call.run("counting"), truth)
+    assert counting.calls == ["mlp_sublayer"] * 2
+    assert next(iter(gk.backends())) == "counting" and gk.can_run("counting")
+    with pytest.raises(RuntimeError, match="backend 'counting': counts in float32"):
+        call.to(torch.float64).run("counting")
+    call.to(torch.float64).run()
+    call.args[3].requires_grad_()
+    assert call.run().requires_grad and len(counting.calls) == 2
+    assert call.run("counting").requires_grad and len(counting.calls) == 3
+
+
+def test_a_backend_without_chains_gets_its_sublayers_one_by_one(counting: Counting) -> None:
+    maker = Maker(3)
+    calls = [maker.attention_sublayer(0, 0, 24, [8], [8]), maker.mlp_sublayer((0,), 24, 16)]
+    x = maker.normal(2, 5, 24)
+    chain = gk.SublayerChain([bound(call) for call in calls])
+    assert relative_error(chain(x, num_queries=3), chain(x, num_queries=3, backend="reference")) < 1e-6
+    assert counting.calls == ["attention_sublayer", "mlp_sublayer"]
+
+
+def test_a_name_is_given_once(counting: Counting) -> None:
+    with pytest.raises(ValueError, match="backend: wanted a name that is free; got 'counting'"):
+        registry.register(counting)
 
 
 def test_info_reports_backends_and_operators() -> None:
