@@ -169,14 +169,19 @@ def first_failure(
     return failed[0].split(" ", 1)[1] if failed else ""
 
 
-def report(names: Sequence[str], mutations: Mapping[str, Mutation], find: Callable[[Mutation], str]) -> int:
-    """Try the faults of these names, or all, and return the exit status: 1 if one was not found."""
+def chosen(names: Sequence[str], mutations: Mapping[str, Mutation]) -> dict[str, Mutation]:
+    """Return the faults of these names, or all; end the process where there is none of a name."""
     unknown = [name for name in names if name not in mutations]
     if unknown:
         sys.exit(f"unknown faults: {', '.join(unknown)}")
+    return {name: mutations[name] for name in names or mutations}
+
+
+def report(mutations: Mapping[str, Mutation], find: Callable[[Mutation], str]) -> int:
+    """Try faults and return the exit status: 1 if one was not found."""
     missed = 0
-    for name in names or mutations:
-        failure = find(mutations[name])
+    for name, mutation in mutations.items():
+        failure = find(mutation)
         missed += not failure
         print(f"{'found' if failure else 'NOT FOUND':9}  {name:66}  {failure[:120]}".rstrip(), flush=True)
     return 1 if missed else 0

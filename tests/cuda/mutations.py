@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from tests.faults import ROOT, Mutation, copy_tree, first_failure, plant, report
+from tests.faults import ROOT, Mutation, chosen, copy_tree, first_failure, plant, report
 
 TREE = ROOT / "build" / "native"
 SOURCES = ROOT / "csrc" / "cuda"
@@ -194,7 +194,7 @@ def find(mutation: Mutation) -> str:
 
 
 def main(names: list[str]) -> int:
-    return report(names, MUTATIONS, find)
+    return report(chosen(names, MUTATIONS), find)
 
 
 if __name__ == "__main__":

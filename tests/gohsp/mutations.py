@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.faults import ROOT, Mutation, copy_tree, first_failure, planted, report
+from tests.faults import ROOT, Mutation, chosen, copy_tree, first_failure, planted, report
 
 SOURCES = ROOT / "python" / "gohsp"
 TESTS = Path(__file__).parent
@@ -272,12 +272,13 @@ def failure(folder: Path, tests: list[str]) -> str:
 
 
 def main(names: list[str]) -> int:
+    mutations = chosen(names, MUTATIONS)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_tree(folder, "tests", "python", "bench", "gohsp_kernels", "pyproject.toml")
-        found = failure(folder, sorted({MUTATIONS[name].test for name in names or MUTATIONS if name in MUTATIONS}))
+        found = failure(folder, sorted({mutation.test for mutation in mutations.values()}))
         assert not found, f"a test fails without any fault: {found}"
-        return report(names, MUTATIONS, lambda mutation: find(folder, mutation))
+        return report(mutations, lambda mutation: find(folder, mutation))
 
 
 if __name__ == "__main__":

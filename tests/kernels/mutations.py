@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.faults import ROOT, Mutation, copy_tree, first_failure, planted, report
+from tests.faults import ROOT, Mutation, chosen, copy_tree, first_failure, planted, report
 
 SOURCES = ROOT / "csrc"
 TESTS = Path(__file__).parent
@@ -276,12 +276,12 @@ def check(command: list[str]) -> None:
 
 
 def main(names: list[str]) -> int:
+    mutations = chosen(names, MUTATIONS)
     with tempfile.TemporaryDirectory() as folder:
         build = Build(Path(folder))
-        tests = sorted({MUTATIONS[name].test for name in names or MUTATIONS if name in MUTATIONS})
-        failure = build.first_failure(*tests)
+        failure = build.first_failure(*sorted({mutation.test for mutation in mutations.values()}))
         assert not failure, f"a test fails without any fault: {failure}"
-        return report(names, MUTATIONS, build.find)
+        return report(mutations, build.find)
 
 
 if __name__ == "__main__":
