@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """gohsp: heterogeneous pruning of vision transformers, and the result on kernels that are made for it."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from gohsp.compress import compress, densify
 from gohsp.count import count
 from gohsp.freeze import freeze
@@ -12,6 +14,11 @@ from gohsp.ranking import rank_heads
 from gohsp.recipe import Admm, Distillation, Fit
 from gohsp.train import TrainResult, train
 from gohsp_kernels import GraphedModel
+
+try:
+    __version__ = version("gohsp")
+except PackageNotFoundError:  # a checkout on the path that nobody installed
+    __version__ = "0+source"
 
 __all__ = [
     "Admm",

@@ -285,9 +285,10 @@ def _one_line_errors(verb: str, console: Console) -> Iterator[None]:
 @app.command()
 def info() -> None:
     """Say which kernels can run here and, where one cannot, why."""
-    from importlib.metadata import version
+    from timm import __version__ as timm_version
 
+    from gohsp import __version__
     from gohsp_kernels.info import report
 
-    typer.echo(f"gohsp             {version('gohsp')}, timm {version('timm')}")
+    typer.echo(f"gohsp             {__version__}, timm {timm_version}")
     typer.echo(report())

@@ -2,8 +2,10 @@
 """The command line: its help teaches, wrong input is answered in one line, results are written and announced."""
 
 import pytest
+import timm
 from typer.testing import CliRunner
 
+import gohsp
 from gohsp.cli import app
 from gohsp.demo import report, run
 
@@ -46,7 +48,8 @@ def test_demo_help_tells_what_happens_and_what_can_be_changed(call):
 def test_info_says_what_can_run(call):
     result = call("info")
     assert result.exit_code == 0
-    assert "timm" in result.output and "processor" in result.output
+    assert f"gohsp             {gohsp.__version__}, timm {timm.__version__}" in result.output
+    assert "processor" in result.output
     assert "reference  yes" in result.output
 
 
