@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Callable
 from itertools import groupby
 
@@ -11,20 +10,29 @@ from rich.console import Console
 
 from bench import measure
 from bench.measure import time_in_turns
+from gohsp import timing
+from tests.clock import Clock
 
 
-def _recording(name: str, calls: list[str], seconds: float = 0.0) -> Callable[[], None]:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (measure, timing):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def _recording(name: str, calls: list[str], clock: Clock, seconds: float = 0.0) -> Callable[[], None]:
     def function() -> None:
         calls.append(name)
-        time.sleep(seconds)
+        clock.go_on(seconds)
 
     return function
 
 
-def test_every_timed_span_follows_an_untimed_one_of_the_same_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "SHORTEST_SPAN", 0.0)
+def test_every_timed_span_follows_an_untimed_one_of_the_same_function(clock: Clock) -> None:
     calls: list[str] = []
-    functions = {name: _recording(name, calls) for name in "abc"}
+    functions = {name: _recording(name, calls, clock, measure.SHORTEST_SPAN) for name in "abc"}
     timings = time_in_turns(functions, 5, Console(quiet=True), "")
     turns = [(name, len(list(run))) for name, run in groupby(calls[6:])]  # six calls find out how long one takes
     assert sum(length for _, length in turns) == 3 * 5 * 2
@@ -32,23 +40,28 @@ def test_every_timed_span_follows_an_untimed_one_of_the_same_function(monkeypatc
     assert all(len(timing.seconds) == 5 for timing in timings.values())
 
 
-def test_short_functions_are_called_often_enough_to_be_timed_and_one_call_is_reported() -> None:
+def test_short_functions_are_called_often_enough_to_be_timed_and_one_call_is_reported(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "SHORTEST_SPAN", 2.0**-9)
     calls: list[str] = []
-    timing = time_in_turns({"short": _recording("short", calls, 1e-4)}, 3, Console(quiet=True), "")["short"]
-    assert len(calls) > 3 * 2 * 3
-    assert 1e-4 <= timing.median < measure.SHORTEST_SPAN
+    functions = {"short": _recording("short", calls, clock, 2.0**-12), "long": _recording("long", calls, clock, 0.75)}
+    timings = time_in_turns(functions, 3, Console(quiet=True), "")
+    assert calls.count("short") == 2 + 3 * 2 * 8  # the first two find out how long a call takes
+    assert calls.count("long") == 2 + 3 * 2
+    assert {name: timing.seconds for name, timing in timings.items()} == {"short": (2.0**-12,) * 3, "long": (0.75,) * 3}
 
 
-def test_a_slower_function_takes_longer() -> None:
-    slow, fast = _recording("slow", [], 0.02), _recording("fast", [], 0.004)
-    timings = time_in_turns({"slow": slow, "fast": fast}, 3, Console(quiet=True), "")
-    assert list(timings) == ["slow", "fast"]
-    assert timings["slow"].ratio_to(timings["fast"]) > 1
+def test_a_span_that_whole_calls_do_not_fill_is_longer(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "SHORTEST_SPAN", 1.0)
+    calls: list[str] = []
+    time_in_turns({"a": _recording("a", calls, clock, 0.75)}, 1, Console(quiet=True), "")
+    assert len(calls) == 2 + 2 * 2
 
 
-def test_the_progress_bar_goes_to_the_console_and_away_again() -> None:
+def test_the_progress_bar_goes_to_the_console_and_away_again(clock: Clock) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    time_in_turns({"a": lambda: None}, 2, console, "a title")
+    time_in_turns({"a": _recording("a", [], clock, 1.0)}, 2, console, "a title")
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "a title" in text and "100%" in text
     assert text.endswith("\x1b[1A\x1b[2K")  # up a line, erase it
