@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native libraries do not tell where they were built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import gohsp_kernels
+from gohsp_kernels import _native, cpu
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBRARIES = sorted(Path(gohsp_kernels.__file__).parent.glob("*.so"))
+
+
+def test_a_message_names_the_source_file_by_its_place_in_the_tree() -> None:
+    if not (library := _native.load()):
+        pytest.skip(library.reason)
+    packed = cpu.pack_linear(torch.ones(4, 2), None)
+    arguments = (packed.panels, packed.packing, torch.tensor([3, 1]), None, 4, 4, 0)
+    with pytest.raises(RuntimeError, match="in_cols: wanted ascending columns") as error:
+        torch.ops.gohsp_kernels.cpu_linear(torch.ones(3, 16), *arguments)
+    assert f"{ROOT}/" not in str(error.value)
+    assert " csrc/torch/cpu_ops.cpp:" in str(error.value)
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=[path.name.partition(".")[0] for path in LIBRARIES])
+def test_a_library_holds_no_path_of_its_builder(library: Path) -> None:
+    held = library.read_bytes()
+    for folder in (ROOT, Path(torch.__file__).parent / "include"):
+        assert f"{folder}/".encode() not in held
