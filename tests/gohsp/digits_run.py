@@ -10,7 +10,6 @@ import os
 import random
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import gohsp
 from gohsp.training import checkpoint
 
 FINAL = "final.safetensors"
+CALLS = "calls"
 
 
 class Digits:
@@ -104,8 +104,27 @@ def noisy_run(directory: Path) -> None:
     save_file(result.model.state_dict(), directory / FINAL)
 
 
-def in_child(work: Callable[[], object], kill_after: float | None = None) -> bool:
-    """Do some work in a forked process, killed with SIGKILL after some seconds; return whether it came to its end."""
+def counted_run(directory: Path, last: int | None = None) -> None:
+    """Do the noisy run and leave how many calls and returns of functions it took; or die by SIGKILL at one of them.
+
+    A moment that is counted in calls is the same share of the run however busy the machine is.
+    """
+    passed = 0
+
+    def count(*_: object) -> None:
+        nonlocal passed
+        passed += 1
+        if passed == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(count)
+    noisy_run(directory)
+    sys.setprofile(None)
+    (directory / CALLS).write_text(str(passed))
+
+
+def in_child(work: Callable[[], object]) -> bool:
+    """Do some work in a forked process; return whether it came to its end, or was killed with SIGKILL."""
     child = os.fork()
     if child == 0:
         try:
@@ -116,9 +135,6 @@ def in_child(work: Callable[[], object], kill_after: float | None = None) -> boo
 
             traceback.print_exc()
             os._exit(1)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
         return False

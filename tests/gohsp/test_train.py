@@ -239,7 +239,7 @@ def test_without_accelerate_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPatc
 def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     """SIGKILL at random moments and at each point of writing a checkpoint, with dropout, mixup and augmentation."""
     told = json.loads(script(HERE / "interrupt.py", tmp_path))
-    assert told["killed"] >= 1
+    assert told["killed"] >= 1  # the first at least, which starts anew and dies before its end
     whole = runs.final_weights(tmp_path / "whole")
     others = [folder for folder in tmp_path.iterdir() if folder.name != "whole"]
     assert len(others) == 4
