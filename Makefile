@@ -3,6 +3,7 @@
 #
 #   make demo     rank, prune, compress and time a trained ViT; writes gohsp-demo/report.html
 #   make test     the tests (PYTEST_ARGS="-k mask" to choose; --exhaustive compiles Triton's kernels for all GPUs)
+#   make test-quick  those of the packages without the slow ones, for use between edits (PYTEST_ARGS too)
 #   make bench    benchmarks (BENCH_ARGS="--help" to choose)
 #   make lint     ruff, mypy, the layers of the house, clang-format
 #   make gpu-check  correctness and speed on the GPU at hand; writes gpu-report/ (hours, most of them others' compilers)
@@ -24,6 +25,7 @@ export MAX_JOBS ?= $(CORES)
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 GPU_CHECK_ARGS ?=
+QUICK_TESTS := tests/gohsp tests/kernels tests/triton tests/cuda
 BENCH_ARGS ?= end-to-end --model deit_small_patch16_224 --preset 4x960 --batch 1 8
 
 PACKAGES := python/gohsp gohsp_kernels
@@ -33,7 +35,7 @@ CXX_SOURCES = find csrc examples -type f -regex '.*\.\(h\|cpp\|inl\|cu\|cuh\)'
 
 say = @printf '\033[1m== %s\033[0m\n' "$(1)"
 
-.PHONY: setup demo test bench lint format gpu-check clean
+.PHONY: setup demo test test-quick bench lint format gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMPS)/native $(STAMPS)/packages
@@ -46,6 +48,10 @@ demo: setup
 test: setup
 	$(call say,tests on $(CORES) workers)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist worksteal $(PYTEST_ARGS)
+
+test-quick: setup
+	$(call say,quick tests on $(CORES) workers)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist worksteal -m "not slow" $(QUICK_TESTS) $(PYTEST_ARGS)
 
 bench: setup
 	$(call say,python -m bench $(BENCH_ARGS))

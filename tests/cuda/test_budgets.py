@@ -15,7 +15,11 @@ from bench.cli import app
 from gohsp_kernels import _native
 from tests.kernels.cases import Maker
 
-pytestmark = [pytest.mark.nvcc, pytest.mark.skipif(not _native.load_cuda(), reason=_native.load_cuda().reason)]
+pytestmark = [
+    pytest.mark.nvcc,
+    pytest.mark.slow,
+    pytest.mark.skipif(not _native.load_cuda(), reason=_native.load_cuda().reason),
+]
 pytest.importorskip("triton", reason="its wheel carries the disassembler")
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120")

@@ -17,6 +17,7 @@ TOOLS = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
 CMAKE = shutil.which("cmake", path=TOOLS)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CMAKE is None, reason="no cmake")
 @pytest.mark.parametrize("wanted", ["AUTO", "ON", "OFF"])
 def test_without_nvcc(tmp_path: Path, wanted: str) -> None:
@@ -59,6 +60,7 @@ def configured(folder: Path, *options: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.nvcc
 @pytest.mark.skipif(CMAKE is None or shutil.which("nvcc") is None, reason="no cmake or no nvcc")
 def test_gpus_that_are_named_and_warnings_that_are_errors(tmp_path: Path) -> None:
@@ -71,6 +73,7 @@ def test_gpus_that_are_named_and_warnings_that_are_errors(tmp_path: Path) -> Non
     assert "-Werror=all-warnings" in build.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CMAKE is None, reason="no cmake")
 def test_torch_and_pybind11_do_not_meet(tmp_path: Path) -> None:
     """Some releases of torch carry a pybind11 that refuses the definitions of the stable ABI."""

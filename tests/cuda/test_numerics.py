@@ -66,6 +66,7 @@ def choice(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operator", OPERATORS)
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -98,6 +99,7 @@ def test_more_keys_than_fit(processors: str) -> None:
         check(Maker(33).attention(1, 70, [128], [72]), torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("choice")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("features", [160, 149])
@@ -154,6 +156,7 @@ def test_rows_far_from_zero(dtype: torch.dtype) -> None:
     assert_close(result.double() - x, truth - x, 5 * TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("choice")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_fragments_are_read_without_bank_conflicts(dtype: torch.dtype) -> None:
@@ -235,6 +238,7 @@ def run_chain(x: Tensor, calls: list[Call], queries: int) -> Tensor:
         return chain._on("cuda", x, queries)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(calls=chains(), batch=st.sampled_from([0, 1, 3]), tokens=st.sampled_from([1, 7, 30]), data=st.data())
 def test_random_chains(calls: list[Call], batch: int, tokens: int, data: st.DataObject) -> None:
@@ -247,6 +251,7 @@ def test_random_chains(calls: list[Call], batch: int, tokens: int, data: st.Data
     assert_close(run_chain(x, calls, queries), truth, len(calls) * TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("choice")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("features", [64, 192])

@@ -65,6 +65,7 @@ def worst_errors(masks: int) -> dict[str, float]:
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["scalar", "avx2", "avx512", "avx512vnni", "amx", "neon"])
 def test_logits_agree(capability: str) -> None:
     checks = pytest.importorskip("gohsp_kernels._checks", reason="the checks module is not built")

@@ -299,6 +299,7 @@ def test_a_default_device_does_not_reach_masks_files_and_kernels(tmp_path: Path,
         torch.testing.assert_close(again(x), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("elsewhere")
 def test_a_default_device_does_not_reach_pruning_and_loading(tmp_path: Path, make_model: Make) -> None:
     with torch.device("cpu"):

@@ -76,6 +76,7 @@ def mask_of(model: Any, budgets: list[BlockBudget]) -> ModelMask:
 GROUP_SETS = [("heads", "hidden"), ("hidden",), ("heads", "hidden", "qk", "v"), ("qk", "v"), GROUPS]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10_000),

@@ -200,6 +200,7 @@ def test_a_compressed_model_sees_its_own_training(way: str, model: Any, x: Tenso
 SOME_WAYS = ["AdamW, fused", "SGD, fused", "average of .data", "numpy", ".data = ", "load_state_dict(assign)"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", SOME_WAYS)
 def test_a_compiled_model_sees_them(way: str, model: Any, x: Tensor) -> None:
     torch.compiler.reset()
@@ -209,6 +210,7 @@ def test_a_compiled_model_sees_them(way: str, model: Any, x: Tensor) -> None:
     assert_current(compiled, model, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["AdamW, fused", "average of .data", "numpy"])
 def test_an_exported_model_that_shares_its_parameters_sees_them(way: str, model: Any, x: Tensor) -> None:
     exported = torch.export.export(model, (x,)).module()
@@ -269,6 +271,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_what_comes_from_another_process_is_seen(tmp_path: Path) -> None:
     """Broadcast of parameters and of their data, and all_reduce, as federated and data-parallel loops write them."""
     start = [sys.executable, "-c", PEER]

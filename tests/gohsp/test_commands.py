@@ -73,6 +73,7 @@ def refused(result: Result, message: str) -> None:
     assert "Traceback" not in result.output
 
 
+@pytest.mark.slow
 def test_each_command_goes_on_from_the_one_before(call: Call, recipe: Path, tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     out = ("--out", run.directory)

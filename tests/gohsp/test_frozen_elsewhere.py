@@ -16,7 +16,7 @@ import torch
 import gohsp
 from gohsp_kernels import _native, cpu
 
-pytestmark = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not _native.load(), reason=_native.load().reason)]
 
 PICKLED = "m = torch.load(folder / 'model.pt', weights_only=False)"
 EXPORTED = "m = torch.export.load(folder / 'model.pt2').module()"

@@ -205,6 +205,7 @@ def test_the_product_under_autocast(make_model: Make, images: Make, relative_err
     assert relative_error(result, model.patch_embed(x)) < 5e-3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_gpu")
 @pytest.mark.parametrize("name", ["plain", "any size"])
 def test_compile_and_export_with_the_product(

@@ -40,6 +40,7 @@ def distance(model: Any, reference: Any, batch: Tensor) -> float:
         return ((model(batch) - reference(batch)).norm() / reference(batch).norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", CRITERIA)
 @pytest.mark.parametrize("groups", [("heads", "hidden"), ALL_GROUPS])
 @pytest.mark.parametrize("kind", ["params", "macs"])
@@ -95,6 +96,7 @@ def test_input_model_and_its_mode_stay_as_they_were(make_model, images) -> None:
     assert not any(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", CRITERIA)
 def test_the_same_seed_gives_the_same_result(make_model, images, method: str) -> None:
     def once(seed: int) -> PruneResult:
@@ -117,6 +119,7 @@ def test_batching_and_labels_do_not_matter(make_model, images) -> None:
     assert distance(first.model, second.model, batch) < 1e-8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", CRITERIA)
 def test_refitting_brings_the_outputs_nearer_to_the_dense_models(make_model, images, method: str) -> None:
     """On images that the fit has seen and on others."""
@@ -219,6 +222,7 @@ def test_features_that_are_read_but_follow_from_others_cost_nothing(make_model, 
     assert distance(result.model, model, images(8, 32, seed=7)) < 1e-5
 
 
+@pytest.mark.slow
 def test_refining_brings_each_block_nearer_and_keeps_the_zeros(make_model, images) -> None:
     model, calibration = make_model(**SMALL), list(images(64, 32).split(32))
     plain, refined = (prune(model, calibration, {"params": 0.6}, refine=steps) for steps in (0, 300))

@@ -140,6 +140,7 @@ def test_bf16_autocast_trains_the_compact_model() -> None:
     assert {parameter.dtype for parameter in result.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_the_result() -> None:
     data = runs.Digits(noisy=True)
     first, second = (gohsp.train(compact(), data, fit=runs.FIT, workers=workers) for workers in (0, 2))
@@ -236,6 +237,7 @@ def test_without_accelerate_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPatc
         gohsp.train(compact(), runs.Digits())
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     """SIGKILL at random moments and at each point of writing a checkpoint, with dropout, mixup and augmentation."""
     told = json.loads(script(HERE / "interrupt.py", tmp_path))
@@ -250,6 +252,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path: Path) -> N
     assert len({"\n".join(line.rpartition(",")[0] for line in lines) for lines in metrics}) == 1
 
 
+@pytest.mark.slow
 def test_two_processes_over_gloo_end_where_one_does(tmp_path: Path) -> None:
     """The same batches, shared by two processes that torch's launcher starts, in float64 to make a difference show."""
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

@@ -22,7 +22,7 @@ import gohsp
 import gohsp_kernels as gk
 from gohsp_kernels import _native
 
-pytestmark = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not _native.load(), reason=_native.load().reason)]
 
 
 class Pictures(Dataset[dict[str, Tensor]]):

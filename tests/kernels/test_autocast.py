@@ -162,6 +162,7 @@ def test_a_frozen_chain_keeps_its_own_precision(block: Block) -> None:
             assert torch.equal(frozen(block.x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [True, False])
 def test_compiled_calls_follow_autocast(block: Block, inside: bool) -> None:
     def call(x: Tensor) -> tuple[Tensor, Tensor]:

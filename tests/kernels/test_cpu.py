@@ -188,6 +188,7 @@ def test_column_lists_are_checked(columns: str) -> None:
 OTHER_CAPABILITIES = [c for c in ("scalar", "avx2", "avx512", "avx512vnni", "amx", "neon") if c != cpu.capability()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", OTHER_CAPABILITIES)
 def test_other_instruction_sets(capability: str) -> None:
     """This file again, in a process that was told to use another instruction set."""
@@ -197,6 +198,7 @@ def test_other_instruction_sets(capability: str) -> None:
     run_again([__file__], capability)
 
 
+@pytest.mark.slow
 def test_unknown_instruction_set_is_refused() -> None:
     code = "import torch, gohsp_kernels as gk; gk.packed_linear(torch.ones(1, 2), torch.ones(1, 2), backend='cpu')"
     environment = {**os.environ, "GOHSP_CPU_CAPABILITY": "mmx"}

@@ -101,6 +101,7 @@ def test_unknown_backend_names_the_known_ones() -> None:
         pass
 
 
+@pytest.mark.slow
 def test_environment_variable_selects_the_backend() -> None:
     code = "import gohsp_kernels.dispatch as d; print(d.selected())"
     for value, expected in (("reference", "reference"), ("tpu", "got 'tpu'")):

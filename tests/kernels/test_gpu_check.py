@@ -87,6 +87,7 @@ def test_a_report_is_there_before_the_last_part(tmp_path: Path) -> None:
         gpu_check.check(["gpu"], tmp_path, SMALL, PARTS, run)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_a_part_runs_in_a_process_of_its_own() -> None:
     result = gpu_check.run_part(PARTS["numerics"], "numerics", Scope(torch.device("cpu"), 1, 16))
@@ -112,6 +113,7 @@ def test_a_part_that_hangs_is_stopped() -> None:
     assert result["error"] == "not finished after 0 minutes" and result["rows"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["numerics", "gradients", "opcheck"])
 def test_parts_run_in_the_interpreter(name: str) -> None:
@@ -140,6 +142,7 @@ def replace(monkeypatch: pytest.MonkeyPatch, function: Any) -> None:
     monkeypatch.setattr(BACKENDS["triton"], "run", run)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_a_wrong_kernel_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     right = BACKENDS["triton"].run
@@ -162,6 +165,7 @@ def test_a_wrong_kernel_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[-1]["reason"] == "RuntimeError: out of shared memory"
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_graphs(captures: list[StandIn], monkeypatch: pytest.MonkeyPatch) -> None:
     rows = list(gpu_check.graphs(SMALL))
@@ -171,6 +175,7 @@ def test_graphs(captures: list[StandIn], monkeypatch: pytest.MonkeyPatch) -> Non
     assert [row["ok"] for row in gpu_check.graphs(SMALL) if row["precision"] == "float16"] == [False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("captures")
 @pytest.mark.interpreter
 def test_speed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,6 +210,7 @@ def stand_in_tool(folder: Path, last_line: str) -> None:
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_sanitizer_runs_the_numerics(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "SANITIZERS", ("memcheck",))
@@ -249,6 +255,7 @@ def test_drawn_calls_differ_and_can_be_drawn_again() -> None:
     assert 0 in widths and any(width % 8 for width in widths) and len(set(widths)) > 20
 
 
+@pytest.mark.slow
 def test_explicit_cases_reach_every_form_and_both_ways_out() -> None:
     """At full size, where nothing is computed: what packing makes of them, and how many rows they have."""
     forms, outputs, rows = set(), set(), set()

@@ -63,6 +63,7 @@ def test_a_replay_gives_what_the_model_gives(captures: list[StandIn], model: Sub
         assert torch.equal(result, model(images(2, seed)))
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_a_capture_holds_launches_and_room_for_their_results(captures: list[StandIn], model: Sublayers) -> None:
     """No packing, no table of heads, no copy: five launches, the room for each result, and nothing else."""
@@ -70,6 +71,7 @@ def test_a_capture_holds_launches_and_room_for_their_results(captures: list[Stan
     assert len(captures[0].operations) == 10
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_each_shape_has_its_graph_up_to_a_limit(captures: list[StandIn], model: Sublayers) -> None:
     fast = gk.GraphedModel(model, max_shapes=2)
@@ -81,6 +83,7 @@ def test_each_shape_has_its_graph_up_to_a_limit(captures: list[StandIn], model: 
     assert torch.equal(fast(images(3)), model(images(3)))
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_a_changed_parameter_is_noticed(captures: list[StandIn], model: Sublayers) -> None:
     fast = gk.GraphedModel(model, max_shapes=1)
@@ -102,6 +105,7 @@ def test_a_parameter_that_is_exchanged_or_changed_unseen_is_noticed(captures: li
     assert torch.equal(fast(x), linear(x)) and len(captures) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_packed_weights_outlive_their_place_in_the_cache(captures: list[StandIn], model: Sublayers) -> None:
     fast, x = gk.GraphedModel(model), images(2)
@@ -118,6 +122,7 @@ def test_packed_weights_outlive_their_place_in_the_cache(captures: list[StandIn]
     assert packed() is None
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 def test_the_backend_belongs_to_the_graph(captures: list[StandIn], model: Sublayers) -> None:
     fast = gk.GraphedModel(model)

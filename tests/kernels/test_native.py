@@ -53,6 +53,7 @@ def test_unknown_capability_is_refused() -> None:
         checks.exponential("mmx", np.zeros(1, dtype=np.float32))
 
 
+@pytest.mark.slow
 def test_neon_under_emulation(tmp_path: Path) -> None:
     """The C++ tests, cross-compiled for AArch64 and run by QEMU, where both are installed."""
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
@@ -69,6 +70,7 @@ def test_neon_under_emulation(tmp_path: Path) -> None:
     assert run.returncode == 0 and "neon done" in run.stdout, run.stdout
 
 
+@pytest.mark.slow
 def test_cpp() -> None:
     tree = Path(__file__).parents[2] / "build" / "native"
     ctest = shutil.which("ctest")

@@ -71,6 +71,7 @@ def test_result_does_not_depend_on_threads_or_batch(form: str, threads: int) -> 
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", checks.capabilities())
 def test_other_instruction_sets(capability: str) -> None:
     """This file and those of the forms again."""

@@ -146,6 +146,7 @@ def test_traced_call_is_one_node_and_right(name: str, tokens: int) -> None:
     assert relative_error(result, call.to(torch.float64).run("reference")) < 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _schemas.PUBLIC)
 def test_traced_training_call_is_differentiable(name: str) -> None:
     call = samples()[name]

@@ -114,6 +114,7 @@ def test_one_thread_and_several_read_the_same() -> None:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @needs_native
 @pytest.mark.parametrize("name", ["packed_linear", "attention_sublayer", "mlp_sublayer"])
 @pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=pytest.mark.interpreter)])
@@ -170,6 +171,7 @@ def test_tangents_flow_forwards(name: str) -> None:
     assert tangent is not None and relative_error(tangent, wanted) < 1e-4
 
 
+@pytest.mark.slow
 @needs_native
 @pytest.mark.parametrize("inferring", [1, 2, 4])
 def test_training_beside_inference_leaves_nothing_stale(inferring: int) -> None:

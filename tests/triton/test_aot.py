@@ -13,7 +13,7 @@ import pytest
 
 from .aot import TARGETS, Cost
 
-pytestmark = pytest.mark.aot
+pytestmark = [pytest.mark.aot, pytest.mark.slow]
 
 ELEMENTWISE = {"norm_gradient_kernel", "epilogue_gradient_kernel"}
 CONSUMER_SHARED_BYTES = 99 * 1024
@@ -69,7 +69,6 @@ def test_sizes_of_one_and_none_compile() -> None:
     assert len(compiled("sm_80", "fp16", "corners")) == 13
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("target", "count"), [("sm_80", 36), ("sm_90", 40)])
 def test_float32_is_on_the_tensor_cores(target: str, count: int, exhaustive: bool) -> None:
     """As three products of tf32. For sm_80 ptxas spills two words where that lets one more program run at once."""

@@ -66,6 +66,7 @@ def check(call: Call, dtype: torch.dtype, tolerance: float | None = None) -> Non
 DTYPES = [torch.float32, torch.float16]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operator", OPERATORS)
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -80,6 +81,7 @@ def test_random_calls(operator: str, dtype: torch.dtype, data: st.DataObject) ->
     check(call, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edge", EDGES)
 def test_edges(edge: str) -> None:
     method, args, kwargs = EDGES[edge]
@@ -118,6 +120,7 @@ def test_only_what_is_asked_for_is_computed() -> None:
     assert call.args[0].grad is None and call.args[1].grad is not None
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_at_each_run() -> None:
     call = Maker(20).attention_sublayer(3, 40, 48, [16, 8], [8, 16], 40, 37)
     first, second = (gradients(clone(call, torch.float16), "triton") for _ in range(2))

@@ -161,6 +161,7 @@ def test_attention(widths: tuple[tuple[int, ...], tuple[int, ...]], queries: int
     guard.check(out, log_sums)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("widths", "queries"), list(product(LAYOUTS, (40, 2))))
 def test_attention_gradient(widths: tuple[tuple[int, ...], tuple[int, ...]], queries: int) -> None:
     guard, maker, layout = Guard(), Maker(4), HeadLayout.of(*widths, CPU)

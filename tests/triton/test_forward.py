@@ -32,6 +32,7 @@ def poisoned_outputs() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operator", OPERATORS)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -72,6 +73,7 @@ def test_edges(edge: str, dtype: torch.dtype) -> None:
     check(getattr(Maker(7), method)(*args, **kwargs), dtype)
 
 
+@pytest.mark.slow
 def test_the_tokens_of_an_image() -> None:
     """197 tokens, ragged, in the sizes of DeiT-Tiny: the only call here of full length."""
     maker = Maker(8)

@@ -16,6 +16,8 @@ from bench import gpu_model
 from bench.cli import app
 from bench.gpu_model import GPUS, Block, Modelled
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def small() -> list[Modelled]:

@@ -129,6 +129,7 @@ def test_packed_parts_are_all_replaced() -> None:
     assert packed.norms[0].device.type == packed.layout.table.device.type == "cuda"
 
 
+@pytest.mark.slow
 def test_compile_sees_one_node_a_sublayer() -> None:
     attend, feed = CALLS["attention_sublayer"], CALLS["mlp_sublayer"]
     graphs: list[torch.fx.Graph] = []

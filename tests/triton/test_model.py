@@ -40,6 +40,7 @@ def photographs() -> Tensor:
     return (images - 0.5) / 0.25
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float16, 5e-3)])
 def test_deit_small_agrees_with_the_cpu_backend(
@@ -59,6 +60,7 @@ def test_deit_small_agrees_with_the_cpu_backend(
     assert relative_error(result, expected) < tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", _schemas.PUBLIC)
 def test_opcheck(name: str) -> None:

@@ -59,6 +59,7 @@ def test_float16_is_better_than_normalising_first(offset: float) -> None:
         assert error < 2e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_float32_does_not_lose_digits_with_the_mean(offset: float) -> None:
     x, weight = rows(offset, torch.float32), weights(torch.float32)

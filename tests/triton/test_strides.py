@@ -119,6 +119,7 @@ def as_it_is(x: Tensor) -> Tensor:
     return x.clone()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_x", [True, False], ids=["x", "weights"])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CALLS)
@@ -133,12 +134,14 @@ def test_any_layout_of_an_argument(name: str, form: str, of_x: bool) -> None:
     check_gradients(call, as_it_is)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", CALLS)
 def test_any_layout_of_the_gradient_of_the_result(name: str, form: str) -> None:
     check_gradients(in_form(CALLS[name], as_it_is, x=True), FORMS[form])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_the_gradient_of_a_sum_is_one_number_without_strides(name: str) -> None:
     call = CALLS[name]
@@ -149,6 +152,7 @@ def test_the_gradient_of_a_sum_is_one_number_without_strides(name: str) -> None:
     assert_close(x.grad, truth.grad, GRADIENT_TOLERANCE[torch.float32])
 
 
+@pytest.mark.slow
 def test_images_of_one_token_that_lie_as_tokens_of_one_image() -> None:
     """PyTorch calls such a tensor contiguous although the stride of its tokens is that of all images together."""
     for call in (Maker(4).attention(1, 6, [8, 8], [8, 16]), Maker(4).attention_sublayer(1, 6, 24, [8, 8], [8, 8])):

@@ -147,6 +147,7 @@ def test_what_is_measured_is_kept_when_the_rest_fails(monkeypatch: pytest.Monkey
     assert tuned.lookup(H100.name, first.key(HALF)) == Tile(16, 32, 32, 4, 2).meta
 
 
+@pytest.mark.slow
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
     "shape", [LinearShape(40, 48, 64, True), LinearShape(40, 48, 64, False), AttentionShape(1, 9, 2, 16)]
@@ -172,6 +173,7 @@ def test_the_fastest_tile_is_chosen_and_written(shape: tune.Shape, monkeypatch: 
     assert shape.default(H100, HALF) == candidates[1]
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_lists_what_it_would_try() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "gohsp_kernels.tune"]
