@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import cpu, dispatch
 from ._autocast import autocast_dtype, run_in
 from .descriptors import AttentionSublayer, MlpSublayer, Sublayer, wrong
-from .ops import attention_sublayer, check_queries, mlp_sublayer
+from .ops import attention_sublayer, check_queries, mlp_sublayer, run
 from .registry import BACKENDS, PackedChain, needs_grad
 
 _KINDS: dict[Callable[..., Tensor], type[Sublayer]] = {
@@ -44,13 +44,12 @@ class SublayerChain:
         for sublayer in sublayers:
             if sublayer.func not in _KINDS or sublayer.args:
                 raise wrong("sublayers", "partials of attention_sublayer or mlp_sublayer, bound by keyword", sublayer)
-        self._sublayers = tuple(sublayers)
-        self._described = [descriptor(sublayer) for sublayer in sublayers]
-        attentions = [i for i, kind in enumerate(self._described) if isinstance(kind, AttentionSublayer)]
+        self._sublayers = [descriptor(sublayer) for sublayer in sublayers]
+        attentions = [i for i, sublayer in enumerate(self._sublayers) if isinstance(sublayer, AttentionSublayer)]
         self._last_attention = attentions[-1] if attentions else -1
         self._packed: dict[str, PackedChain] = {}
-        self._widest = max((sublayer.widest_head for sublayer in self._described), default=0)
-        self._tensors = [t for sublayer in self._described for t in sublayer.tensors if t is not None]
+        self._widest = max((sublayer.widest_head for sublayer in self._sublayers), default=0)
+        self._tensors = [t for sublayer in self._sublayers for t in sublayer.tensors if t is not None]
 
     def __call__(self, x: Tensor, *, num_queries: int | None = None, backend: str | None = None) -> Tensor:
         """Run the chain.
@@ -96,17 +95,17 @@ class SublayerChain:
         support = dispatch.can_run("cpu", weights=weights)
         if not support:
             raise RuntimeError(f"backend 'cpu': {support.reason}")
-        for sublayer in self._described:
+        for sublayer in self._sublayers:
             sublayer.check(features)
         if weights == "float32":
-            return FrozenChain(features, tuple(map(cpu.packed, self._described)))
+            return FrozenChain(features, tuple(map(cpu.packed, self._sublayers)))
         # Not through the cache, which would hold what only the frozen chain needs.
-        return FrozenChain(features, tuple(cpu.pack_sublayer(s, weights) for s in self._described))
+        return FrozenChain(features, tuple(cpu.pack_sublayer(s, weights) for s in self._sublayers))
 
     def _on(self, backend: str, x: Tensor, queries: int) -> Tensor:
         packed = self._packed.get(backend)
         if packed is None or not packed.fits(x):
-            packed = BACKENDS[backend].chain(x, self._described)
+            packed = BACKENDS[backend].chain(x, self._sublayers)
             if packed is None:
                 return self._one_by_one(x, queries, backend)
             self._packed[backend] = packed
@@ -114,10 +113,8 @@ class SublayerChain:
 
     def _one_by_one(self, x: Tensor, queries: int, backend: str | None) -> Tensor:
         for i, sublayer in enumerate(self._sublayers):
-            if i == self._last_attention:
-                x = sublayer(x, num_queries=queries, backend=backend)
-            else:
-                x = sublayer(x, backend=backend)
+            sublayer.check(x.shape[2])
+            x = run(sublayer, x, backend, queries if i == self._last_attention else x.shape[1])
         return x if self._last_attention >= 0 else x[:, :queries]
 
 
@@ -143,5 +140,16 @@ class FrozenChain:
 
 
 def descriptor(sublayer: partial[Tensor]) -> Any:
-    """What a partial of a sublayer's function binds, as an object."""
-    return _KINDS[sublayer.func].of(sublayer.keywords)
+    """What a partial of a sublayer's function binds, as an object.
+
+    Raises:
+        ValueError: it does not bind all arguments but ``x``, ``num_queries``, ``backend`` and those with a default.
+    """
+    kind = _KINDS[sublayer.func]
+    unknown = sublayer.keywords.keys() - {*kind.tensor_names, *kind.constant_names}
+    missing = kind.needed_names - sublayer.keywords.keys()
+    if unknown or missing:
+        wanted = f"a partial of {kind.name} that binds its arguments but x, num_queries and backend"
+        got = [f"{name} too" for name in sorted(unknown)] + [f"no {name}" for name in sorted(missing)]
+        raise wrong("sublayers", wanted, ", ".join(got))
+    return kind.of(sublayer.keywords)

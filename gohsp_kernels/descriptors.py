@@ -40,6 +40,7 @@ class Descriptor:
         attends: whether the call says how many queries it wants.
         tensor_names, constant_names: of the fields, in the order of the schema: tensors first.
         key_name: of the first tensor that is never None.
+        needed_names: of the fields without a default.
     """
 
     name: ClassVar[str]
@@ -49,6 +50,7 @@ class Descriptor:
     tensor_names: ClassVar[tuple[str, ...]]
     constant_names: ClassVar[tuple[str, ...]]
     key_name: ClassVar[str]
+    needed_names: ClassVar[frozenset[str]]
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -131,6 +133,8 @@ def _operator(name: str, *, activations: str = "x", residual: bool, attends: boo
         kind.tensor_names = tuple(n for n, t in types.items() if t.startswith("Tensor"))
         kind.constant_names = tuple(n for n in types if n not in kind.tensor_names)
         kind.key_name = next((n for n, t in types.items() if t == "Tensor"), "")
+        fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+        kind.needed_names = frozenset(field.name for field in fields if field.default is dataclasses.MISSING)
         OPERATORS[name] = kind
         return kind
 

@@ -39,7 +39,8 @@ def _on_reference(dtype: torch.dtype | None, operator: Descriptor, x: Tensor, nu
     return BACKENDS["reference"].run(operator, x, num_queries)
 
 
-def _run(operator: Descriptor, x: Tensor, backend: str | None, num_queries: int | None = None) -> Tensor:
+def run(operator: Descriptor, x: Tensor, backend: str | None, num_queries: int | None = None) -> Tensor:
+    """Compute a call whose arguments have been checked, on the named backend or the one that is chosen."""
     differentiable = needs_grad((x, *operator.tensors))
     dtype = autocast_dtype(x)
 
@@ -72,7 +73,7 @@ def _in_dtype_of(x: Tensor, arguments: Sequence[Any]) -> Sequence[Any]:
 
 
 def _graph_node(kind: type[Descriptor]) -> Callable[..., Tensor]:
-    def run(x: Tensor, *flat: Any) -> Tensor:
+    def node(x: Tensor, *flat: Any) -> Tensor:
         operator, num_queries = kind.from_flat(flat)
         # Not all could be checked while the call was traced, when nothing was in its columns yet.
         operator.check(x.shape[-1])
@@ -88,7 +89,7 @@ def _graph_node(kind: type[Descriptor]) -> Callable[..., Tensor]:
         # A torch operator may not return one of its inputs, as an empty sublayer of the reference would.
         return result.clone() if result.data_ptr() == x.data_ptr() else result.contiguous()
 
-    return run
+    return node
 
 
 _library = _schemas.register({name: _graph_node(kind) for name, kind in OPERATORS.items()})
@@ -104,7 +105,7 @@ def call(name: str, arguments: Sequence[Any], backend: str | None = None) -> Ten
     """
     x, *flat = arguments
     operator, num_queries = OPERATORS[name].from_flat(flat)
-    return _run(operator, x, backend, num_queries)
+    return run(operator, x, backend, num_queries)
 
 
 def check_queries(num_queries: int | None, tokens: int) -> int:
@@ -156,7 +157,7 @@ def packed_linear(
         activation=activation,
     )
     linear.check(x.shape[-1])
-    return _run(linear, x, backend)
+    return run(linear, x, backend)
 
 
 def ragged_attention(
@@ -205,7 +206,7 @@ def ragged_attention(
         eps=eps,
     )
     heads.check_input(qkv)
-    return _run(heads, qkv, backend, check_queries(num_queries, qkv.shape[1]))
+    return run(heads, qkv, backend, check_queries(num_queries, qkv.shape[1]))
 
 
 def attention_sublayer(
@@ -282,7 +283,7 @@ def attention_sublayer(
         qk_eps=qk_eps,
     )
     sublayer.check(x.shape[2])
-    return _run(sublayer, x, backend, check_queries(num_queries, x.shape[1]))
+    return run(sublayer, x, backend, check_queries(num_queries, x.shape[1]))
 
 
 def mlp_sublayer(
@@ -339,4 +340,4 @@ def mlp_sublayer(
         eps=eps,
     )
     sublayer.check(x.shape[-1])
-    return _run(sublayer, x, backend)
+    return run(sublayer, x, backend)

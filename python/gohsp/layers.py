@@ -293,7 +293,7 @@ class PrunedBlock(nn.Module):
                 continue
             if _is_hooked(module):
                 return f"a hook hangs on {name or 'the block'}"
-            if module in inside and not _is_as_made(module):
+            if module is not self and not _is_as_made(module):
                 kind = type(module)
                 return f"{name} is {kind.__module__}.{kind.__qualname__}, with code of its own"
         return None

@@ -80,6 +80,16 @@ class Judge:
             assert float((after - before).norm() / before.norm()) > 1e-3
 
 
+def train_once(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """A step on all pictures; the model is left in evaluation mode."""
+    data = Pictures()
+    model.train()
+    nn.functional.cross_entropy(model(data.images), data.labels).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.eval()
+
+
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[None]:
     """A group of one process."""
@@ -168,17 +178,12 @@ def test_fully_sharded(by_block: bool, model: Any) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.numel()], lr=1e-2)
-    data = Pictures()
     judge = Judge(twin)
     for _ in range(3):
-        model.train()
-        nn.functional.cross_entropy(model(data.images), data.labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        model.eval()
+        train_once(model, optimizer)
         twin.load_state_dict({name: value.full_tensor() for name, value in model.state_dict().items()})
         with torch.no_grad():
-            judge.look(model(data.images))
+            judge.look(model(judge.images))
     judge.looked(3)
 
 
@@ -188,14 +193,10 @@ def test_adapters_of_peft(model: Any) -> None:
     with pytest.raises(ValueError, match="CompactLinear"):
         peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules=["qkv"]))
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["head"], init_lora_weights=False))
-    judge, data = Judge(adapted), Pictures()
+    judge = Judge(adapted)
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-1, fused=True)
     for _ in range(3):
-        adapted.train()
-        nn.functional.cross_entropy(adapted(data.images), data.labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        adapted.eval()
+        train_once(adapted, optimizer)
         with torch.no_grad():
-            judge.look(adapted(data.images))
+            judge.look(adapted(judge.images))
     judge.looked(3)

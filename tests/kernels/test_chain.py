@@ -142,6 +142,11 @@ def test_wrong_members_give_one_clear_error() -> None:
     member = bound(maker.mlp_sublayer((0,), FEATURES, 8))
     with pytest.raises(ValueError, match="sublayers: wanted partials of attention_sublayer or mlp_sublayer"):
         gk.SublayerChain([partial(gk.packed_linear, weight=torch.ones(1, 1))])(x)
+    for bound_wrongly, got in (({"backend": "cpu"}, "backend too"), ({"num_queries": 2}, "num_queries too")):
+        with pytest.raises(ValueError, match=f"sublayers: wanted a partial of mlp_sublayer that binds .* got {got}"):
+            gk.SublayerChain([partial(member, **bound_wrongly)])
+    with pytest.raises(ValueError, match=r"sublayers: wanted .* got no fc1_weight, no fc2_weight"):
+        gk.SublayerChain([partial(gk.mlp_sublayer)])
     with pytest.raises(ValueError, match=r"fc1_bias: wanted shape \[8\]; got shape \[7\]"):
         gk.SublayerChain([partial(member, fc1_bias=torch.zeros(7))])(x)
     with pytest.raises(ValueError, match="num_queries: wanted 0 to 5"):
