@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 import gohsp
 from bench.accuracy import TIMES, time_against, write
-from gohsp import vit
 from gohsp.files import write_json
 from gohsp.mask import ModelMask
+from gohsp.models.registry import is_compressed
 from gohsp.recipe import Admm, Distillation, Recipe, make_recipe
 from gohsp.runs.datasets import Images, open_images
 from gohsp.runs.directory import open_model, set_classifier
@@ -236,7 +236,7 @@ def add_times(recipe: Recipe, methods: Sequence[str], work: Path, out: Path, *, 
     students: dict[Any, nn.Module] = {}
     for prune in dict.fromkeys(METHODS[method].prune for method in methods):  # which some methods share
         student = prune(model, images, recipe)
-        if not vit.is_compressed(student):
+        if not is_compressed(student):
             student = gohsp.compress(student, ModelMask.full(student))
         students[prune] = gohsp.freeze(student.eval())
     image = images.test[0][0][None]

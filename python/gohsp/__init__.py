@@ -3,6 +3,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+import gohsp.models.timm_vit  # noqa: F401  registers the family
 from gohsp.compress import compress, densify
 from gohsp.count import count
 from gohsp.freeze import freeze

@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from gohsp.count import BlockSize, count_block
+from gohsp.models.base import BlockGeometry, OpenBlock
 
 COSTS = ("params", "macs", "ms")
 ATTENTION_GROUPS = ("heads", "qk", "v", "attn_in", "attn_out")
@@ -52,6 +52,11 @@ class BlockBudget:
     attn_out: int
     mlp_in: int
     mlp_out: int
+
+    @classmethod
+    def whole(cls, size: BlockGeometry) -> BlockBudget:
+        """Return the budget of a block that keeps everything."""
+        return cls(size.num_heads, **asdict(BlockSize.whole(size)))
 
     def size(self) -> BlockSize:
         """Return the widths that the block's cost depends on."""
@@ -91,7 +96,7 @@ def parse_target(target: Mapping[str, float]) -> tuple[str, float]:
     return kind, float(share)
 
 
-def counted(block: Any, tokens: int, kind: str) -> BlockCost:
+def counted(block: OpenBlock, tokens: int, kind: str) -> BlockCost:
     """Return the exact cost of a dense block's halves, in "params" or "macs", as a function of what it keeps."""
 
     def cost(budget: BlockBudget) -> tuple[float, float]:

@@ -6,17 +6,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gohsp import vit
-from gohsp.vit import Geometry
-
-if TYPE_CHECKING:
-    from gohsp.mask import BlockLayout, ModelMask
+from gohsp.models.base import (
+    BlockGeometry,
+    Geometry,
+    OpenBlock,
+    OpenModel,
+    Sublayer,
+    count_parameters,
+)
+from gohsp.models.registry import family_of, find_compact_blocks, is_compressed, open_model
 
 
 @dataclass(frozen=True)
@@ -79,8 +83,21 @@ class BlockSize:
     mlp_in: int
     mlp_out: int
 
+    @classmethod
+    def whole(cls, size: BlockGeometry) -> BlockSize:
+        """Return the widths of a block that keeps everything."""
+        return cls(size.span, size.span, size.hidden, size.dim, size.dim, size.dim, size.dim)
 
-def count(model: nn.Module, input_size: int | Sequence[int] | None = None, *, mask: ModelMask | None = None) -> Count:
+
+class Kept(Protocol):
+    """What :func:`count` asks of a :class:`gohsp.ModelMask`."""
+
+    blocks: Any
+
+    def check_fits(self, geometry: Geometry) -> None: ...
+
+
+def count(model: nn.Module, input_size: int | Sequence[int] | None = None, *, mask: Kept | None = None) -> Count:
     """Count the parameters and the multiply-accumulates of a model for one image.
 
     A multiply-accumulate is one product of a matrix product: convolution, linear layers, QK^T and PV by their true
@@ -97,102 +114,93 @@ def count(model: nn.Module, input_size: int | Sequence[int] | None = None, *, ma
         ValueError: The input size does not suit the model, or the mask does not fit it.
         TypeError: The model is not a timm vision transformer that gohsp knows.
     """
-    blocks = vit.find_blocks(model)
-    if mask is not None:
-        vit.find_dense_blocks(model)
-        mask.validate(model)
+    opened = None if is_compressed(model) and mask is None else open_model(model)
+    modules = find_compact_blocks(model) if opened is None else [block.module for block in opened.blocks]
     height, width = _image_size(model, input_size)
     tokens = _tokens(model, height, width)
-    masks = [getattr(block, "mask", None) for block in blocks] if mask is None else mask.blocks
-    size = vit.geometry(model)
-    costs = tuple(
-        count_block(block, _block_size(size, None if kept is None else kept.layout()), tokens)
-        for block, kept in zip(blocks, masks, strict=True)
-    )
-    outside = _numel(model) - sum(_numel(block) for block in blocks)
+    if opened is None:
+        costs = [_count_modules(block.halves(), block.mask.size(), tokens) for block in modules]
+    else:
+        costs = _count_dense(opened, mask, tokens)
+    outside = count_parameters(model) - count_parameters(*modules)
+    macs = sum(_macs(*part) for part in family_of(model).modules_outside(model, height, width))
     return Count(
         params=outside + sum(cost.params for cost in costs),
-        macs=_macs_outside(model, height, width, tokens) + sum(cost.macs for cost in costs),
-        blocks=costs,
+        macs=macs + sum(cost.macs for cost in costs),
+        blocks=tuple(costs),
         tokens=tokens,
     )
 
 
-def count_block(block: Any, size: BlockSize, tokens: int) -> BlockCount:
-    """Count what a block costs when it is cut to the given widths.
+def _count_dense(opened: OpenModel, mask: Kept | None, tokens: int) -> list[BlockCount]:
+    if mask is None:
+        halves = [[(half.norm, half.body, half.scale) for half in block.sublayers] for block in opened.blocks]
+        sizes = [BlockSize.whole(block.geometry) for block in opened.blocks]
+        return [_count_modules(own, size, tokens) for own, size in zip(halves, sizes, strict=True)]
+    mask.check_fits(opened.geometry)
+    pairs = zip(opened.blocks, mask.blocks, strict=True)
+    return [count_block(block, kept.size(), tokens) for block, kept in pairs]
+
+
+def _count_modules(halves: Sequence[Sequence[nn.Module]], size: BlockSize, tokens: int) -> BlockCount:
+    attention, mlp = (count_parameters(*modules) for modules in halves)
+    attention_macs, mlp_macs = _block_macs(size, tokens)
+    return BlockCount(attention, attention_macs, mlp, mlp_macs)
+
+
+def count_block(block: OpenBlock, size: BlockSize, tokens: int) -> BlockCount:
+    """Count what a dense block would cost if it were cut to the given widths.
 
     Args:
-        block: timm Block or PrunedBlock; tells which parts it has (biases, layer scale, qk-norm).
+        block: Tells which parts it has: biases, layer scale, norms on q and k.
         size: The widths.
         tokens: Tokens in a sequence.
     """
-    attn, mlp = block.attn, block.mlp
+    attention, mlp = block.sublayers
     rows = 2 * size.qk + size.v
-    attn_params = _numel(block.norm1) + _numel(attn.q_norm) + _numel(attn.k_norm)
-    attn_params += _linear(attn.qkv, size.attn_in, rows) + _linear(attn.proj, size.v, size.attn_out)
-    attn_params += 0 if isinstance(block.ls1, nn.Identity) else size.attn_out
-    mlp_params = _numel(block.norm2)
-    mlp_params += _linear(mlp.fc1, size.mlp_in, size.hidden) + _linear(mlp.fc2, size.hidden, size.mlp_out)
-    mlp_params += 0 if isinstance(block.ls2, nn.Identity) else size.mlp_out
-    attn_macs = tokens * (size.attn_in * rows + size.v * size.attn_out) + tokens * tokens * (size.qk + size.v)
-    mlp_macs = tokens * size.hidden * (size.mlp_in + size.mlp_out)
-    return BlockCount(attn_params, attn_macs, mlp_params, mlp_macs)
+    attention_params = count_parameters(attention.q_norm, attention.k_norm)
+    attention_params += _sublayer(attention, size.attn_in, rows, size.v, size.attn_out)
+    mlp_params = _sublayer(mlp, size.mlp_in, size.hidden, size.hidden, size.mlp_out)
+    attention_macs, mlp_macs = _block_macs(size, tokens)
+    return BlockCount(attention_params, attention_macs, mlp_params, mlp_macs)
 
 
-def _block_size(dense: Geometry, layout: BlockLayout | None) -> BlockSize:
-    """Return the widths of a block that is cut to a layout, or of a whole one."""
-    span, dim = dense.num_heads * dense.head_dim, dense.dim
-    if layout is None:
-        return BlockSize(span, span, dense.hidden, dim, dim, dim, dim)
-    kept = (
-        dim if columns is None else columns.numel()
-        for columns in (layout.attn_in, layout.attn_out, layout.mlp_in, layout.mlp_out)
-    )
-    return BlockSize(sum(layout.qk_widths), sum(layout.v_widths), layout.hidden.numel(), *kept)
+def _sublayer(layer: Sublayer, inputs: int, rows: int, columns: int, outputs: int) -> int:
+    """Return the parameters of norm, reading and writing matrix, and layer scale, at the given widths."""
+    read = (inputs + (layer.read.bias is not None)) * rows
+    write = (columns + (layer.write.bias is not None)) * outputs
+    return count_parameters(layer.norm) + read + write + (0 if isinstance(layer.scale, nn.Identity) else outputs)
 
 
-def _numel(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def _block_macs(size: BlockSize, tokens: int) -> tuple[int, int]:
+    rows = 2 * size.qk + size.v
+    products = tokens * (size.attn_in * rows + size.v * size.attn_out)
+    return products + tokens * tokens * (size.qk + size.v), tokens * size.hidden * (size.mlp_in + size.mlp_out)
 
 
-def _linear(layer: Any, inputs: int, outputs: int) -> int:
-    return (inputs + (layer.bias is not None)) * outputs
-
-
-def _image_size(model: Any, input_size: int | Sequence[int] | None) -> tuple[int, int]:
-    own = model.patch_embed.img_size
+def _image_size(model: nn.Module, input_size: int | Sequence[int] | None) -> tuple[int, int]:
     if input_size is None:
+        own = family_of(model).image_shape(model)
         if own is None:
             raise ValueError("input_size: wanted a size, because the model has none of its own")
-        return own
+        return own[1:]
     sizes = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)[-2:]
     if len(sizes) != 2 or min(sizes) < 1:
         raise ValueError(f"input_size: wanted a side, (height, width) or (channels, height, width), got {input_size}")
-    if model.patch_embed.strict_img_size and sizes != tuple(own):
-        raise ValueError(f"input_size: wanted {tuple(own)}, which this model is fixed to, got {input_size}")
     return sizes
 
 
-def _tokens(model: Any, height: int, width: int) -> int:
-    rows, columns = model.patch_embed.dynamic_feat_size((height, width))
-    return rows * columns + model.num_prefix_tokens
+def _tokens(model: nn.Module, height: int, width: int) -> int:
+    try:
+        return family_of(model).tokens(model, height, width)
+    except ValueError as error:
+        raise ValueError(f"input_size: {error}") from error
 
 
-def _macs_outside(model: Any, height: int, width: int, tokens: int) -> int:
-    """Count what stands before and after the blocks with torch's own counter, on shapes alone."""
-    dim, channels = model.embed_dim, model.patch_embed.proj.in_channels
-    parts: list[tuple[nn.Module | None, tuple[int, ...]]] = [
-        (model.patch_embed, (1, channels, height, width)),
-        (model.attn_pool, (1, tokens if model.pool_include_prefix else tokens - model.num_prefix_tokens, dim)),
-        (model.head, (1, dim)),
-        (getattr(model, "head_dist", None), (1, dim)),
-    ]
-    return sum(_macs(module, torch.empty(shape, device="meta")) for module, shape in parts if module is not None)
-
-
-def _macs(module: nn.Module, x: Tensor) -> int:
+def _macs(module: nn.Module, shape: tuple[int, ...]) -> int:
+    """Count with torch's own counter, on shapes alone."""
     # The counter hooks gradients of what requires them, which fails on views made without gradient.
-    shadow = copy.deepcopy(module).to(device="meta", dtype=x.dtype).requires_grad_(False)
+    shadow = copy.deepcopy(module).to(device="meta", dtype=torch.float32).requires_grad_(False)
     with FlopCounterMode(display=False) as counter:
-        shadow(x)
+        shadow(torch.empty(shape, device="meta"))
     return counter.get_total_flops() // 2

@@ -9,11 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gohsp import admm, vit
+from gohsp import admm
 from gohsp.budget import BlockBudget
 from gohsp.mask import BlockMask, ModelMask
+from gohsp.models.base import Attention, BlockGeometry, OpenModel, Projection, Sublayer
 from gohsp.scores import CRITERIA, RIDGE, SCORES, Evidence, Grouping, by_score, head_guide, output_scores, qk_scores
-from gohsp.statistics import CHUNK, Moments, Sublayer, damped, sublayers
+from gohsp.statistics import CHUNK, Moments, damped
 from gohsp.survey import (
     Settings,
     Survey,
@@ -47,19 +48,18 @@ class Cutter:
 
     def __init__(
         self,
-        model: nn.Module,
-        pruned: nn.Module,
+        model: OpenModel,
+        pruned: OpenModel,
         mask: ModelMask,
         stream: Tensor,
         survey: Survey,
         settings: Settings,
         generator: torch.Generator,
     ) -> None:
-        self.dense_layers, self.layers, self.mask = sublayers(model), sublayers(pruned), mask
-        self.blocks = vit.find_dense_blocks(pruned)
+        self.dense_layers, self.layers, self.mask = model.sublayers, pruned.sublayers, mask
+        self.blocks = pruned.blocks
         self.dense, self.stream = stream, stream.clone()
         self.survey, self.settings, self.generator = survey, settings, generator
-        self.size = vit.geometry(model)
 
     def run(self, budgets: list[BlockBudget], tick: Callable[[], None]) -> list[float]:
         """Cut all blocks to their budgets and return the error of the stream after each."""
@@ -78,7 +78,7 @@ class Cutter:
         return errors
 
     def _cut_attention(self, index: int, budget: BlockBudget) -> None:
-        size, block = self.size, self.mask.blocks[index // 2]
+        block, size = self.mask.blocks[index // 2], self.layers[index].geometry
         block.attn_in = self._cut_inputs(index, budget.attn_in)
         moments = self._gather(index)
         kept = torch.arange(size.num_heads * size.head_dim, device="cpu")
@@ -96,26 +96,26 @@ class Cutter:
         block.attn_out = self._cut_outputs(index, moments, budget.attn_out)
 
     def _cut_qk(self, index: int, block: BlockMask, keep: int) -> None:
-        layer, size = self.layers[index], self.size
-        energy = qk_energies(layer, self.stream, self.survey.sensitivities[index], size)
+        layer = self.layers[index]
+        assert isinstance(layer, Attention)
+        size = layer.geometry
+        energy = qk_energies(layer, self.stream, self.survey.sensitivities[index])
         weight = layer.read.weight
         scores = qk_scores(self.settings.method, weight, energy.channels, energy.worth, self.generator)
         heads = block.heads.nonzero().flatten()
         left = by_score(scores[heads].flatten(), channels_of(len(heads), size), keep).left
         columns = torch.arange(size.num_heads * size.head_dim, device="cpu").view(size.num_heads, -1)[heads].flatten()
         block.qk = _marked(columns[left], size)
-        gone = (~block.qk).flatten().to(weight.device)
-        for rows in layer.read.weight, layer.read.bias:
-            if rows is not None:
-                rows[: 2 * len(gone)][gone.repeat(2)] = 0
+        gone = (~block.qk).flatten()
+        layer.read.clear_(torch.cat((gone, gone, torch.zeros_like(gone))))
 
     def _cut_mlp(self, index: int, budget: BlockBudget) -> None:
-        block = self.mask.blocks[index // 2]
+        block, size = self.mask.blocks[index // 2], self.layers[index].geometry
         block.mlp_in = self._cut_inputs(index, budget.mlp_in)
         moments = self._gather(index)
-        kept = torch.arange(self.size.hidden, device="cpu")
+        kept = torch.arange(size.hidden, device="cpu")
         if budget.hidden < len(kept):
-            kept = self._choose_written(index, moments, kept, neurons_of(self.size), budget.hidden)
+            kept = self._choose_written(index, moments, kept, neurons_of(size), budget.hidden)
         block.hidden = torch.zeros_like(block.hidden).index_fill(0, kept, True)
         self._refit(self.layers[index].write, moments, kept)
         block.mlp_out = self._cut_outputs(index, moments, budget.mlp_out)
@@ -123,8 +123,9 @@ class Cutter:
     def _cut_inputs(self, index: int, keep: int) -> Tensor:
         """Choose which residual features a sublayer reads, and let these stand in for the others. Returns the mask."""
         layer = self.layers[index]
-        mask = torch.ones(self.size.dim, dtype=torch.bool, device="cpu")
-        if keep == self.size.dim:
+        dim = layer.geometry.dim
+        mask = torch.ones(dim, dtype=torch.bool, device="cpu")
+        if keep == dim:
             return mask
         sensitivity = self.survey.sensitivities[index]
         moments = Moments(layer.read.in_features, layer.read.out_features, self.stream.device)
@@ -132,13 +133,14 @@ class Cutter:
             seen = layer.norm(part)
             moments.update(seen, layer.read(seen), sensitivity.weights().expand(part.shape[:2]))
         evidence = read_evidence(layer, moments, sensitivity, self.generator)
-        kept = self._choose(evidence, columns_of(self.size.dim), keep)
+        kept = self._choose(evidence, columns_of(dim), keep)
         self._refit(layer.read, moments, kept)
         return torch.zeros_like(mask).index_fill(0, kept, True)
 
     def _cut_outputs(self, index: int, moments: Moments, keep: int) -> Tensor:
         """Choose which residual features a sublayer writes, and silence the others. Returns the mask."""
-        layer, dim = self.layers[index], self.size.dim
+        layer = self.layers[index]
+        dim = layer.geometry.dim
         mask = torch.ones(dim, dtype=torch.bool, device="cpu")
         if keep == dim:
             return mask
@@ -146,9 +148,7 @@ class Cutter:
         scores = output_scores(self.settings.method, layer.write.weight, output_energy(layer, moments), evidence)
         kept = by_score(scores, columns_of(dim), keep).left
         mask = torch.zeros_like(mask).index_fill(0, kept, True)
-        for rows in layer.write.weight, layer.write.bias:
-            if rows is not None:
-                rows[~mask.to(rows.device)] = 0
+        layer.write.clear_(~mask)
         return mask
 
     def _gather(self, index: int) -> Moments:
@@ -178,7 +178,7 @@ class Cutter:
         columns = kept.to(self.stream.device)
         weight = write.weight.detach().double()
         if self.settings.optimiser != "drop":
-            fitted, _ = moments.fit(weight, columns, RIDGE, intercept=write.bias is not None)
+            fitted, _ = moments.fit(weight, columns, RIDGE, intercept=write.has_bias)
             weight = weight.index_copy(1, columns, fitted)
         evidence = replace(self._written(index, moments, weight).of(columns), guide=guide)
         return kept[self._choose(evidence, grouping, keep)]
@@ -191,26 +191,23 @@ class Cutter:
         guided = replace(evidence, guide=evidence.guide if method == "gohsp" else None)
         return admm.choose(guided, grouping, keep, favour)
 
-    def _refit(self, linear: nn.Linear, moments: Moments, kept: Tensor) -> None:
+    def _refit(self, linear: Projection, moments: Moments, kept: Tensor) -> None:
         """Fit a linear layer on the columns that stay, unless these are to be left as they are; zero the others."""
-        columns = kept.to(linear.weight.device)
-        weight = linear.weight[:, columns].clone()
+        dense = linear.weight.detach()
+        columns = kept.to(dense.device)
+        left, bias = dense[:, columns], None
         if self.settings.optimiser != "drop":
-            has_bias = linear.bias is not None
-            fitted, bias = moments.fit(linear.weight.double(), columns, self.settings.ridge, intercept=has_bias)
-            weight = fitted.to(weight.dtype)
-            if has_bias:
-                linear.bias.copy_(bias)
-        linear.weight.zero_()
-        linear.weight[:, columns] = weight
+            fitted, offset = moments.fit(dense.double(), columns, self.settings.ridge, intercept=linear.has_bias)
+            left, bias = fitted.to(dense.dtype), offset if linear.has_bias else None
+        linear.write_(torch.zeros_like(dense).index_copy(1, columns, left), bias)
 
     def _refine(self, block: int, before: Tensor) -> None:
         """Train a block for some steps to give the dense block's output from what the pruned network feeds it.
 
         What has been cut stays zero, since zeros on both sides of a group have no gradient.
         """
-        index, module = 2 * block + 1, self.blocks[block]
-        self.mask.blocks[block].apply_(module)
+        index, module = 2 * block + 1, self.blocks[block].module
+        self.mask.blocks[block].apply_(self.blocks[block])
         sensitivity = self.survey.sensitivities[index]
         root = torch.linalg.cholesky(damped(sensitivity.metric, 1e-2))
         root = (root / root.square().sum().sqrt()).to(before.dtype)
@@ -240,7 +237,7 @@ def _through(module: nn.Module | Sublayer, stream: Tensor) -> Tensor:
     return torch.cat([module(part) for part in stream.split(CHUNK)])
 
 
-def _marked(columns: Tensor, size: vit.Geometry) -> Tensor:
+def _marked(columns: Tensor, size: BlockGeometry) -> Tensor:
     """Return a boolean [H, d] that is True at some columns of head outputs."""
     marked = torch.zeros(size.num_heads * size.head_dim, dtype=torch.bool, device="cpu")
     marked[columns] = True

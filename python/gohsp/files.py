@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,3 +47,17 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: wanted JSON, but {error}") from error
+
+
+def check_keys(data: Any, wanted: Sequence[str], where: str) -> None:
+    """Check that a mapping has these keys and no others.
+
+    Raises:
+        ValueError: It has not; the message begins with ``where``.
+    """
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{where}: wanted a mapping, got {type(data).__name__}")
+    missing = [key for key in wanted if key not in data]
+    unknown = [key for key in data if key not in wanted]
+    if missing or unknown:
+        raise ValueError(f"{where}: missing keys {missing}, unknown keys {unknown}")

@@ -5,28 +5,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.layers import LayerNorm
 from torch import Tensor, nn
 
-from gohsp import vit
 from gohsp.compress import compress
-from gohsp.files import read_json, replacing, write_json
-from gohsp.mask import ModelMask, check_keys
+from gohsp.files import check_keys, read_json, replacing, write_json
+from gohsp.mask import ModelMask
+from gohsp.models.registry import FAMILIES, family_of
 
 FORMAT = 1
 PLAN = "plan.json"
 WEIGHTS = "model.safetensors"
 
-_CLASSES = {cls.__name__: cls for cls in vit.COMPRESSED_CLASS}
+DEFAULT_FAMILY = "TimmVit"
+"""Of plans that name none."""
+
 _DIGEST = "plan_sha256"
 
 
@@ -81,6 +80,14 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module
     return model.to(device).eval()
 
 
+def _describe(model: nn.Module, mask: ModelMask) -> dict[str, Any]:
+    family = family_of(model)
+    described = family.describe(model, mask.geometry)
+    name = type(family).__name__
+    # Plans of the first family are as they were when it was the only one.
+    return described if name == DEFAULT_FAMILY else {"family": name, **described}
+
+
 def digest_weights(model: nn.Module) -> str:
     """Return what tells the parameters and buffers of a model from others, names included: SHA-256."""
     digest = hashlib.sha256()
@@ -90,79 +97,15 @@ def digest_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _describe(model: Any, mask: ModelMask) -> dict[str, Any]:
-    """Return the class of the dense model and the arguments that make it, read from the live model."""
-    size = mask.geometry
-    first, last = model.blocks[0], model.blocks[-1]
-    embed = model.patch_embed
-    arguments = {
-        "img_size": embed.img_size,
-        "patch_size": embed.patch_size,
-        "in_chans": embed.proj.in_channels,
-        "num_classes": model.num_classes,
-        "global_pool": model.global_pool,
-        "embed_dim": size.dim,
-        "depth": size.depth,
-        "num_heads": size.num_heads,
-        # timm rounds dim * ratio down; half a neuron more makes that exact.
-        "mlp_ratio": (size.hidden + 0.5) / size.dim,
-        "qkv_bias": first.attn.qkv.bias is not None,
-        "qk_norm": size.qk_norm,
-        "proj_bias": first.attn.proj.bias is not None,
-        # 0 rather than None, which create_model would take for "not given". The values come from the weights.
-        "init_values": 0.0 if isinstance(first.ls1, nn.Identity) else 1.0,
-        "class_token": model.cls_token is not None,
-        "pos_embed": "none" if model.pos_embed is None else "learn",
-        "no_embed_class": model.no_embed_class,
-        "reg_tokens": model.num_reg_tokens,
-        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
-        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
-        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
-        "pool_include_prefix": model.pool_include_prefix,
-        "dynamic_img_size": model.dynamic_img_size,
-        "dynamic_img_pad": embed.dynamic_img_pad,
-        "drop_rate": model.head_drop.p,
-        "pos_drop_rate": model.pos_drop.p,
-        "patch_drop_rate": getattr(model.patch_drop, "prob", 0.0),
-        "proj_drop_rate": first.attn.proj_drop.p,
-        "attn_drop_rate": first.attn.attn_drop.p,
-        "drop_path_rate": getattr(last.drop_path1, "drop_prob", 0.0),
-        "norm_eps": first.norm1.eps,
-        "activation": first.mlp.activation,
-    }
-    class_name = vit.DENSE_CLASS[type(model)].__name__
-    return {"class": class_name, "architecture": _registered_name(model), "arguments": arguments}
-
-
-def _registered_name(model: nn.Module) -> str | None:
-    """Return the name, with its tag, under which timm can make this architecture, or None if it cannot."""
-    config = getattr(model, "pretrained_cfg", None)
-    if not isinstance(config, dict) or not timm.is_model(config.get("architecture") or ""):
-        return None
-    return ".".join(filter(None, (config["architecture"], config.get("tag"))))
-
-
 def _build(description: Any, mask: ModelMask) -> nn.Module:
     """Return the compressed model of a description, its parameters on the meta device."""
-    check_keys(description, ("class", "architecture", "arguments"), "plan.model")
-    name, arguments = description["architecture"], dict(description["arguments"])
-    wanted = _CLASSES.get(description["class"])
-    if wanted is None:
-        raise ValueError(f"plan.model.class: wanted one of {sorted(_CLASSES)}, got {description['class']!r}")
-    # is_model also keeps create_model from names that would make it fetch something.
-    if name is not None and not timm.is_model(name):
-        raise ValueError(f"plan.model.architecture: this timm ({timm.__version__}) knows no {name!r}")
-    create = wanted if name is None else partial(timm.create_model, name)
-    try:
-        arguments["norm_layer"] = partial(LayerNorm, eps=arguments.pop("norm_eps"))
-        arguments["act_layer"] = vit.ACTIVATIONS[arguments.pop("activation")]
-        with torch.device("meta"):
-            dense = create(**arguments, weight_init="skip")
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"plan.model.arguments: they do not make a {wanted.__name__}: {error!r}") from error
-    if type(dense) is not wanted:
-        raise ValueError(f"plan.model: wanted a {wanted.__name__}, but timm made a {type(dense).__name__}")
-    return compress(dense, mask)
+    if not isinstance(description, dict):
+        raise ValueError(f"plan.model: wanted a mapping, got {type(description).__name__}")
+    name = description.get("family", DEFAULT_FAMILY)
+    families = {type(family).__name__: family for family in FAMILIES}
+    if name not in families:
+        raise ValueError(f"plan.model.family: wanted one of {sorted(families)}, got {name!r}")
+    return compress(families[name].build({k: v for k, v in description.items() if k != "family"}), mask)
 
 
 def _check_same(model: nn.Module, rebuilt: nn.Module) -> None:

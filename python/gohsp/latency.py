@@ -13,12 +13,14 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from gohsp import vit
 from gohsp.budget import BlockBudget
 from gohsp.compress import compress
 from gohsp.files import read_json, write_json
 from gohsp.freeze import freeze
+from gohsp.layers import FrozenBlocks
 from gohsp.mask import ModelMask
+from gohsp.models.base import Geometry
+from gohsp.models.registry import open_model
 from gohsp.timing import interleave
 
 NEURON_POINTS = 7  # widths of the MLP that are measured, evenly spaced up to the dense one
@@ -63,10 +65,12 @@ class LatencyTable(BaseModel):
         Raises:
             TypeError, ValueError: The model is not one that gohsp can prune.
         """
-        size = vit.geometry(model)
-        like = next(model.parameters())
-        channels = model.patch_embed.proj.in_channels
-        images = torch.randn(batch, channels, *model.patch_embed.img_size, device=like.device, dtype=like.dtype)
+        opened = open_model(model)
+        size, family = opened.geometry, opened.family
+        like, shape = next(model.parameters()), family.image_shape(model)
+        if shape is None:
+            raise ValueError("model: wanted one that is made for images of one size; got one that takes any")
+        images = torch.randn(batch, *shape, device=like.device, dtype=like.dtype)
         step = max(size.hidden // NEURON_POINTS // 16 * 16, 1)
         neurons = (*range(step, size.hidden, step), size.hidden)
         shapes = {("heads", h): (h, neurons[0]) for h in range(1, size.num_heads + 1)}
@@ -90,7 +94,7 @@ class LatencyTable(BaseModel):
         times = {name: 1e3 * timing.median for name, timing in interleave(runs, rounds=rounds).items()}
         outside, least = times["outside"], times[str(("heads", 1))]
         # What one head and the fewest neurons take together is split by their multiply-accumulates.
-        tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+        tokens = family.tokens(model, *shape[1:])
         attention_macs = size.head_dim * (4 * size.dim + 2 * tokens)
         share = attention_macs / (attention_macs + 2 * size.dim * neurons[0])
         block = max(least - outside, 0.0) / size.depth
@@ -114,7 +118,7 @@ class LatencyTable(BaseModel):
         attention = np.interp(heads, np.arange(1, self.num_heads + 1), self.attention)
         return float(attention), float(np.interp(budget.hidden, self.neurons, self.mlp))
 
-    def check(self, size: vit.Geometry) -> None:
+    def check(self, size: Geometry) -> None:
         """Check that the table was measured for blocks of a given size.
 
         Raises:
@@ -143,9 +147,11 @@ class LatencyTable(BaseModel):
 
 
 def _without_blocks(model: nn.Module) -> nn.Module:
-    bare = copy.copy(model)
-    bare._modules = dict(model._modules, blocks=nn.Sequential())
-    return bare
+    """Return the frozen model with nothing in the place of its blocks; all else is shared."""
+    blocks = next(module for module in model.modules() if isinstance(module, FrozenBlocks))
+    # What deepcopy is told that it has met already is taken as it is.
+    met: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, {**met, id(blocks): nn.Sequential()})
 
 
 def _ascending(values: list[float]) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from gohsp import vit
-from gohsp.count import count
-from gohsp.files import read_json, write_json
-from gohsp.vit import Geometry
+from gohsp.count import BlockSize, count
+from gohsp.files import check_keys, read_json, write_json
+from gohsp.models.base import BlockGeometry, Geometry, OpenBlock
+from gohsp.models.registry import family_of, find_compact_blocks, geometry_of, open_model
 
-FORMAT = 1
+FORMATS = (1, 2)
+"""Of mask files. Format 1 has one geometry for all blocks and is written where they are alike; format 2 one a block."""
 _SUMMARY = ("block", "heads", "qk widths", "v widths", "hidden", "attn in/out", "mlp in/out", "params", "MACs")
 
 
@@ -95,18 +96,27 @@ class BlockMask:
     @classmethod
     def full(cls, dim: int, num_heads: int, head_dim: int, hidden: int) -> BlockMask:
         """Return the mask that keeps everything."""
-        shapes = _shapes(Geometry(1, dim, num_heads, head_dim, hidden))
+        shapes = _shapes(BlockGeometry(dim, num_heads, head_dim, hidden))
         return cls(**{name: torch.ones(shape, dtype=torch.bool, device="cpu") for name, shape in shapes.items()})
 
     def clone(self) -> BlockMask:
         """Return a copy that shares no memory with this mask."""
         return BlockMask(**{name: getattr(self, name).clone() for name in FIELDS})
 
-    def apply_(self, block: nn.Module) -> None:
+    def apply_(self, block: OpenBlock) -> None:
         """Set the pruned entries of a dense block's weights and biases to zero, in place."""
-        with torch.no_grad():
-            _zero_attention(block.attn, self)
-            _zero_mlp(block.mlp, self)
+        qk = (self.qk & self.heads[:, None]).flatten()
+        v = (self.v & self.heads[:, None]).flatten()
+        block.attention.read.clear_(~torch.cat((qk, qk, v)), ~self.attn_in)
+        block.attention.write.clear_(~self.attn_out, ~v)
+        block.mlp.read.clear_(~self.hidden, ~self.mlp_in)
+        block.mlp.write.clear_(~self.mlp_out, ~self.hidden)
+
+    def size(self) -> BlockSize:
+        """Return the widths that the cost of what is kept depends on."""
+        layout = self.layout()
+        kept = (int(columns.sum()) for columns in (self.attn_in, self.attn_out, self.mlp_in, self.mlp_out))
+        return BlockSize(sum(layout.qk_widths), sum(layout.v_widths), layout.hidden.numel(), *kept)
 
     def layout(self) -> BlockLayout:
         """Return the ragged layout of what this mask keeps."""
@@ -163,12 +173,12 @@ class ModelMask:
         """Return the mask that keeps everything of a dense model.
 
         Raises:
-            TypeError, ValueError: The model is not one that gohsp can prune (see :func:`gohsp.vit.find_blocks`).
+            TypeError, ValueError: The model is not one that gohsp can prune.
         """
-        vit.find_dense_blocks(model)
-        size = vit.geometry(model)
-        blocks = [BlockMask.full(size.dim, size.num_heads, size.head_dim, size.hidden) for _ in range(size.depth)]
-        return cls(blocks, vit.architecture(model), size)
+        opened = open_model(model)
+        sizes = opened.geometry
+        blocks = [BlockMask.full(size.dim, size.num_heads, size.head_dim, size.hidden) for size in sizes.blocks]
+        return cls(blocks, opened.family.architecture(model), sizes)
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelMask:
@@ -177,10 +187,10 @@ class ModelMask:
         Raises:
             ValueError: The model is not compressed.
         """
-        if not vit.is_compressed(model):
-            raise ValueError(f"model: wanted a model made by gohsp.compress, got {type(model).__name__}")
-        blocks = [block.mask.clone() for block in vit.find_blocks(model)]
-        return cls(blocks, vit.architecture(model), vit.geometry(model))
+        compact = find_compact_blocks(model)
+        geometry = Geometry(tuple(block.geometry for block in compact))
+        blocks = [block.mask.clone() for block in compact]
+        return cls(blocks, family_of(model).architecture(model), geometry)
 
     @classmethod
     def keep_first(cls, model: nn.Module, heads: int | None = None, hidden: int | None = None) -> ModelMask:
@@ -196,7 +206,7 @@ class ModelMask:
         """
         mask = cls.full(model)
         for name, wanted in (("heads", heads), ("hidden", hidden)):
-            available = getattr(mask.blocks[0], name).numel()
+            available = min(getattr(block, name).numel() for block in mask.blocks)
             if wanted is None:
                 continue
             if not 0 <= wanted <= available:
@@ -224,10 +234,9 @@ class ModelMask:
         """
         mask = cls.full(model)
         shares = _shares(keep)
-        if mask.geometry.qk_norm and not isinstance(keep, Mapping):
-            shares["qk"] = 1.0
-        for block in mask.blocks:
-            for name, share in shares.items():
+        for block, size in zip(mask.blocks, mask.geometry.blocks, strict=True):
+            own = {**shares, "qk": 1.0} if size.qk_norm and not isinstance(keep, Mapping) else shares
+            for name, share in own.items():
                 draws = torch.rand(getattr(block, name).shape, generator=generator, device="cpu")
                 kept = draws < share
                 if share > 0 and name != "qk":
@@ -243,12 +252,22 @@ class ModelMask:
             ValueError: A rule is broken; the message names the block and the field.
             TypeError: The model is not one that gohsp can prune.
         """
-        if model is not None and vit.geometry(model) != self.geometry:
-            raise ValueError(f"mask: it is made for {self.geometry}, but the model is {vit.geometry(model)}")
+        if model is not None:
+            self.check_fits(geometry_of(model))
         if len(self.blocks) != self.geometry.depth:
             raise ValueError(f"mask.blocks: wanted {self.geometry.depth} blocks, got {len(self.blocks)}")
-        for index, block in enumerate(self.blocks):
-            _validate_block(block, self.geometry, f"blocks[{index}]")
+        for index, (block, size) in enumerate(zip(self.blocks, self.geometry.blocks, strict=True)):
+            _validate_block(block, size, f"blocks[{index}]")
+
+    def check_fits(self, geometry: Geometry) -> None:
+        """Check every rule that a mask has to keep, and that it is made for a model of given sizes.
+
+        Raises:
+            ValueError: It is not, or a rule is broken.
+        """
+        if geometry != self.geometry:
+            raise ValueError(f"mask: it is made for {self.geometry}, but the model is {geometry}")
+        self.validate()
 
     def apply_(self, model: nn.Module) -> nn.Module:
         """Set the pruned entries of a dense model's weights and biases to zero, in place.
@@ -265,11 +284,10 @@ class ModelMask:
             ValueError: The mask is not valid, or does not fit the model.
             TypeError: The model is not one that gohsp can prune.
         """
-        blocks = vit.find_dense_blocks(model)
-        self.validate(model)
-        with torch.no_grad():
-            for block, mask in zip(blocks, self.blocks, strict=True):
-                mask.apply_(block)
+        opened = open_model(model)
+        self.check_fits(opened.geometry)
+        for block, mask in zip(opened.blocks, self.blocks, strict=True):
+            mask.apply_(block)
         return model
 
     def summary(self, model: nn.Module) -> str:
@@ -302,9 +320,9 @@ class ModelMask:
         string a head.
         """
         return {
-            "format": FORMAT,
+            "format": 1 if self.geometry.is_uniform else 2,
             "model": self.model,
-            "geometry": {field.name: getattr(self.geometry, field.name) for field in fields(Geometry)},
+            "geometry": _write_geometry(self.geometry),
             "blocks": [{name: _to_ranges(getattr(block, name)) for name in FIELDS} for block in self.blocks],
         }
 
@@ -316,19 +334,20 @@ class ModelMask:
             ValueError: A key is missing or unknown, the format is another one, or a value is malformed.
         """
         check_keys(data, ("format", "model", "geometry", "blocks"), "mask")
-        if data["format"] != FORMAT:
-            raise ValueError(f"mask.format: wanted {FORMAT}, got {data['format']!r}")
+        if type(data["format"]) is not int or data["format"] not in FORMATS:
+            raise ValueError(f"mask.format: wanted {' or '.join(map(str, FORMATS))}, got {data['format']!r}")
         for key, kind in (("model", str), ("blocks", list)):
             if not isinstance(data[key], kind):
                 raise ValueError(f"mask.{key}: wanted a {kind.__name__}, got {data[key]!r}")
-        size = _read_geometry(data["geometry"])
-        shapes = _shapes(size)
+        sizes = _read_geometry(data["geometry"], data["format"])
+        if len(data["blocks"]) != sizes.depth:
+            raise ValueError(f"mask.blocks: wanted {sizes.depth} blocks, got {len(data['blocks'])}")
         blocks = []
-        for index, entry in enumerate(data["blocks"]):
-            where = f"mask.blocks[{index}]"
+        for index, (entry, size) in enumerate(zip(data["blocks"], sizes.blocks, strict=True)):
+            where, shapes = f"mask.blocks[{index}]", _shapes(size)
             check_keys(entry, FIELDS, where)
             blocks.append(BlockMask(**{n: _from_ranges(entry[n], shapes[n], f"{where}.{n}") for n in FIELDS}))
-        mask = cls(blocks, data["model"], size)
+        mask = cls(blocks, data["model"], sizes)
         mask.validate()
         return mask
 
@@ -352,7 +371,7 @@ class ModelMask:
         return cls.from_dict(read_json(Path(path)))
 
 
-def _shapes(size: Geometry) -> dict[str, tuple[int, ...]]:
+def _shapes(size: BlockGeometry) -> dict[str, tuple[int, ...]]:
     columns = (size.dim,)
     return {
         "heads": (size.num_heads,),
@@ -366,7 +385,7 @@ def _shapes(size: Geometry) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _validate_block(block: BlockMask, size: Geometry, where: str) -> None:
+def _validate_block(block: BlockMask, size: BlockGeometry, where: str) -> None:
     if not isinstance(block, BlockMask):
         raise ValueError(f"{where}: wanted a BlockMask, got {type(block).__name__}")
     for name, shape in _shapes(size).items():
@@ -392,31 +411,6 @@ def _indices(kept: Tensor) -> Tensor:
 
 def _columns(kept: Tensor) -> Tensor | None:
     return None if bool(kept.all()) else _indices(kept)
-
-
-def _zero_attention(attn: Any, mask: BlockMask) -> None:
-    qk = (mask.qk & mask.heads[:, None]).flatten()
-    v = (mask.v & mask.heads[:, None]).flatten()
-    rows = ~torch.cat((qk, qk, v))
-    attn.qkv.weight[rows] = 0
-    if attn.qkv.bias is not None:
-        attn.qkv.bias[rows] = 0
-    attn.qkv.weight[:, ~mask.attn_in] = 0
-    attn.proj.weight[:, ~v] = 0
-    _zero_rows(attn.proj, mask.attn_out)
-
-
-def _zero_mlp(mlp: Any, mask: BlockMask) -> None:
-    _zero_rows(mlp.fc1, mask.hidden)
-    mlp.fc1.weight[:, ~mask.mlp_in] = 0
-    mlp.fc2.weight[:, ~mask.hidden] = 0
-    _zero_rows(mlp.fc2, mask.mlp_out)
-
-
-def _zero_rows(linear: nn.Linear, kept: Tensor) -> None:
-    linear.weight[~kept] = 0
-    if linear.bias is not None:
-        linear.bias[~kept] = 0
 
 
 def _shares(keep: float | Mapping[str, float]) -> dict[str, float]:
@@ -450,13 +444,30 @@ def _shares_kept(pruned: Any, dense: Any) -> tuple[str, str]:
     return params, macs
 
 
-def _read_geometry(data: Any) -> Geometry:
-    check_keys(data, tuple(field.name for field in fields(Geometry)), "mask.geometry")
-    for name, value in data.items():
+def _write_geometry(geometry: Geometry) -> dict[str, Any] | list[dict[str, Any]]:
+    sizes = [asdict(block) for block in geometry.blocks]
+    return {"depth": geometry.depth, **sizes[0]} if geometry.is_uniform else sizes
+
+
+def _read_geometry(data: Any, version: int) -> Geometry:
+    names = tuple(field.name for field in fields(BlockGeometry))
+    if version == 1:
+        check_keys(data, ("depth", *names), "mask.geometry")
+        _check_sizes(data, "mask.geometry")
+        return Geometry.uniform(**data)
+    if not isinstance(data, list) or not data:
+        raise ValueError(f"mask.geometry: wanted a list with the sizes of each block, got {data!r}")
+    for index, sizes in enumerate(data):
+        check_keys(sizes, names, f"mask.geometry[{index}]")
+        _check_sizes(sizes, f"mask.geometry[{index}]")
+    return Geometry(tuple(BlockGeometry(**sizes) for sizes in data))
+
+
+def _check_sizes(sizes: Mapping[str, Any], where: str) -> None:
+    for name, value in sizes.items():
         kind = bool if name == "qk_norm" else int
         if type(value) is not kind or value < 0:
-            raise ValueError(f"mask.geometry.{name}: wanted a non-negative {kind.__name__}, got {value!r}")
-    return Geometry(**data)
+            raise ValueError(f"{where}.{name}: wanted a non-negative {kind.__name__}, got {value!r}")
 
 
 def _to_ranges(kept: Tensor) -> str | list[str]:
@@ -499,12 +510,3 @@ def _row_from_ranges(value: Any, size: int, where: str) -> Tensor:
             raise ValueError(f"{where}: wanted ascending indices below {size}, got {run!r}")
         kept[start : stop + 1] = True
     return kept
-
-
-def check_keys(data: Any, wanted: Sequence[str], where: str) -> None:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{where}: wanted a mapping, got {type(data).__name__}")
-    missing = [key for key in wanted if key not in data]
-    unknown = [key for key in data if key not in wanted]
-    if missing or unknown:
-        raise ValueError(f"{where}: missing keys {missing}, unknown keys {unknown}")

@@ -25,15 +25,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gohsp import vit
 from gohsp.budget import GROUPS, BlockBudget, BlockPlan, allocate, counted, parse_target
+from gohsp.compress import refuse_hooks
 from gohsp.count import Count, count
 from gohsp.cut import OPTIMISERS, Cutter
 from gohsp.latency import LatencyTable
 from gohsp.mask import ModelMask
+from gohsp.models.base import Geometry, OpenModel
+from gohsp.models.hooks import evaluating
+from gohsp.models.registry import open_model
 from gohsp.ranking import check_reading, check_scores
 from gohsp.scores import CRITERIA
-from gohsp.statistics import embed, evaluating, measure_sensitivities, sublayers
+from gohsp.statistics import embed, measure_sensitivities
 from gohsp.survey import Settings, Survey, survey
 
 DEFAULT_TARGET: Mapping[str, float] = MappingProxyType({"params": 0.65})
@@ -137,40 +140,41 @@ def prune(
             not), there are no images, or the model cannot be pruned or has hooks where :func:`gohsp.compress` wants
             none.
     """
-    vit.refuse_hooks(vit.find_dense_blocks(model))
+    opened = open_model(model)
+    refuse_hooks(opened)
     kind, share = parse_target(target)
-    layers = sublayers(model)
-    if budgets is not None and 2 * len(budgets) != len(layers):
-        raise ValueError(f"budgets: wanted one for each of {len(layers) // 2} blocks, got {len(budgets)}")
+    depth = len(opened.blocks)
+    if budgets is not None and len(budgets) != depth:
+        raise ValueError(f"budgets: wanted one for each of {depth} blocks, got {len(budgets)}")
     settings = Settings(
         method, tuple(groups), optimiser, refine, similarity, teleport, high_is, float(guidance), float(ridge)
     )
-    size = vit.geometry(model)
+    size = opened.geometry
     _check(settings, floors, size)
     if kind == "ms":
         _check_latency(latency, settings, size)
     if importance is not None:
-        importance = check_scores(importance, size.depth, size.num_heads)
+        importance = check_scores(importance, [block.num_heads for block in size.blocks])
     pruned = copy.deepcopy(model)
     mask = ModelMask.full(model)
     generator = torch.Generator().manual_seed(seed)
-    tick = _ticker(on_progress, 1 + 2 * len(layers))
+    tick = _ticker(on_progress, 1 + 4 * depth)
     with torch.no_grad(), evaluating(model), evaluating(pruned):
-        stream, image_size = embed(model, batches, max_images)
-        sensitivities = measure_sensitivities(model, stream, seed)
+        stream, image_size = embed(opened, batches, max_images)
+        sensitivities = measure_sensitivities(opened, stream, seed)
         tick()
-        found = survey(model, stream, sensitivities, settings, generator, tick, importance)
+        found = survey(opened, stream, sensitivities, settings, generator, tick, importance)
         dense = count(model, image_size)
         if budgets is None:
-            plans, outside = _plans(model, found, dense, kind, latency)
+            plans, outside = _plans(opened, found, dense, kind, latency)
             budgets = allocate(plans, share, outside, floors)
-        errors = Cutter(model, pruned, mask, stream, found, settings, generator).run(list(budgets), tick)
+        errors = Cutter(opened, open_model(pruned), mask, stream, found, settings, generator).run(list(budgets), tick)
         mask.apply_(pruned)
     report = PruneReport(method, dense, count(model, image_size, mask=mask), found.heads, list(budgets), errors)
     return PruneResult(mask, pruned, report)
 
 
-def _check(settings: Settings, floors: Mapping[str, float], size: vit.Geometry) -> None:
+def _check(settings: Settings, floors: Mapping[str, float], size: Geometry) -> None:
     if settings.method not in CRITERIA:
         raise ValueError(f"method: wanted one of {', '.join(CRITERIA)}, got {settings.method!r}")
     if settings.optimiser not in OPTIMISERS:
@@ -178,7 +182,7 @@ def _check(settings: Settings, floors: Mapping[str, float], size: vit.Geometry) 
     groups = settings.groups
     if not groups or len(set(groups)) != len(groups) or not set(groups) <= set(GROUPS):
         raise ValueError(f"groups: wanted some of {', '.join(GROUPS)}, each once, got {groups!r}")
-    if size.qk_norm and "qk" in groups:
+    if "qk" in groups and any(block.qk_norm for block in size.blocks):
         raise ValueError("groups: wanted no 'qk' for a model with qk-norm, which mixes the channels of a head")
     for group, floor in floors.items():
         if group not in groups or not 0 <= floor <= 1:
@@ -192,7 +196,7 @@ def _check(settings: Settings, floors: Mapping[str, float], size: vit.Geometry) 
         raise ValueError(f"ridge: wanted a non-negative number, got {settings.ridge}")
 
 
-def _check_latency(latency: LatencyTable | None, settings: Settings, size: vit.Geometry) -> None:
+def _check_latency(latency: LatencyTable | None, settings: Settings, size: Geometry) -> None:
     if latency is None:
         raise ValueError("latency: wanted a table for a target in ms, such as LatencyTable.measure(model), got None")
     if columns := {"attn_in", "attn_out", "mlp_in", "mlp_out"} & set(settings.groups):
@@ -213,15 +217,14 @@ def _ticker(on_progress: Callable[[int, int], object] | None, total: int) -> Cal
 
 
 def _plans(
-    model: nn.Module, found: Survey, dense: Count, kind: str, latency: LatencyTable | None
+    opened: OpenModel, found: Survey, dense: Count, kind: str, latency: LatencyTable | None
 ) -> tuple[list[BlockPlan], float]:
     """Return the blocks as the budget sees them, and the cost of all that is outside them."""
-    size = vit.geometry(model)
-    span = size.num_heads * size.head_dim
-    full = BlockBudget(size.num_heads, span, span, size.hidden, size.dim, size.dim, size.dim, size.dim)
-    blocks = zip(vit.find_dense_blocks(model), found.steps, strict=True)
+    blocks = [(block, BlockBudget.whole(block.geometry)) for block in opened.blocks]
+    pairs = list(zip(blocks, found.steps, strict=True))
     if kind == "ms":
         assert latency is not None
-        return [BlockPlan(full, steps, latency.block_cost) for _, steps in blocks], latency.outside
+        return [BlockPlan(full, steps, latency.block_cost) for (_, full), steps in pairs], latency.outside
     outside = getattr(dense, kind) - sum(getattr(block, kind) for block in dense.blocks)
-    return [BlockPlan(full, steps, counted(block, dense.tokens, kind)) for block, steps in blocks], outside
+    plans = [BlockPlan(full, steps, counted(block, dense.tokens, kind)) for (block, full), steps in pairs]
+    return plans, outside

@@ -17,17 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from gohsp import vit
-from gohsp.statistics import (
-    Moments,
-    attention_probabilities,
-    damped,
-    evaluating,
-    inputs_of,
-    outputs_of,
-    read_images,
-    sublayers,
-)
+from gohsp.models.hooks import evaluating, inputs_of
+from gohsp.models.registry import open_model
+from gohsp.statistics import Moments, damped, read_images
 
 
 class Similarity(Protocol):
@@ -185,30 +177,32 @@ def rank_heads(
         TypeError: The model or the batches are not of a kind that is known.
         ValueError: A parameter is out of its range, there are no images, or the model cannot be pruned.
     """
-    attentions = sublayers(model)[::2]
+    attentions = [block.attention for block in open_model(model).blocks]
     check_reading(similarity, teleport, high_is)
-    size, device = vit.geometry(model), next(model.parameters()).device
-    graphs = [SIMILARITIES[similarity](size.num_heads, size.head_dim, device) for _ in attentions]
-    moments = [Moments(size.num_heads * size.head_dim, device=device) for _ in attentions] if high_is == "auto" else []
+    sizes, device = [layer.geometry for layer in attentions], next(model.parameters()).device
+    graphs = [SIMILARITIES[similarity](size.num_heads, size.head_dim, device) for size in sizes]
+    moments = [Moments(size.span, device=device) for size in sizes] if high_is == "auto" else []
     with (
         torch.no_grad(),
         evaluating(model),
-        inputs_of(*(layer.write for layer in attentions)) as outputs,
-        outputs_of(*(layer.read for layer in attentions)) as qkvs,
+        inputs_of(*(layer.write.layers[0] for layer in attentions)) as outputs,
+        inputs_of(*(layer.read.layers[0] for layer in attentions)) as seen,
     ):
         for images in read_images(batches, model, max_images):
             model(images)
-            for layer, graph, output, qkv in zip(attentions, graphs, outputs, qkvs, strict=True):
-                attention = attention_probabilities(layer.body, qkv) if graph.needs_attention else None
+            # A list of its own, because the calls of read below meet the hooks as well.
+            for layer, graph, output, read_by in zip(attentions, graphs, outputs, list(seen), strict=True):
+                size = layer.geometry
+                attention = layer.probabilities(read_by) if graph.needs_attention else None
                 graph.update(output.unflatten(-1, (size.num_heads, size.head_dim)), attention)
             for moment, output in zip(moments, outputs, strict=False):
                 moment.update(output)
             outputs.clear()
-            qkvs.clear()
+            seen.clear()
     chains = [stationary_distribution(graph.result(), teleport) for graph in graphs]
     if high_is != "auto":
         return HeadScores(chains, high_is)
-    weights = [layer.write.weight.detach().double() * layer.gain()[:, None] for layer in attentions]
+    weights = [layer.written() for layer in attentions]
     return read_by_loss(chains, weights, [moment.covariance() for moment in moments])
 
 
@@ -264,17 +258,21 @@ def check_reading(similarity: str, teleport: float, high_is: str) -> None:
         raise ValueError(f"high_is: wanted one of {', '.join(READINGS)}, auto, got {high_is!r}")
 
 
-def check_scores(importance: Sequence[Tensor], depth: int, heads: int) -> Sequence[Tensor]:
+def check_scores(importance: Sequence[Tensor], heads: Sequence[int]) -> Sequence[Tensor]:
     """Return scores of heads that a user gave, float64 [H] a block with the sum 1; those of a ranking as they are.
+
+    Args:
+        importance: Scores, [H] a block.
+        heads: H of each block.
 
     Raises:
         ValueError: They do not fit a model of so many blocks and heads, or are no scores.
     """
-    if len(importance) != depth:
-        raise ValueError(f"importance: wanted scores for each of {depth} blocks, got {len(importance)}")
-    for index, scores in enumerate(importance):
-        if tuple(scores.shape) != (heads,):
-            raise ValueError(f"importance: wanted {heads} scores for block {index}, got shape {tuple(scores.shape)}")
+    if len(importance) != len(heads):
+        raise ValueError(f"importance: wanted scores for each of {len(heads)} blocks, got {len(importance)}")
+    for index, (scores, number) in enumerate(zip(importance, heads, strict=True)):
+        if tuple(scores.shape) != (number,):
+            raise ValueError(f"importance: wanted {number} scores for block {index}, got shape {tuple(scores.shape)}")
         if not bool(torch.isfinite(scores).all()) or bool((scores < 0).any()) or not bool((scores > 0).any()):
             raise ValueError(f"importance: wanted finite scores from 0 up, not all 0, for block {index}")
     if isinstance(importance, HeadScores):

@@ -8,14 +8,14 @@ many images there are. The only thing kept per image is one residual stream.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gohsp import vit
+from gohsp.models.base import OpenModel
+from gohsp.models.hooks import inputs_of, outputs_of
 
 CHUNK = 16  # images that go through a block at once: small enough for the caches, large enough for the GEMMs
 
@@ -58,114 +58,18 @@ def _first(batch: Any) -> Tensor:
     raise TypeError(f"batches: wanted tensors or (images, ...) sequences, got {type(batch).__name__}")
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and each of its modules back into its own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def inputs_of(*modules: nn.Module) -> Iterator[list[Tensor]]:
-    """Give a list that receives the input of each of the modules at every call, in the order of the calls."""
-    caught: list[Tensor] = []
-    with ExitStack() as stack:
-        for module in modules:
-            handle = module.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-            stack.callback(handle.remove)
-        yield caught
-
-
-@contextmanager
-def outputs_of(*modules: nn.Module) -> Iterator[list[Tensor]]:
-    """Give a list that receives the output of each of the modules at every call, in the order of the calls."""
-    caught: list[Tensor] = []
-    with ExitStack() as stack:
-        for module in modules:
-            handle = module.register_forward_hook(lambda _, __, output: caught.append(output))
-            stack.callback(handle.remove)
-        yield caught
-
-
-@dataclass(frozen=True)
-class Sublayer:
-    """One residual half of a timm block: ``x + scale(write(hidden))`` with ``hidden`` made from ``norm(x)``.
-
-    Attributes:
-        norm: LayerNorm over the residual stream.
-        body: The attention or MLP module.
-        read: Its first linear layer (qkv or fc1).
-        write: Its last linear layer (proj or fc2), whose inputs are head outputs or hidden neurons.
-        scale: Layer scale, or identity.
-    """
-
-    norm: Any
-    body: Any
-    read: Any
-    write: Any
-    scale: Any
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return the residual stream after this sublayer, [B, N, D] from [B, N, D]."""
-        return x + self.scale(self.body(self.norm(x)))
-
-    def trace(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what ``write`` reads [B, N, m], and the stream after the sublayer [B, N, D]."""
-        with inputs_of(self.write) as caught:
-            after = self(x)
-        return caught[0], after
-
-    def gain(self) -> Tensor:
-        """Return the layer scale as float64 [D]; ones where there is none."""
-        gamma = getattr(self.scale, "gamma", None)
-        weight = self.write.weight
-        return weight.new_ones(weight.shape[0], dtype=torch.float64) if gamma is None else gamma.detach().double()
-
-
-def sublayers(model: nn.Module) -> list[Sublayer]:
-    """Return the sublayers of a dense model in the order of the data: attention and MLP of each block in turn.
-
-    Raises:
-        TypeError, ValueError: See :func:`gohsp.vit.find_dense_blocks`.
-    """
-    found = []
-    for block in vit.find_dense_blocks(model):
-        found.append(Sublayer(block.norm1, block.attn, block.attn.qkv, block.attn.proj, block.ls1))
-        found.append(Sublayer(block.norm2, block.mlp, block.mlp.fc1, block.mlp.fc2, block.ls2))
-    return found
-
-
-def attention_probabilities(attention: Any, qkv: Tensor) -> Tensor:
-    """Return softmax(Q K^T) of each head, [B, H, N, N].
-
-    Args:
-        attention: A dense attention module of timm.
-        qkv: What its qkv gave, [B, N, 3 H d].
-    """
-    q, k, _ = qkv.unflatten(-1, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)
-    scores = attention.q_norm(q) * vit.softmax_scale(attention) @ attention.k_norm(k).mT
-    return scores.softmax(dim=-1)
-
-
-def embed(model: Any, batches: Iterable[Any], max_images: int | None = None) -> tuple[Tensor, tuple[int, int]]:
+def embed(opened: OpenModel, batches: Iterable[Any], max_images: int | None = None) -> tuple[Tensor, tuple[int, int]]:
     """Return the tokens that the first block reads, [images, N, D], and the (height, width) of the images.
 
     Raises:
         TypeError, ValueError: See :func:`read_images`, or the images are not all of one size.
     """
     parts, sizes = [], set()
-    for images in read_images(batches, model, max_images):
+    for images in read_images(batches, opened.model, max_images):
         sizes.add((images.shape[2], images.shape[3]))
         if len(sizes) > 1:
             raise ValueError(f"batches: wanted images of one size, got {sorted(sizes)}")
-        parts += [
-            model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(part)))) for part in images.split(CHUNK)
-        ]
+        parts += [opened.embed(part) for part in images.split(CHUNK)]
     return torch.cat(parts), sizes.pop()
 
 
@@ -281,7 +185,7 @@ class Sensitivity:
         return (self.tokens / self.tokens.mean()).sqrt().clamp_min(0.1)
 
 
-def measure_sensitivities(model: nn.Module, stream: Tensor, seed: int = 0) -> list[Sensitivity]:
+def measure_sensitivities(opened: OpenModel, stream: Tensor, seed: int = 0) -> list[Sensitivity]:
     """Measure the sensitivity after each sublayer of a dense model, one backward pass for each image and no labels.
 
     A projection of the features on random signs has, on average over the signs, the squared norm of the Jacobian as
@@ -289,11 +193,11 @@ def measure_sensitivities(model: nn.Module, stream: Tensor, seed: int = 0) -> li
     features, if it is alike at all tokens: the usual Kronecker factorisation.
 
     Args:
-        model: Dense timm vision transformer in evaluation mode.
+        opened: Dense model in evaluation mode.
         stream: Tokens before the first block, [images, N, D].
-        seed: Of the random signs.
+        seed: Seed of the random signs.
     """
-    layers = sublayers(model)
+    layers = opened.sublayers
     generator = torch.Generator().manual_seed(seed)
     _, tokens, dim = stream.shape
 
@@ -307,7 +211,7 @@ def measure_sensitivities(model: nn.Module, stream: Tensor, seed: int = 0) -> li
         for layer in layers
     ]
     for chunk in stream.split(CHUNK):
-        for total, traced in zip(found, _traced_gradients(model, layers, chunk, generator), strict=True):
+        for total, traced in zip(found, _traced_gradients(opened, chunk, generator), strict=True):
             after = traced.after.double()
             flat = after.flatten(0, 1)
             total.metric.addmm_(flat.T, flat)
@@ -338,27 +242,23 @@ class _Traced:
     after: Tensor
 
 
-def _traced_gradients(model: nn.Module, layers: list[Sublayer], x: Tensor, generator: torch.Generator) -> list[_Traced]:
+def _traced_gradients(opened: OpenModel, x: Tensor, generator: torch.Generator) -> list[_Traced]:
     with torch.inference_mode(False), torch.enable_grad():
         x = x.clone().requires_grad_()
         values: list[tuple[Tensor, Tensor, Tensor]] = []
-        inside: list[Tensor] = []
-        for layer in layers:
-            with inputs_of(layer.read, layer.write) as inputs, outputs_of(layer.read) as outputs:
+        inside: list[list[Tensor]] = []
+        for layer in opened.sublayers:
+            reads, writes = layer.read.layers, layer.write.layers[0]
+            with inputs_of(reads[0], writes) as inputs, outputs_of(*reads) as outputs:
                 x = layer(x)
             values.append((inputs[0].detach(), inputs[1].detach(), layer.read.weight.detach()))
-            inside += [outputs[0], inputs[1], x]
-        features = _features(model, x)
+            inside.append([inputs[1], x, *outputs])
+        features = opened.features(x)
         signs = torch.randint(0, 2, features.shape, generator=generator, device="cpu").mul(2).sub(1)
-        gradients = torch.autograd.grad((features * signs.to(features)).sum(), inside)
-    by_layer = zip(gradients[::3], gradients[1::3], gradients[2::3], strict=True)
-    return [_Traced(*before, *after) for before, after in zip(values, by_layer, strict=True)]
-
-
-def _features(model: Any, x: Tensor) -> Tensor:
-    """Return what the head of a model reads; where that is all tokens, the prefix tokens and the patches' mean."""
-    pooled = model.forward_head(model.norm(x), pre_logits=True)
-    if pooled.dim() == 2:
-        return pooled
-    prefix = model.num_prefix_tokens
-    return torch.cat((pooled[:, :prefix], pooled[:, prefix:].mean(dim=1, keepdim=True)), dim=1)
+        flat = torch.autograd.grad((features * signs.to(features)).sum(), [t for part in inside for t in part])
+    gradients = iter(flat)
+    traced = []
+    for before, part in zip(values, inside, strict=True):
+        hidden, after, *read = (next(gradients) for _ in part)
+        traced.append(_Traced(*before, torch.cat(read, dim=-1), hidden, after))
+    return traced

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gohsp import vit
 from gohsp.budget import Step
+from gohsp.models.base import Attention, BlockGeometry, Mlp, OpenModel, Sublayer
+from gohsp.models.hooks import inputs_of
 from gohsp.ranking import SIMILARITIES, HeadScores, read_by_loss, stationary_distribution
 from gohsp.scores import (
     CRITERIA,
@@ -25,16 +26,7 @@ from gohsp.scores import (
     qk_energy,
     qk_scores,
 )
-from gohsp.statistics import (
-    CHUNK,
-    Moments,
-    Sensitivity,
-    Sublayer,
-    attention_probabilities,
-    inputs_of,
-    outputs_of,
-    sublayers,
-)
+from gohsp.statistics import CHUNK, Moments, Sensitivity
 
 HIDDEN_TILE = 16  # neurons: a panel of the GEMM kernels
 CHANNEL_TILE = 8  # QK and V channels of a head
@@ -90,7 +82,7 @@ class _Look:
 
 
 def survey(
-    model: nn.Module,
+    opened: OpenModel,
     stream: Tensor,
     sensitivities: list[Sensitivity],
     settings: Settings,
@@ -101,7 +93,7 @@ def survey(
     """Walk once through a dense model.
 
     Args:
-        model: Dense timm vision transformer in evaluation mode.
+        opened: Dense model in evaluation mode.
         stream: Tokens before its first block, [images, N, D].
         sensitivities: Of its sublayers.
         settings: What was asked for.
@@ -109,50 +101,52 @@ def survey(
         tick: Called after each sublayer.
         importance: Scores of the heads; ranked by the graph where none are given.
     """
-    size, x = vit.geometry(model), stream.clone()
-    chains, attentions, steps = [], [], []
-    for layer, sensitivity in zip(sublayers(model), sensitivities, strict=True):
-        is_attention = _prefix(layer) == "attn"
-        ranks = is_attention and importance is None
-        graph = SIMILARITIES[settings.similarity](size.num_heads, size.head_dim, x.device) if ranks else None
-        look = _look(layer, x, sensitivity, settings, size, generator, graph)
+    x = stream.clone()
+    chains: list[Tensor] = []
+    attentions: list[tuple[Attention, _Look]] = []
+    steps = []
+    for layer, sensitivity in zip(opened.sublayers, sensitivities, strict=True):
+        size, graph = layer.geometry, None
+        if isinstance(layer, Attention) and importance is None:
+            graph = SIMILARITIES[settings.similarity](size.num_heads, size.head_dim, x.device)
+        look = _look(layer, x, sensitivity, settings, generator, graph)
         if graph is not None:
             chains.append(stationary_distribution(graph.result(), settings.teleport).cpu())
-        if is_attention:
+        if isinstance(layer, Attention):
             attentions.append((layer, look))
         else:
-            steps.append(_mlp_steps(layer, look, size, settings))
+            steps.append(_mlp_steps(layer, look, settings))
         tick()
     heads = _read(chains, [look.write for _, look in attentions], settings) if importance is None else importance
     for found, scores, (layer, look) in zip(steps, heads, attentions, strict=True):
-        found |= _attention_steps(layer, look, head_guide(scores, settings.guidance), size, settings)
+        found |= _attention_steps(layer, look, head_guide(scores, settings.guidance), settings)
     return Survey(sensitivities, heads, [{g: s[g] for g in settings.groups} for s in steps])
 
 
 def _look(
-    layer: Sublayer,
+    layer: Attention | Mlp,
     x: Tensor,
     sensitivity: Sensitivity,
     settings: Settings,
-    size: vit.Geometry,
     generator: torch.Generator,
     graph: Any = None,
 ) -> _Look:
     """Run a sublayer on the stream, in place, and gather what its inputs and outputs are like."""
-    reads = _prefix(layer) + "_in" in settings.groups
+    reads = layer.prefix + "_in" in settings.groups
     moments = Moments(layer.write.in_features, device=x.device)
     seen = Moments(layer.read.in_features, device=x.device)
-    has_qk = "qk" in settings.groups and _prefix(layer) == "attn"
-    energy = qk_energies(layer, x, sensitivity, size) if has_qk else None
+    has_qk = "qk" in settings.groups and isinstance(layer, Attention)
+    energy = qk_energies(layer, x, sensitivity) if has_qk and isinstance(layer, Attention) else None
     for part in x.split(CHUNK):
-        with inputs_of(layer.read, layer.write) as inputs, outputs_of(layer.read) as qkv:
+        with inputs_of(layer.read.layers[0], layer.write.layers[0]) as inputs:
             after = layer(part)
         weights = sensitivity.weights().expand(part.shape[:2])
         moments.update(inputs[1], weight=weights)
         if reads:
             seen.update(inputs[0], weight=weights)
-        if graph is not None:
-            attention = attention_probabilities(layer.body, qkv[0]) if graph.needs_attention else None
+        if graph is not None and isinstance(layer, Attention):
+            size = layer.geometry
+            attention = layer.probabilities(inputs[0]) if graph.needs_attention else None
             graph.update(inputs[1].unflatten(-1, (size.num_heads, size.head_dim)), attention)
         part.copy_(after)
     write = write_evidence(layer, layer.write.weight, moments, sensitivity, generator)
@@ -166,10 +160,8 @@ def _read(chains: list[Tensor], evidences: list[Evidence], settings: Settings) -
     return read_by_loss(chains, [e.weight for e in evidences], [e.covariance for e in evidences])
 
 
-def _attention_steps(
-    layer: Sublayer, look: _Look, guide: Tensor, size: vit.Geometry, settings: Settings
-) -> dict[str, list[Step]]:
-    criterion, found = CRITERIA[settings.method], _column_steps(layer, look, settings)
+def _attention_steps(layer: Attention, look: _Look, guide: Tensor, settings: Settings) -> dict[str, list[Step]]:
+    criterion, found, size = CRITERIA[settings.method], _column_steps(layer, look, settings), layer.geometry
     eliminations: dict[str, Elimination] = {}
     if "heads" in settings.groups:
         eliminations["heads"] = criterion(replace(look.write, guide=guide), heads_of(size))
@@ -187,15 +179,15 @@ def _attention_steps(
     return found
 
 
-def _mlp_steps(layer: Sublayer, look: _Look, size: vit.Geometry, settings: Settings) -> dict[str, list[Step]]:
+def _mlp_steps(layer: Mlp, look: _Look, settings: Settings) -> dict[str, list[Step]]:
     found = _column_steps(layer, look, settings)
     if "hidden" in settings.groups:
-        found["hidden"] = _plain_steps(CRITERIA[settings.method](look.write, neurons_of(size)))
+        found["hidden"] = _plain_steps(CRITERIA[settings.method](look.write, neurons_of(layer.geometry)))
     return found
 
 
-def _column_steps(layer: Sublayer, look: _Look, settings: Settings) -> dict[str, list[Step]]:
-    found, prefix = {}, _prefix(layer)
+def _column_steps(layer: Attention | Mlp, look: _Look, settings: Settings) -> dict[str, list[Step]]:
+    found, prefix = {}, layer.prefix
     if look.read is not None:
         found[prefix + "_in"] = _plain_steps(CRITERIA[settings.method](look.read, columns_of(layer.read.in_features)))
     if prefix + "_out" in settings.groups:
@@ -206,10 +198,6 @@ def _column_steps(layer: Sublayer, look: _Look, settings: Settings) -> dict[str,
 
 def _plain_steps(elimination: Elimination) -> list[Step]:
     return [Step(len(columns), loss) for columns, loss in elimination.steps_with_losses()]
-
-
-def _prefix(layer: Sublayer) -> str:
-    return "attn" if hasattr(layer.body, "num_heads") else "mlp"
 
 
 def write_evidence(
@@ -248,39 +236,38 @@ def output_energy(layer: Sublayer, moments: Moments) -> Tensor:
     return (spread + mean.square()) * layer.gain().square()
 
 
-def qk_energies(layer: Sublayer, x: Tensor, sensitivity: Sensitivity, size: vit.Geometry) -> QKEnergy:
+def qk_energies(layer: Attention, x: Tensor, sensitivity: Sensitivity) -> QKEnergy:
     """Return what the QK channels of an attention half do on the stream x [images, N, D]."""
+    size = layer.geometry
     heads, width = size.num_heads, size.head_dim
     channels = torch.zeros(heads, width, dtype=torch.float64, device=x.device)
     moments = Moments(heads * width, device=x.device)
     for part in x.split(CHUNK):
-        qkv = layer.read(layer.norm(part)).unflatten(-1, (3, heads, width))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k, v, mixed = layer.mixed(layer.norm(part))
         channels += qk_energy(q, k)
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=vit.softmax_scale(layer.body))
         gap = mixed - v.mean(dim=2, keepdim=True)
         moments.update(gap.transpose(1, 2).flatten(2), weight=sensitivity.weights().expand(part.shape[:2]))
-    weight = layer.write.weight.detach().double() * layer.gain()[:, None]
+    weight = layer.written()
     cost = weight.T @ sensitivity.metric @ weight * (moments.xx / moments.weight)
     worth = torch.stack([cost[head][:, head].sum() for head in heads_of(size).pools])
     return QKEnergy(channels, worth)
 
 
-def heads_of(size: vit.Geometry) -> Grouping:
+def heads_of(size: BlockGeometry) -> Grouping:
     """Whole heads; the last one of a block stays."""
     return Grouping(
         list(torch.arange(size.num_heads * size.head_dim, device="cpu").split(size.head_dim)), size.head_dim, 0
     )
 
 
-def channels_of(heads: int, size: vit.Geometry) -> Grouping:
+def channels_of(heads: int, size: BlockGeometry) -> Grouping:
     """Tiles of channels, of which one stays in each of so many heads."""
     # A divisor of the width, so that every head can give the same number of whole tiles.
     tile = math.gcd(CHANNEL_TILE, size.head_dim)
     return Grouping(list(torch.arange(heads * size.head_dim, device="cpu").split(size.head_dim)), tile, tile)
 
 
-def neurons_of(size: vit.Geometry) -> Grouping:
+def neurons_of(size: BlockGeometry) -> Grouping:
     """Tiles of neurons, of which one stays."""
     return Grouping([torch.arange(size.hidden, device="cpu")], HIDDEN_TILE, min(HIDDEN_TILE, size.hidden))
 

@@ -20,10 +20,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from gohsp import vit
 from gohsp.compress import compress
 from gohsp.io import digest_weights
 from gohsp.mask import ModelMask
+from gohsp.models.registry import is_compressed
 from gohsp.prune import PruneResult
 from gohsp.recipe import Admm, Distillation, Fit
 
@@ -157,7 +157,7 @@ def _start(start: PruneResult | nn.Module) -> tuple[nn.Module, ModelMask]:
     if not isinstance(start, nn.Module):
         raise TypeError(f"start: wanted a PruneResult or a model, got {type(start).__name__}")
     model = copy.deepcopy(start)
-    return model, ModelMask.of(model) if vit.is_compressed(model) else ModelMask.full(model)
+    return model, ModelMask.of(model) if is_compressed(model) else ModelMask.full(model)
 
 
 def _check(
@@ -167,7 +167,7 @@ def _check(
     distill: Distillation | None,
     teacher: nn.Module | None,
 ) -> None:
-    compressed = vit.is_compressed(model)
+    compressed = is_compressed(model)
     if compressed and admm is not None:
         raise ValueError("admm: wanted none for a start that is pruned already; it prunes a dense model")
     if (admm is None) != (plan is None):

@@ -19,15 +19,15 @@ TESTS = Path(__file__).parent
 
 MUTATIONS = {
     "mask: q and k rows of a pruned head stay": Mutation(
-        "mask.py", "qk = (mask.qk & mask.heads[:, None]).flatten()", "qk = mask.qk.flatten()",
+        "mask.py", "qk = (self.qk & self.heads[:, None]).flatten()", "qk = self.qk.flatten()",
         "test_mask.py::test_apply_zeroes_exactly_the_pruned_entries",
     ),
-    "mask: the bias of a pruned neuron stays": Mutation(
-        "mask.py", "_zero_rows(mlp.fc1, mask.hidden)", "mlp.fc1.weight[~mask.hidden] = 0",
+    "mask: the bias of a pruned row stays": Mutation(
+        "models/base.py", "                    layer.bias[mine] = 0", "                    pass",
         "test_mask.py::test_apply_zeroes_exactly_the_pruned_entries",
     ),
-    "mask: the bias of an output that is not written stays": Mutation(
-        "mask.py", "_zero_rows(attn.proj, mask.attn_out)", "attn.proj.weight[~mask.attn_out] = 0",
+    "mask: an output that is not written stays": Mutation(
+        "mask.py", "write.clear_(~self.attn_out, ~v)", "write.clear_(None, ~v)",
         "test_mask.py::test_apply_zeroes_exactly_the_pruned_entries",
     ),
     "mask: a random one leaves a channel in one head of a block": Mutation(
@@ -63,23 +63,24 @@ MUTATIONS = {
         "test_mask.py::test_layout_of_a_mask_worked_out_by_hand",
     ),
     "layers: the softmax scale of the width that is left": Mutation(
-        "layers.py", "self.scale = softmax_scale(attn)", "self.scale = max(1, *layout.qk_widths, 1) ** -0.5",
+        "layers/compact.py", "self.scale = attn.softmax_scale", "self.scale = max(1, *layout.qk_widths, 1) ** -0.5",
         "test_layers.py::test_block_agrees_with_the_masked_dense_block",
     ),
     "layers: the first attention masks for the heads that are left": Mutation(
-        "layers.py", "for head in heads]\n\n\ndef _product", "for head in range(len(heads))]\n\n\ndef _product",
+        "layers/attention.py", "head : head + 1] for head in heads]", "head : head + 1] for head in range(len(heads))]",
         "test_layers.py::test_attention_masks",
     ),
     "layers: the norm of the MLP runs with another eps": Mutation(
-        "layers.py", "out_cols=mlp.out_cols,\n            eps=norm.eps,", "out_cols=mlp.out_cols,",
+        "layers/compact.py", "out_cols=mlp.out_cols,\n            eps=norm.eps,", "out_cols=mlp.out_cols,",
         "test_layers.py::test_eps_of_each_norm_is_its_own",
     ),
     "layers: qk-norm runs with the eps of the block's norm": Mutation(
-        "layers.py", 'qk_eps=qk_norm.pop("eps", norm.eps),', 'qk_eps=norm.eps if qk_norm.pop("eps", 1) else 0.0,',
+        "layers/compact.py", 'qk_eps=qk_norm.pop("eps", norm.eps),',
+        'qk_eps=norm.eps if qk_norm.pop("eps", 1) else 0.0,',
         "test_layers.py::test_eps_of_each_norm_is_its_own",
     ),
     "densify: the bias of q keeps the scale of another width": Mutation(
-        "compress.py", "attn.qkv.bias[: attn.attn_dim] *= factor", "attn.qkv.bias[: attn.attn_dim] *= 1.0",
+        "models/timm_vit.py", "attn.qkv.bias[: attn.attn_dim] *= factor", "attn.qkv.bias[: attn.attn_dim] *= 1.0",
         "test_compress.py::test_heads_of_one_width_become_timm_attention",
     ),
     "statistics: the mean of what a layer gives is not weighted": Mutation(
@@ -113,8 +114,8 @@ MUTATIONS = {
         "test_statistics.py::test_token_weights_follow_the_sensitivity_and_have_a_floor",
     ),
     "count: one bias an input": Mutation(
-        "count.py", "(inputs + (layer.bias is not None)) * outputs",
-        "inputs * outputs + (layer.bias is not None) * inputs",
+        "count.py", "(inputs + (layer.read.bias is not None)) * rows",
+        "inputs * rows + (layer.read.bias is not None) * inputs",
         "test_count.py::test_compressed_models_agree_with_torch",
     ),
     "count: products with V of the width of QK": Mutation(
@@ -122,12 +123,13 @@ MUTATIONS = {
         "test_count.py::test_compressed_models_agree_with_torch",
     ),
     "count: layer scale of all features": Mutation(
-        "count.py", "isinstance(block.ls2, nn.Identity) else size.mlp_out",
-        "isinstance(block.ls2, nn.Identity) else block.ls2.gamma.numel()",
+        "count.py", "isinstance(layer.scale, nn.Identity) else outputs",
+        "isinstance(layer.scale, nn.Identity) else layer.scale.gamma.numel()",
         "test_count.py::test_compressed_models_agree_with_torch",
     ),
     "count: no norm of q": Mutation(
-        "count.py", "+ _numel(attn.q_norm) + ", "+ ", "test_count.py::test_compressed_models_agree_with_torch"
+        "count.py", "count_parameters(attention.q_norm, attention.k_norm)", "count_parameters(attention.k_norm)",
+        "test_count.py::test_compressed_models_agree_with_torch"
     ),
     "budget: what is outside the blocks is given to them": Mutation(
         "budget.py", "solve(choices, limit - outside)", "solve(choices, limit)",
@@ -230,7 +232,7 @@ MUTATIONS = {
         "test_admm.py::test_units_of_the_inputs_do_not_matter",
     ),
     "cut: biases are not fitted": Mutation(
-        "cut.py", "linear.bias.copy_(bias)", "pass",
+        "cut.py", "offset if linear.has_bias else None", "None",
         "test_prune.py::test_what_follows_from_the_rest_is_pruned_without_a_trace",
     ),
     "cut: layer scale is not divided out of what a layer should give": Mutation(
@@ -251,7 +253,7 @@ MUTATIONS = {
         "test_prune.py::test_the_graph_guides_the_budget_of_heads",
     ),
     "save: the number of neurons is rounded down": Mutation(
-        "io.py", "(size.hidden + 0.5) / size.dim", "size.hidden / size.dim",
+        "models/timm_vit.py", "(geometry.hidden + 0.5) / geometry.dim", "geometry.hidden / geometry.dim",
         "test_io.py::test_round_trip",
     ),
     "load: weights of another save are taken": Mutation(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from gohsp import ModelMask, count
 from gohsp.budget import GROUPS, BlockBudget, BlockPlan, Option, Step, allocate, counted, parse_target, solve
+from gohsp.models.registry import open_model
 
 HEADS, WIDTH, HIDDEN, DIM = 3, 64, 768, 192
 SPAN = HEADS * WIDTH
@@ -28,7 +29,7 @@ def steps_of(losses: list[float], size: int, heads: list[int] | None = None) -> 
 def plans_for(
     model: Any, queues: list[dict[str, list[Step]]], kind: str = "params", tokens: int = 10
 ) -> list[BlockPlan]:
-    pairs = zip(model.blocks, queues, strict=True)
+    pairs = zip(open_model(model).blocks, queues, strict=True)
     return [BlockPlan(FULL, queue, counted(block, tokens, kind)) for block, queue in pairs]
 
 

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
 import gohsp
 import gohsp_kernels as gk
-from gohsp import layers
+from gohsp.layers import chain
 from gohsp_kernels import _native
 
 pytestmark = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
@@ -372,4 +372,4 @@ def test_layers_without_bias_run_as_one_chain(make_model: Callable[..., Any], x:
     dense = make_model(qkv_bias=False).float()
     small = gohsp.compress(dense, gohsp.ModelMask.full(dense))
     assert_current(small, small, x)
-    assert layers._chains[small.blocks].is_whole()
+    assert chain._chains[small.blocks].is_whole()

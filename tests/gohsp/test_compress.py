@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import gohsp
 import gohsp_kernels as gk
-from gohsp.compress import RaggedAttention
+from gohsp.layers import RaggedAttention
 from gohsp.mask import ModelMask
-from gohsp.vit import PrunedVisionTransformer, PrunedVisionTransformerDistilled
+from gohsp.models.timm_vit import PrunedVisionTransformer, PrunedVisionTransformerDistilled
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny": ("vit_tiny_patch16_224", {"depth": 3}),

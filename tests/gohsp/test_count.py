@@ -115,7 +115,7 @@ def test_input_size(make_model: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        (64, r"input_size: wanted \(48, 48\), which this model is fixed to, got 64"),
+        (64, r"input_size: wanted \(48, 48\), which this model is fixed to, got \(64, 64\)"),
         ((3,), "input_size: wanted a side"),
         (0, "input_size: wanted a side"),
     ],

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import gohsp
 import gohsp_kernels as gk
-from gohsp.freeze import FrozenEmbedding
+from gohsp.layers import FrozenEmbedding
 from gohsp.mask import ModelMask
 
 from .conftest import randomize

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import gohsp
 from gohsp.mask import FIELDS, BlockMask, ModelMask
-from gohsp.vit import Geometry
+from gohsp.models.base import Geometry
 
-SIZE = Geometry(depth=2, dim=6, num_heads=3, head_dim=2, hidden=4)
+SIZE = Geometry.uniform(2, dim=6, num_heads=3, head_dim=2, hidden=4)
 
 
 def full_mask(size: Geometry = SIZE) -> ModelMask:
@@ -29,7 +29,7 @@ def full_mask(size: Geometry = SIZE) -> ModelMask:
 def test_full_keeps_everything(make_model: Callable[..., Any]) -> None:
     mask = ModelMask.full(make_model())
     assert mask.model == "vit_tiny_patch16_224"
-    assert mask.geometry == Geometry(depth=2, dim=192, num_heads=3, head_dim=64, hidden=768)
+    assert mask.geometry == Geometry.uniform(2, dim=192, num_heads=3, head_dim=64, hidden=768)
     assert len(mask.blocks) == 2
     for block in mask.blocks:
         assert all(getattr(block, name).all() for name in FIELDS)
@@ -311,7 +311,7 @@ def test_an_invalid_mask_is_not_saved(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("format",), 2, r"mask.format: wanted 1, got 2"),
+        (("format",), 3, r"mask.format: wanted 1 or 2, got 3"),
         (("surprise",), 1, r"mask: missing keys \[\], unknown keys \['surprise'\]"),
         (("geometry", "dimm"), 1, r"mask.geometry: missing keys \[\], unknown keys \['dimm'\]"),
         (("blocks", 0, "extra"), "", r"mask.blocks\[0\]: missing keys \[\], unknown keys \['extra'\]"),

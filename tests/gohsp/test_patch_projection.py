@@ -20,9 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gohsp
 import gohsp_kernels as gk
-from gohsp import layers
-from gohsp.freeze import FrozenEmbedding
-from gohsp.layers import PatchProjection, project_patches
+from gohsp.layers import FrozenEmbedding, PatchProjection, patches, project_patches
 from tests.kernels.graph_stand_in import stand_in
 
 Make = Callable[..., Any]
@@ -82,7 +80,7 @@ def compressed(model: nn.Module) -> Any:
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU stands in for a GPU: what would be a product there is one here."""
-    monkeypatch.setattr(layers, "PRODUCT_ON", "cpu")
+    monkeypatch.setattr(patches, "PRODUCT_ON", "cpu")
 
 
 def convolution(name: str, dtype: torch.dtype) -> tuple[nn.Conv2d, Callable[[int], Tensor]]:
@@ -241,7 +239,7 @@ def test_the_product_in_a_graph(make_model: Make, images: Make, monkeypatch: pyt
 
 def test_count_is_the_same_for_the_product(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
-    monkeypatch.setattr(layers, "PRODUCT_ON", "meta")  # where parts of a model are counted
+    monkeypatch.setattr(patches, "PRODUCT_ON", "meta")  # where parts of a model are counted
     embed = compressed(model).to("meta").float().patch_embed
     assert operators(embed, torch.empty(1, 3, 48, 48, device="meta")) == WITH_PRODUCT
     assert gohsp.count(compressed(model)) == gohsp.count(model)
@@ -317,7 +315,7 @@ def test_a_computed_weight_is_computed_once(
     device: str, make_model: Make, images: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Spectral norm, for one, takes a step whenever its weight is read."""
-    monkeypatch.setattr(layers, "PRODUCT_ON", device)  # the images are on the CPU
+    monkeypatch.setattr(patches, "PRODUCT_ON", device)  # the images are on the CPU
     small, counting = compressed(make_model()), Counting()
     parametrize.register_parametrization(small.patch_embed.proj, "weight", counting)
     counting.calls = 0

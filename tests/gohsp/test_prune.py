@@ -16,10 +16,11 @@ import gohsp
 from gohsp import ModelMask, compress, count
 from gohsp.cut import OPTIMISERS
 from gohsp.latency import LatencyTable
+from gohsp.models.registry import open_model
 from gohsp.prune import PruneResult, prune
 from gohsp.ranking import SIMILARITIES, rank_heads
 from gohsp.scores import CRITERIA
-from gohsp.statistics import Moments, embed, measure_sensitivities, sublayers
+from gohsp.statistics import Moments, embed, measure_sensitivities
 from gohsp.survey import Settings, survey
 
 SMALL: dict[str, Any] = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}  # heads of 16, 192 neurons
@@ -170,11 +171,11 @@ def test_the_fit_sees_the_attention_that_is_left(make_model, images) -> None:
     model = make_model(**{**SMALL, "depth": 1}, init_values=1.0)
     full = prune(model, batches_of(images), {"params": 1.0}).report.budgets
     result = prune(model, batches_of(images), groups=("qk",), budgets=[replace(full[0], qk=24)], ridge=0.0)
-    dense, pruned = (sublayers(of)[0] for of in (model, result.model))
+    dense, pruned = (open_model(of).sublayers[0] for of in (model, result.model))
     moments = Moments(pruned.write.in_features, pruned.write.out_features)
     with torch.no_grad():
-        stream, _ = embed(model, batches_of(images))
-        weights = measure_sensitivities(model, stream)[0].weights()
+        stream, _ = embed(open_model(model), batches_of(images))
+        weights = measure_sensitivities(open_model(model), stream)[0].weights()
         hidden, _ = pruned.trace(stream)
         moments.update(hidden, (dense(stream) - stream) / dense.gain(), weights.expand(hidden.shape[:2]))
     again, bias = moments.fit(dense.write.weight, torch.arange(pruned.write.in_features), 0.0)
@@ -359,10 +360,10 @@ def test_the_graph_guides_the_budget_of_heads(make_model, images) -> None:
     lost = []
     for guidance in (0.0, 1.0):
         with torch.no_grad():
-            stream, _ = embed(model, batches_of(images))
+            stream, _ = embed(open_model(model), batches_of(images))
             settings = Settings("gohsp", ("heads",), "ridge", 0, "cka", 0.0, "important", guidance, 0.3)
-            sensitivities = measure_sensitivities(model, stream)
-            found = survey(model, stream, sensitivities, settings, torch.Generator(), lambda: None, scores)
+            sensitivities = measure_sensitivities(open_model(model), stream)
+            found = survey(open_model(model), stream, sensitivities, settings, torch.Generator(), lambda: None, scores)
         lost.append([steps["heads"][0].loss for steps in found.steps])
     assert [steps["heads"][0].head for steps in found.steps] == [2, 0]
     assert all(guided < 1e-3 * plain for plain, guided in zip(*lost, strict=True))

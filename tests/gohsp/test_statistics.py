@@ -7,16 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gohsp.statistics import (
-    Moments,
-    damped,
-    embed,
-    evaluating,
-    inputs_of,
-    measure_sensitivities,
-    read_images,
-    sublayers,
-)
+from gohsp.models.hooks import evaluating, inputs_of
+from gohsp.models.registry import open_model
+from gohsp.statistics import Moments, damped, embed, measure_sensitivities, read_images
 
 ROWS, INPUTS, OUTPUTS = 200, 8, 3
 
@@ -153,10 +146,10 @@ def test_damping_is_relative_to_the_mean_diagonal() -> None:
 
 def test_sublayers_are_the_model(make_model, images) -> None:
     model = make_model()
-    x, size = embed(model, [images(3), images(2, seed=1)])
+    x, size = embed(open_model(model), [images(3), images(2, seed=1)])
     assert size == (48, 48)
-    for layer in sublayers(model):
-        with inputs_of(layer.write) as caught:
+    for layer in open_model(model).sublayers:
+        with inputs_of(layer.write.layers[0]) as caught:
             hidden, after = layer.trace(x)
         torch.testing.assert_close(caught[0], hidden)
         torch.testing.assert_close(after, x + layer.scale(layer.write(hidden)))
@@ -167,22 +160,22 @@ def test_sublayers_are_the_model(make_model, images) -> None:
 
 def test_distilled_models_have_two_prefix_tokens(make_model, images) -> None:
     model = make_model("deit_tiny_distilled_patch16_224")
-    x, _ = embed(model, [images()])
-    for layer in sublayers(model):
+    x, _ = embed(open_model(model), [images()])
+    for layer in open_model(model).sublayers:
         x = layer(x)
     torch.testing.assert_close(model.norm(x), model.forward_features(images()))
 
 
 def test_gain_is_the_layer_scale(make_model) -> None:
     scaled, plain = make_model(init_values=0.1), make_model()
-    assert torch.equal(sublayers(scaled)[1].gain(), scaled.blocks[0].ls2.gamma.double())
-    assert torch.equal(sublayers(plain)[1].gain(), torch.ones(192, dtype=torch.float64))
+    assert torch.equal(open_model(scaled).sublayers[1].gain(), scaled.blocks[0].ls2.gamma.double())
+    assert torch.equal(open_model(plain).sublayers[1].gain(), torch.ones(192, dtype=torch.float64))
 
 
 def jacobian_of_features(model, features, images: Tensor, index: int) -> tuple[Tensor, Tensor]:
     """Return the features [F] and their Jacobian [F, N, D] by the stream after a sublayer, for one image."""
-    layers = sublayers(model)
-    x, _ = embed(model, [images])
+    layers = open_model(model).sublayers
+    x, _ = embed(open_model(model), [images])
     for layer in layers[: index + 1]:
         x = layer(x)
 
@@ -206,11 +199,11 @@ def test_sensitivity_is_the_jacobian_of_the_features_by_random_signs(
     make_model, images, arguments, features, index
 ) -> None:
     model, batch = make_model(embed_dim=24, img_size=32, **arguments), images(1, 32)
-    stream, _ = embed(model, [batch])
+    stream, _ = embed(open_model(model), [batch])
     value, jacobian = jacobian_of_features(model, features, batch, index)
     signs = torch.randint(0, 2, value.shape, generator=torch.Generator().manual_seed(7)).mul(2).sub(1).double()
     gradient = torch.einsum("f,fnd->nd", signs, jacobian)
-    got = measure_sensitivities(model, stream, seed=7)[index]
+    got = measure_sensitivities(open_model(model), stream, seed=7)[index]
     torch.testing.assert_close(got.metric, gradient.T @ gradient, rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(got.tokens, gradient.square().sum(dim=1), rtol=1e-8, atol=1e-12)
 
@@ -219,44 +212,44 @@ def test_sensitivity_is_the_jacobian_of_the_features_by_random_signs(
 def test_first_order_terms_are_gradients_by_a_factor_on_each_column(make_model, images, index: int) -> None:
     """Such a factor stands before a column's weights at all tokens, so their terms add up before they are squared."""
     model = make_model(embed_dim=24, img_size=32)
-    stream, _ = embed(model, [images(1, 32)])
-    layer, x = sublayers(model)[index], stream
-    for each in sublayers(model):
+    stream, _ = embed(open_model(model), [images(1, 32)])
+    layer, x = open_model(model).sublayers[index], stream
+    for each in open_model(model).sublayers:
         x = each(x)
     features = model.norm(x)[:, 0].flatten()
     signs = torch.randint(0, 2, features.shape, generator=torch.Generator().manual_seed(7)).mul(2).sub(1).double()
     weights = layer.write.weight, layer.read.weight
     gradients = torch.autograd.grad((features * signs).sum(), weights)
     wanted = [(weight * gradient).sum(dim=0).square() for weight, gradient in zip(weights, gradients, strict=True)]
-    got = measure_sensitivities(model, stream, seed=7)[index]
+    got = measure_sensitivities(open_model(model), stream, seed=7)[index]
     torch.testing.assert_close(got.taylor, wanted[0].detach(), rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(got.taylor_in, wanted[1].detach(), rtol=1e-8, atol=1e-12)
 
 
 def test_sensitivity_is_a_mean_over_images(make_model, images) -> None:
     model = make_model(embed_dim=24, img_size=32)
-    once, _ = embed(model, [images(3, 32)])
-    got = measure_sensitivities(model, once)[0]
+    once, _ = embed(open_model(model), [images(3, 32)])
+    got = measure_sensitivities(open_model(model), once)[0]
     assert got.metric.trace().item() == pytest.approx(got.tokens.sum().item(), rel=1e-10)
-    many = measure_sensitivities(model, once.repeat(8, 1, 1))[0]
+    many = measure_sensitivities(open_model(model), once.repeat(8, 1, 1))[0]
     assert 0.5 < (many.metric.trace() / got.metric.trace()).item() < 2
 
 
 def test_token_weights_follow_the_sensitivity_and_have_a_floor(make_model, images) -> None:
     model = make_model(global_pool="token")
-    stream, _ = embed(model, [images()])
-    last = measure_sensitivities(model, stream)[-1].weights()
+    stream, _ = embed(open_model(model), [images()])
+    last = measure_sensitivities(open_model(model), stream)[-1].weights()
     assert last[0].item() == pytest.approx(10**0.5)  # the root of ten times the mean
     assert last[1:].tolist() == pytest.approx([0.1] * 9)
 
 
 def test_sensitivities_are_measured_where_gradients_are_off(make_model, images) -> None:
     model = make_model().requires_grad_(False)
-    stream, _ = embed(model, [images()])
-    wanted = measure_sensitivities(model, stream)[0].metric
+    stream, _ = embed(open_model(model), [images()])
+    wanted = measure_sensitivities(open_model(model), stream)[0].metric
     with torch.inference_mode():
-        stream, _ = embed(model, [images()])
-        torch.testing.assert_close(measure_sensitivities(model, stream)[0].metric, wanted)
+        stream, _ = embed(open_model(model), [images()])
+        torch.testing.assert_close(measure_sensitivities(open_model(model), stream)[0].metric, wanted)
 
 
 def test_evaluating_restores_every_module_even_after_an_error(make_model) -> None:
@@ -301,4 +294,4 @@ def test_wrong_batches_are_refused(batches, error, message: str) -> None:
 def test_images_of_two_sizes_are_refused(make_model, images) -> None:
     model = make_model(dynamic_img_size=True)
     with pytest.raises(ValueError, match="batches: wanted images of one size, got"):
-        embed(model, [images(1, 48), images(1, 32)])
+        embed(open_model(model), [images(1, 48), images(1, 32)])

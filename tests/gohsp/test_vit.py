@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 
 import gohsp
 import gohsp_kernels as gk
-from gohsp import vit
 from gohsp.layers import PrunedBlock
 from gohsp.mask import ModelMask
+from gohsp.models import timm_vit
+from gohsp.models.base import Geometry
+from gohsp.models.registry import family_of, geometry_of, open_model
 
 
 def small(**arguments: Any) -> VisionTransformer:
@@ -41,7 +44,7 @@ def small(**arguments: Any) -> VisionTransformer:
 )
 def test_refusal_gives_the_block_and_the_reason(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=r"model: cannot prune blocks\.0: .*" + message):
-        vit.find_blocks(small(**arguments))
+        open_model(small(**arguments))
 
 
 def test_refusal_of_single_blocks_that_were_changed() -> None:
@@ -49,7 +52,7 @@ def test_refusal_of_single_blocks_that_were_changed() -> None:
         model = small(qk_norm=True)
         change(model.blocks[1])
         with pytest.raises(ValueError, match=r"cannot prune blocks\.1: .*" + message):
-            vit.find_blocks(model)
+            open_model(model)
 
     refused(lambda block: setattr(block.attn, "gate", nn.Linear(24, 24)), "gated attention")
     refused(lambda block: setattr(block.attn, "proj", nn.Linear(24, 25)), "attention writes 25 features")
@@ -69,19 +72,19 @@ def test_refusal_of_other_models() -> None:
 
     for model in (nn.Linear(2, 2), Subclass(img_size=32, embed_dim=24, depth=1, num_heads=3)):
         with pytest.raises(TypeError, match=f"wanted a timm VisionTransformer .* got .*{type(model).__name__}"):
-            vit.find_blocks(model)
+            open_model(model)
     with pytest.raises(ValueError, match="model: it has no transformer blocks"):
-        vit.find_blocks(small(depth=0))
+        open_model(small(depth=0))
 
 
 def test_geometry_reads_the_head_width_from_the_module(make_model: Callable[..., Any]) -> None:
     model = small(qk_norm=True)
-    wanted = vit.Geometry(depth=2, dim=24, num_heads=3, head_dim=8, hidden=96, qk_norm=True)
-    assert vit.geometry(model) == wanted
-    assert vit.geometry(gohsp.compress(model, ModelMask.random(model))) == wanted
+    wanted = Geometry.uniform(2, dim=24, num_heads=3, head_dim=8, hidden=96, qk_norm=True)
+    assert geometry_of(model) == wanted
+    assert geometry_of(gohsp.compress(model, ModelMask.random(model))) == wanted
     narrow = small(depth=1)
     narrow.blocks[0].attn = timm.layers.Attention(24, num_heads=2, attn_head_dim=5, qkv_bias=True)
-    assert vit.geometry(narrow) == vit.Geometry(depth=1, dim=24, num_heads=2, head_dim=5, hidden=96)
+    assert geometry_of(narrow) == Geometry.uniform(1, dim=24, num_heads=2, head_dim=5, hidden=96)
 
 
 def test_heads_narrower_than_the_model_are_pruned_exactly(relative_error: Callable[..., float]) -> None:
@@ -95,16 +98,49 @@ def test_heads_narrower_than_the_model_are_pruned_exactly(relative_error: Callab
         assert relative_error(compact(x), mask.apply_(model)(x)) < 1e-12
 
 
-def test_blocks_of_different_sizes_are_refused() -> None:
+@pytest.fixture
+def uneven() -> Any:
+    """Blocks of 3 heads of 8 channels and 96 neurons, then of 2 heads of 6 and 48."""
+    torch.manual_seed(0)
     model = small()
     model.blocks[1] = small(mlp_ratio=2.0).blocks[0]
-    with pytest.raises(ValueError, match=r"blocks\.1 is .*hidden=48.*, but blocks\.0 is .*hidden=96"):
-        vit.geometry(model)
+    model.blocks[1].attn = timm.layers.Attention(24, num_heads=2, attn_head_dim=6, qkv_bias=True)
+    return model.double().eval()
+
+
+def test_blocks_of_different_sizes_are_pruned_exactly(
+    uneven: Any, relative_error: Callable[..., float], tmp_path: Path
+) -> None:
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    mask = ModelMask.random(uneven, 0.7, torch.Generator().manual_seed(0))
+    assert [size.num_heads for size in mask.geometry.blocks] == [3, 2]
+    mask.save(tmp_path / "mask.json")
+    assert ModelMask.load(tmp_path / "mask.json") == mask
+    compact = gohsp.compress(uneven, mask)
+    assert gohsp.count(compact) == gohsp.count(uneven, mask=mask)
+    with pytest.raises(ValueError, match=r"geometry\.\w+: wanted blocks that agree on it"):
+        gohsp.save(compact, tmp_path / "model")
+    with torch.no_grad():
+        assert relative_error(gohsp.densify(compact)(x), compact(x)) < 1e-12
+        assert relative_error(compact(x), mask.apply_(uneven)(x)) < 1e-12
+
+
+@pytest.mark.parametrize("groups", [("heads", "hidden"), ("heads", "qk", "v", "attn_out", "mlp_in", "hidden")])
+def test_blocks_of_different_sizes_are_chosen_from(uneven: Any, groups: tuple[str, ...]) -> None:
+    x = torch.randn(6, 3, 32, 32, dtype=torch.float64)
+    result = gohsp.prune(uneven, [x], {"params": 0.8}, groups=groups)
+    assert result.report.pruned.params <= 0.8 * result.report.dense.params
+    with torch.no_grad():
+        torch.testing.assert_close(gohsp.compress(result.model, result.mask)(x), result.model(x))
+
+
+def _architecture(model: nn.Module) -> str:
+    return family_of(model).architecture(model)
 
 
 def test_architecture_name() -> None:
-    assert vit.architecture(timm.create_model("vit_tiny_patch16_224", depth=1)) == "vit_tiny_patch16_224"
-    assert vit.architecture(small()) == "VisionTransformer"
+    assert _architecture(timm.create_model("vit_tiny_patch16_224", depth=1)) == "vit_tiny_patch16_224"
+    assert _architecture(small()) == "VisionTransformer"
 
 
 @pytest.mark.parametrize(
@@ -122,14 +158,14 @@ def test_architecture_name() -> None:
 )
 def test_activation_names_mean_the_same_in_the_kernels(module: nn.Module, name: str) -> None:
     x = torch.linspace(-4, 4, 101, dtype=torch.float64)
-    assert vit.activation_name(module) == name
+    assert timm_vit.activation_name(module) == name
     assert torch.allclose(gk.ACTIVATIONS[name](x), module(x), rtol=1e-12, atol=1e-14)
-    assert torch.allclose(vit.ACTIVATIONS[name]()(x), module(x), rtol=1e-12, atol=1e-14)
+    assert torch.allclose(timm_vit.ACTIVATIONS[name]()(x), module(x), rtol=1e-12, atol=1e-14)
 
 
 def test_every_activation_of_the_kernels_has_a_module() -> None:
-    assert set(vit.ACTIVATIONS) == set(gk.ACTIVATIONS)
-    assert vit.activation_name(nn.Tanh()) is None
+    assert set(timm_vit.ACTIVATIONS) == set(gk.ACTIVATIONS)
+    assert timm_vit.activation_name(nn.Tanh()) is None
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 import gohsp
-from gohsp import io, vit
+from gohsp import io
 from gohsp.files import write_json
 from gohsp.latency import LatencyTable
+from gohsp.models.registry import is_compressed
 from gohsp.recipe import Recipe
 from gohsp.runs.datasets import Images, open_images
 from gohsp.runs.directory import (
@@ -166,7 +167,7 @@ def evaluate(work: Work) -> None:
 
         result = measure(model, images.test, batch_size=TEST_BATCH, workers=work.recipe.data.workers, on_batch=count)
     size = gohsp.count(model)
-    what = found.name if found is not None else "compressed" if vit.is_compressed(model) else "dense"
+    what = found.name if found is not None else "compressed" if is_compressed(model) else "dense"
     row = {"what": what, "params": size.params, "macs": size.macs, **result}
     write_json(work.run.evaluation, row)
     work.console.print(

@@ -25,9 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gohsp import io, vit
-from gohsp.files import read_json, replacing, write_json
-from gohsp.mask import ModelMask, check_keys
+from gohsp import io
+from gohsp.files import check_keys, read_json, replacing, write_json
+from gohsp.mask import ModelMask
+from gohsp.models.registry import is_compressed
 from gohsp.recipe import ModelSource, Recipe, make_recipe, read_yaml, write_recipe
 from gohsp.runs.classifier import collect, fit_ridge
 from gohsp.runs.datasets import Images
@@ -227,7 +228,7 @@ def set_classifier(
         A sentence for the user where the classifier is not the one that came with the model, else None.
     """
     classes = images.classes
-    if classes is None or vit.is_compressed(model):
+    if classes is None or is_compressed(model):
         return None
     if source.fit_head:
         if not cache.is_file():

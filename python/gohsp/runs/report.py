@@ -13,8 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from gohsp import io
-from gohsp.files import read_json, replacing, write_text
-from gohsp.mask import check_keys
+from gohsp.files import check_keys, read_json, replacing, write_text
 from gohsp.recipe import read_recipe
 from gohsp.runs.directory import Run, open_model
 from gohsp.timing import interleave

@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from gohsp import vit
 from gohsp.mask import ModelMask
+from gohsp.models.base import BlockGeometry, Geometry, OpenModel
+from gohsp.models.registry import open_model
 from gohsp.recipe import Admm
 
 
@@ -28,7 +29,7 @@ class _Split:
 
     block: int
     heads: bool
-    weight: nn.Parameter
+    weight: Tensor
     z: Tensor
     u: Tensor
     by_group: Callable[[Tensor], Tensor]
@@ -61,13 +62,14 @@ class SoftMaskAdmm:
         settings: Admm,
         agree: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
-        plan.validate(model)
-        self.size, self.settings, self.agree = vit.geometry(model), settings, agree
+        opened = open_model(model)
+        plan.check_fits(opened.geometry)
+        self.size, self.settings, self.agree = opened.geometry, settings, agree
         self.full = ModelMask.full(model)
         self.counts = [_counts(index, plan, self.full) for index in range(self.size.depth)]
         self.guide = _guide(importance, self.size, settings.guidance)
         self.rho, self.softness, self.residual = settings.rho, 1.0, 0.0
-        self.splits = list(_split(model, self.size))
+        self.splits = list(_split(opened))
         self.kept = self._choose()
 
     @torch.no_grad()
@@ -170,25 +172,43 @@ def _counts(index: int, plan: ModelMask, full: ModelMask) -> dict[bool, int]:
     return {True: int(block.heads.sum()), False: int(block.hidden.sum())}
 
 
-def _guide(importance: Sequence[Tensor], size: vit.Geometry, guidance: float) -> list[Tensor]:
+def _guide(importance: Sequence[Tensor], size: Geometry, guidance: float) -> list[Tensor]:
     shapes = [tuple(scores.shape) for scores in importance]
-    if shapes != [(size.num_heads,)] * size.depth:
-        raise ValueError(f"importance: wanted {size.depth} tensors [{size.num_heads}], got shapes {shapes}")
-    return [(size.num_heads * scores.double()) ** guidance for scores in importance]
+    wanted = [(block.num_heads,) for block in size.blocks]
+    if shapes != wanted:
+        raise ValueError(f"importance: wanted {size.depth} tensors of shapes {wanted}, got shapes {shapes}")
+    return [(len(scores) * scores.double()) ** guidance for scores in importance]
 
 
-def _split(model: nn.Module, size: vit.Geometry) -> Iterator[_Split]:
-    heads, width = size.num_heads, size.head_dim
-    for index, block in enumerate(vit.find_dense_blocks(model)):
-        matrices: list[tuple[Any, bool, Callable[[Tensor], Tensor]]] = [
-            (block.attn.qkv, True, lambda w: w.view(3, heads, width, -1).transpose(0, 1)),
-            (block.attn.proj, True, lambda w: w.view(-1, heads, width).transpose(0, 1)),
-            (block.mlp.fc1, False, lambda w: w),
-            (block.mlp.fc2, False, lambda w: w.T),
+def _split(opened: OpenModel) -> Iterator[_Split]:
+    for index, block in enumerate(opened.blocks):
+        size, attention, mlp = block.geometry, block.attention, block.mlp
+        matrices: list[tuple[nn.Linear, bool, Callable[[Tensor], Tensor]]] = [
+            *((layer, True, partial(_rows_by_head, size=size)) for layer in attention.read.layers),
+            *((layer, True, partial(_columns_by_head, size=size)) for layer in attention.write.layers),
+            *((layer, False, _rows) for layer in mlp.read.layers),
+            *((layer, False, _columns) for layer in mlp.write.layers),
         ]
-        for layer, is_attention, by_group in matrices:
-            z = layer.weight.detach().clone()
-            yield _Split(index, is_attention, layer.weight, z, torch.zeros_like(z), by_group)
+        for linear, is_attention, by_group in matrices:
+            z = linear.weight.detach().clone()
+            yield _Split(index, is_attention, linear.weight, z, torch.zeros_like(z), by_group)
+
+
+def _rows_by_head(weight: Tensor, size: BlockGeometry) -> Tensor:
+    """View the rows of q, of k, of v or of some of these below each other as [H, parts, d, inputs]."""
+    return weight.view(-1, size.num_heads, size.head_dim, weight.shape[1]).transpose(0, 1)
+
+
+def _columns_by_head(weight: Tensor, size: BlockGeometry) -> Tensor:
+    return weight.view(-1, size.num_heads, size.head_dim).transpose(0, 1)
+
+
+def _rows(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _columns(weight: Tensor) -> Tensor:
+    return weight.T
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:

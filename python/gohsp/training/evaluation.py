@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohsp.statistics import evaluating
+from gohsp.models.hooks import evaluating
 from gohsp.training.batches import every_batch
 
 if TYPE_CHECKING:

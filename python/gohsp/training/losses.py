@@ -12,6 +12,7 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from gohsp.models.registry import family_of
 from gohsp.recipe import Distillation, Fit
 
 
@@ -71,7 +72,7 @@ class Distilled(nn.Module):
 def watch(model: nn.Module, on: bool = True) -> Iterator[list[Tensor]]:
     """Collect the residual stream [B, N, D] of the forward passes within: after each block, and after the last norm."""
     stream: list[Tensor] = []
-    places = [*model.blocks, model.norm] if on else []  # type: ignore[misc]
+    places = family_of(model).stream_places(model) if on else []
     hooks = [place.register_forward_hook(lambda module, inputs, output: stream.append(output)) for place in places]
     try:
         yield stream

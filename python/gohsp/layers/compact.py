@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drop-in replacements for timm's Attention, Mlp and Block that hold compact parameters, and for its patch projection.
+"""Drop-in replacements for the attention, the MLP and the block of a vision transformer that hold compact parameters.
 
 State dicts carry timm's names with the pruned rows and columns gone. The index lists that tell which columns of the
 residual stream a matrix reads and writes are not in the state dict: they come from the mask.
@@ -8,12 +8,9 @@ residual stream a matrix reads and writes are not in the state dict: they come f
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm
 from torch import Tensor, nn
@@ -23,17 +20,13 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 import gohsp_kernels as gk
-from gohsp.vit import activation_name, find_blocks, is_compressed, softmax_scale
+from gohsp.layers.attention import attend, head_masks
+from gohsp.mask import BlockLayout, BlockMask
+from gohsp.models.base import Attention, CompactBlock, Mlp, OpenBlock, Projection
 from gohsp_kernels.reference import gather_columns, scatter_columns
 
 # Hooks before a forward pass that compute the weight it uses.
 _WEIGHT_HOOKS = (BasePruningMethod, SpectralNorm, WeightNorm)
-
-PRODUCT_ON = "cuda"
-"""Type of the device where patches are projected by a matrix product; PyTorch gives AMD's the same name."""
-
-if TYPE_CHECKING:
-    from gohsp.mask import BlockLayout, BlockMask
 
 
 class CompactLinear(nn.Module):
@@ -77,84 +70,31 @@ class CompactLayerScale(nn.Module):
         return f"{self.gamma.numel()} of {self.dim}"
 
 
-class PatchProjection(nn.Conv2d):
-    """Convolution whose kernels lie side by side, as patches do. A GPU computes it as one matrix product.
-
-    Because cuDNN is slow at it; docs/design.md says how slow. Made of an ``nn.Conv2d`` by changing its class, so that
-    parameters, hooks and whatever else hangs on it stay.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return [B, D, rows of patches, columns of patches] for images [B, C, height, width].
-
-        On a GPU the result is a view whose channels lie side by side, as tokens have them.
-
-        Raises:
-            RuntimeError: The image is smaller than a patch, or has other channels or another dtype than the weight.
-        """
-        # Asked at each call, because code that wants denser features sets another stride on the finished model; and of
-        # the image, because asking a weight that is computed would compute it once more.
-        if x.device.type != PRODUCT_ON or not lies_side_by_side(self):
-            return super().forward(x)
-        return project_patches(x, self.weight, self.bias)
-
-    def _get_name(self) -> str:
-        # Printed as what it computes: gohsp.save compares printed models, and timm's set_input_size puts a plain
-        # convolution in its place.
-        return nn.Conv2d.__name__
-
-
-def project_patches(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the convolution of an image with kernels that are laid side by side, as one product.
-
-    What is left over at the right and at the bottom counts for nothing.
-
-    Args:
-        x: [..., C, height, width].
-        weight: [D, C, p, q].
-        bias: [D] or None.
-
-    Returns:
-        [..., D, height // p, width // q], with the strides of [..., height // p, width // q, D].
-
-    Raises:
-        RuntimeError: The image is smaller than a patch, or its channels or dtype are not those of the weight.
-    """
-    height, width = weight.shape[2:]
-    patches = x.unfold(-2, height, height).unfold(-2, width, width)  # [..., C, rows, columns, p, q], a view
-    return F.linear(patches.movedim(-5, -3).flatten(-3), weight.flatten(1), bias).movedim(-1, -3)
-
-
-def lies_side_by_side(conv: nn.Conv2d) -> bool:
-    """Return whether the kernels of a convolution neither overlap, nor leave gaps, nor reach beyond the image."""
-    return (conv.stride, conv.padding, conv.dilation, conv.groups) == (conv.kernel_size, (0, 0), (1, 1), 1)
-
-
 class PrunedAttention(nn.Module):
-    """Multi-head self-attention whose heads differ in width, in place of :class:`timm.layers.Attention`.
+    """Multi-head self-attention whose heads differ in width, called like :class:`timm.layers.Attention`.
 
     Args:
-        attn: The dense module to cut. It is not changed.
+        attn: The dense half block to cut. It is not changed.
         layout: What to keep of it.
     """
 
     in_cols: Tensor | None
     out_cols: Tensor | None
 
-    def __init__(self, attn: Any, layout: BlockLayout) -> None:
+    def __init__(self, attn: Attention, layout: BlockLayout) -> None:
         super().__init__()
-        self.dim: int = attn.proj.out_features
-        self.num_heads: int = attn.num_heads  # of the dense module: what an attention mask may be shaped for
-        self.scale = softmax_scale(attn)  # of the original head width, which the scores of a cut head still need
+        self.dim: int = attn.write.out_features
+        self.num_heads: int = attn.geometry.num_heads  # of the dense one: what an attention mask may be shaped for
+        self.scale = attn.softmax_scale  # of the original head width, which the scores of a cut head still need
         self.heads = layout.heads
         self.qk_widths = layout.qk_widths
         self.v_widths = layout.v_widths
-        self.qkv = _cut_linear(attn.qkv, layout.qkv_rows, layout.attn_in)
+        self.qkv = _cut_linear(attn.read, layout.qkv_rows, layout.attn_in)
         self.q_norm = copy.deepcopy(attn.q_norm)
         self.k_norm = copy.deepcopy(attn.k_norm)
-        self.attn_drop = copy.deepcopy(attn.attn_drop)
-        self.proj = _cut_linear(attn.proj, layout.attn_out, layout.proj_cols)
-        self.proj_drop = copy.deepcopy(attn.proj_drop)
+        self.attn_drop = copy.deepcopy(attn.drop)
+        self.proj = _cut_linear(attn.write, layout.attn_out, layout.proj_cols)
+        self.proj_drop = copy.deepcopy(attn.write_drop)
         _register_columns(self, "in_cols", layout.attn_in, self.qkv.weight)
         _register_columns(self, "out_cols", layout.attn_out, self.qkv.weight)
 
@@ -198,24 +138,24 @@ class PrunedAttention(nn.Module):
 
 
 class PrunedMlp(nn.Module):
-    """MLP without its pruned neurons and columns, in place of :class:`timm.layers.Mlp`.
+    """MLP without its pruned neurons and columns, called like :class:`timm.layers.Mlp`.
 
     Args:
-        mlp: The dense module to cut. It is not changed.
+        mlp: The dense half block to cut. It is not changed.
         layout: What to keep of it.
     """
 
     in_cols: Tensor | None
     out_cols: Tensor | None
 
-    def __init__(self, mlp: Any, layout: BlockLayout) -> None:
+    def __init__(self, mlp: Mlp, layout: BlockLayout) -> None:
         super().__init__()
-        self.dim: int = mlp.fc2.out_features
-        self.activation: str = activation_name(mlp.act) or ""
-        self.fc1 = _cut_linear(mlp.fc1, layout.hidden, layout.mlp_in)
-        self.drop1 = copy.deepcopy(mlp.drop1)
-        self.fc2 = _cut_linear(mlp.fc2, layout.mlp_out, layout.hidden)
-        self.drop2 = copy.deepcopy(mlp.drop2)
+        self.dim: int = mlp.write.out_features
+        self.activation: str = mlp.activation
+        self.fc1 = _cut_linear(mlp.read, layout.hidden, layout.mlp_in)
+        self.drop1 = copy.deepcopy(mlp.drop)
+        self.fc2 = _cut_linear(mlp.write, layout.mlp_out, layout.hidden)
+        self.drop2 = copy.deepcopy(mlp.write_drop)
         _register_columns(self, "in_cols", layout.mlp_in, self.fc1.weight)
         _register_columns(self, "out_cols", layout.mlp_out, self.fc1.weight)
 
@@ -228,8 +168,8 @@ class PrunedMlp(nn.Module):
         return f"activation={self.activation}"
 
 
-class PrunedBlock(nn.Module):
-    """Pre-norm transformer block with compact parameters, in place of timm's Block.
+class PrunedBlock(CompactBlock):
+    """Pre-norm transformer block with compact parameters, called like timm's Block.
 
     Each half runs as one fused sublayer, so the modules inside are not called one by one. They are where the fused form
     does not apply: dropout or drop path in training, an attention mask, a hook on any of them, or another module in
@@ -240,19 +180,19 @@ class PrunedBlock(nn.Module):
         mask: What to keep of it; copied.
     """
 
-    def __init__(self, block: Any, mask: BlockMask) -> None:
+    def __init__(self, block: OpenBlock, mask: BlockMask) -> None:
         super().__init__()
-        self.mask = mask.clone()
-        layout = mask.layout()
-        self.norm1 = copy.deepcopy(block.norm1)
-        self.attn = PrunedAttention(block.attn, layout)
-        self.ls1 = _cut_layer_scale(block.ls1, layout.attn_out)
-        self.drop_path1 = copy.deepcopy(block.drop_path1)
-        self.norm2 = copy.deepcopy(block.norm2)
-        self.mlp = PrunedMlp(block.mlp, layout)
-        self.ls2 = _cut_layer_scale(block.ls2, layout.mlp_out)
-        self.drop_path2 = copy.deepcopy(block.drop_path2)
-        self.train(block.training)
+        self.mask, self.geometry = mask.clone(), block.geometry
+        layout, attention, mlp = mask.layout(), block.attention, block.mlp
+        self.norm1 = copy.deepcopy(attention.norm)
+        self.attn = PrunedAttention(attention, layout)
+        self.ls1 = _cut_layer_scale(attention.scale, layout.attn_out)
+        self.drop_path1 = copy.deepcopy(attention.drop_path)
+        self.norm2 = copy.deepcopy(mlp.norm)
+        self.mlp = PrunedMlp(mlp, layout)
+        self.ls2 = _cut_layer_scale(mlp.scale, layout.mlp_out)
+        self.drop_path2 = copy.deepcopy(mlp.drop_path)
+        self.train(block.module.training)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, num_queries: int | None = None
@@ -274,6 +214,9 @@ class PrunedBlock(nn.Module):
             y = self._by_modules(x, attn_mask, is_causal)
             return y if num_queries is None else y[:, :num_queries]
         return gk.SublayerChain(self.sublayers())(x, num_queries=num_queries)
+
+    def halves(self) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
+        return (self.norm1, self.attn, self.ls1), (self.norm2, self.mlp, self.ls2)
 
     def must_call_modules(self) -> bool:
         """Return whether the fused sublayers would leave something out: a hook, an adapter, or dropout in training."""
@@ -362,165 +305,6 @@ class PrunedBlock(nn.Module):
         )
 
 
-class PrunedBlocks(nn.Sequential):
-    """The blocks of a compressed model, which run as one chain of sublayers wherever nothing inside must be called."""
-
-    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
-        """Return the output of the last block.
-
-        Args:
-            x: [B, N, D].
-            num_queries: Give the first so many tokens only; see :class:`PrunedBlock`.
-
-        Returns:
-            [B, num_queries or N, D].
-        """
-        if torch.compiler.is_compiling() or self.training:
-            return self._one_by_one(x, num_queries)
-        chain = _chains.get(self)
-        if chain is None or not chain.is_current():
-            chain = _chains[self] = _BlockChain(self)
-        return chain.run(x, num_queries) if chain.is_whole() else self._one_by_one(x, num_queries)
-
-    def _one_by_one(self, x: Tensor, num_queries: int | None) -> Tensor:
-        blocks = list(self)
-        for block in blocks[:-1]:
-            x = block(x)
-        return blocks[-1](x, num_queries=num_queries)
-
-
-def find_bare_blocks(model: nn.Module) -> list[PrunedBlock]:
-    """Return the blocks of a compressed model that are their weights and nothing more.
-
-    Raises:
-        ValueError: The model is not compressed, or a hook or an adapter hangs in one of its blocks.
-    """
-    if not is_compressed(model):
-        raise ValueError(f"model: wanted a model made by gohsp.compress, got {type(model).__name__}")
-    blocks = find_blocks(model)
-    for index, block in enumerate(blocks):
-        if added := block.what_was_added():
-            raise ValueError(
-                f"model: blocks.{index}: {added}, which would be lost; wanted nothing but weights. "
-                "Remove hooks and merge adapters first"
-            )
-    return blocks
-
-
-class _BlockChain:
-    """The chain of a sequence of blocks, and what it was made of.
-
-    Looking up some 300 modules and parameters by name takes a millisecond, a twentieth of a small model's time, so it
-    is done once. The tables that hold them are remembered, so that whatever is replaced, added or removed is noticed.
-    """
-
-    def __init__(self, blocks: PrunedBlocks) -> None:
-        members: list[Any] = list(blocks)
-        self._as_made = all(block.is_as_made() for block in members)
-        self._chain = gk.SublayerChain([s for block in members for s in block.sublayers()] if self._as_made else [])
-        self._entries: list[tuple[dict[str, Any], str, Any]] = []
-        self._sizes: list[tuple[dict[str, Any], int]] = []
-        self._hooks: list[dict[int, Any]] = []
-        self._computes = any(_is_computed(module) for module in blocks.modules())
-        for module in blocks.modules():
-            for table in (module._modules, module._parameters, module._buffers):
-                self._entries += [(table, name, value) for name, value in table.items()]
-                self._sizes.append((table, len(table)))
-            own = module.__dict__
-            self._entries += [(own, name, own.get(name)) for name in _CONSTANTS]
-            if module is not blocks:  # whose own hooks are called as ever
-                self._hooks += _hook_tables(module)
-
-    def run(self, x: Tensor, num_queries: int | None) -> Tensor:
-        """Return the output of the last block."""
-        return self._chain(x, num_queries=num_queries)
-
-    def is_current(self) -> bool:
-        """Return whether everything is still what the chain was made of."""
-        if any(len(table) != size for table, size in self._sizes):
-            return False
-        return all(table.get(name) is value for table, name, value in self._entries)
-
-    def is_whole(self) -> bool:
-        """Return whether the chain does all that calls of the modules would do.
-
-        It calls no hook, and it holds parameters: a weight that is computed from others would stay as it was.
-        """
-        return self._as_made and not self._computes and not any(self._hooks)
-
-
-# Plain attributes of the modules that the sublayers are told of, and what would run instead of the class's own code.
-_CONSTANTS = ("eps", "scale", "qk_widths", "v_widths", "activation", "forward")
-
-# Beside the modules and not in them, so that a copy or a checkpoint of a model does not carry packed weights along.
-_chains: WeakKeyDictionary[PrunedBlocks, _BlockChain] = WeakKeyDictionary()
-
-
-def attend(attn: Any, qkv: Tensor, masks: Sequence[Tensor | None], is_causal: bool, dropout: float) -> Tensor:
-    """Return the outputs of ragged heads, side by side, in plain PyTorch: one call of SDPA a head.
-
-    Args:
-        attn: Module with ``qk_widths``, ``v_widths``, ``scale``, ``q_norm`` and ``k_norm``.
-        qkv: [B, N, 2 * sum(qk_widths) + sum(v_widths)].
-        masks: One a head; see :func:`head_masks`.
-        is_causal: Attend to earlier tokens only.
-        dropout: Probability of dropping an attention weight.
-
-    Returns:
-        [B, N, sum(v_widths)].
-    """
-    batch, tokens, _ = qkv.shape
-    if not attn.v_widths:
-        return qkv.new_zeros(batch, tokens, 0)
-    qk, v = sum(attn.qk_widths), sum(attn.v_widths)
-    parts = [
-        part.split(widths, dim=-1)
-        for part, widths in zip(
-            qkv.split((qk, qk, v), dim=-1), (attn.qk_widths, attn.qk_widths, attn.v_widths), strict=True
-        )
-    ]
-    outputs = []
-    for q, k, value, mask in zip(*parts, masks, strict=True):
-        if q.shape[-1] == 0:
-            # SDPA needs a channel; one of zeros gives the equal scores that no channel means.
-            q = k = qkv.new_zeros(batch, tokens, 1)
-        # With an axis of one head, because exporters know SDPA in four dimensions only.
-        q, k, value = attn.q_norm(q)[:, None], attn.k_norm(k)[:, None], value[:, None]
-        out = F.scaled_dot_product_attention(q, k, value, mask, dropout, is_causal, scale=attn.scale)
-        outputs.append(out[:, 0])
-    return torch.cat(outputs, dim=-1)
-
-
-def head_masks(
-    attn_mask: Tensor | None, is_causal: bool, heads: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype
-) -> list[Tensor | None]:
-    """Return the attention mask of each kept head, broadcastable to [B, 1, N, N].
-
-    Args:
-        attn_mask: Mask for all heads of the dense module, or None.
-        is_causal: Whether the call is causal as well.
-        heads: Indices of the kept heads in the dense module.
-        shape: (B, heads of the dense module, N).
-        dtype: Of the activations.
-
-    Raises:
-        ValueError: The mask is neither bool nor of that dtype, does not broadcast, or comes with ``is_causal``.
-    """
-    if attn_mask is None:
-        return [None] * len(heads)
-    if is_causal:
-        raise ValueError("attn_mask: wanted None together with is_causal=True, got a mask")
-    if attn_mask.dtype not in (torch.bool, dtype):
-        raise ValueError(f"attn_mask: wanted dtype torch.bool or {dtype}, got {attn_mask.dtype}")
-    wanted = (*shape, shape[-1])
-    given = tuple(attn_mask.shape)
-    padded = (1,) * (4 - len(given)) + given
-    if len(padded) != 4 or any(size not in (1, full) for size, full in zip(padded, wanted, strict=True)):
-        raise ValueError(f"attn_mask: wanted a shape that broadcasts to {wanted}, got {given}")
-    full_mask = attn_mask.expand(wanted)
-    return [full_mask[:, head : head + 1] for head in heads]
-
-
 def _product(
     holder: Any,
     x: Tensor,
@@ -571,44 +355,35 @@ def _is_as_made(module: nn.Module) -> bool:
     return type(module).forward in _CODE and "forward" not in vars(module)
 
 
-def _is_computed(module: nn.Module) -> bool:
-    """Whether the module reads a tensor that is not a parameter or buffer, but made of others."""
+def is_computed(module: nn.Module) -> bool:
+    """Return whether the module reads a tensor that is not a parameter or buffer, but made of others."""
     return is_parametrized(module) or any(isinstance(value, Tensor) for value in vars(module).values())
-
-
-def _hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-
-
-def has_additions(module: nn.Module) -> bool:
-    """Return whether a call of the module does more than its class tells: a hook, or a forward put on the object."""
-    return any(_hook_tables(module)) or "forward" in vars(module)
 
 
 def _is_hooked(module: nn.Module) -> bool:
     """Whether a hook hangs on the module, other than those that :func:`_compute_weight` calls."""
     if type(module).forward is not CompactLinear.forward:
-        return any(_hook_tables(module))
-    return any(not isinstance(hook, _WEIGHT_HOOKS) for table in _hook_tables(module) for hook in table.values())
+        return any(hook_tables(module))
+    return any(not isinstance(hook, _WEIGHT_HOOKS) for table in hook_tables(module) for hook in table.values())
 
 
 def _drops(module: Any) -> bool:
     return getattr(module, "p", None) or getattr(module, "drop_prob", None) or False
 
 
-def _cut(parameter: nn.Parameter, rows: Tensor | None, cols: Tensor | None = None) -> nn.Parameter:
+def _cut(values: Tensor, rows: Tensor | None, cols: Tensor | None = None) -> nn.Parameter:
     """Return a new parameter with the kept rows and columns; None keeps all."""
-    value = parameter.detach()
+    kept = values.detach()
     if rows is not None:
-        value = value.index_select(0, rows.to(value.device))
+        kept = kept.index_select(0, rows.to(kept.device))
     if cols is not None:
-        value = value.index_select(1, cols.to(value.device))
-    return nn.Parameter(value.clone(), requires_grad=parameter.requires_grad)
+        kept = kept.index_select(1, cols.to(kept.device))
+    return nn.Parameter(kept.clone(), requires_grad=values.requires_grad)
 
 
-def _cut_linear(linear: Any, rows: Tensor | None, cols: Tensor | None) -> CompactLinear:
-    bias = None if linear.bias is None else _cut(linear.bias, rows)
-    return CompactLinear(_cut(linear.weight, rows, cols), bias)
+def _cut_linear(linear: Projection, rows: Tensor | None, cols: Tensor | None) -> CompactLinear:
+    bias = linear.bias
+    return CompactLinear(_cut(linear.weight, rows, cols), None if bias is None else _cut(bias, rows))
 
 
 def _cut_layer_scale(scale: nn.Module, out_cols: Tensor | None) -> nn.Module:
@@ -619,3 +394,13 @@ def _register_columns(module: nn.Module, name: str, cols: Tensor | None, beside:
     # Index lists come from the mask, not from a checkpoint, so they are real even while the parameters are on meta.
     real = cols is None or beside.device.type == "meta"
     module.register_buffer(name, cols if real else cols.to(beside.device), persistent=False)  # type: ignore[union-attr]
+
+
+def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Return the tables of the hooks that a call of the module runs, forwards and backwards."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
+def has_additions(module: nn.Module) -> bool:
+    """Return whether a call of the module does more than its class tells: a hook, or a forward put on the object."""
+    return any(hook_tables(module)) or "forward" in vars(module)

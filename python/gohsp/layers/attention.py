@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of heads of different widths in plain PyTorch: where a mask or dropout is asked for, and for export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attend(attn: Any, qkv: Tensor, masks: Sequence[Tensor | None], is_causal: bool, dropout: float) -> Tensor:
+    """Return the outputs of ragged heads, side by side, in plain PyTorch: one call of SDPA a head.
+
+    Args:
+        attn: Module with ``qk_widths``, ``v_widths``, ``scale``, ``q_norm`` and ``k_norm``.
+        qkv: [B, N, 2 * sum(qk_widths) + sum(v_widths)].
+        masks: One a head; see :func:`head_masks`.
+        is_causal: Attend to earlier tokens only.
+        dropout: Probability of dropping an attention weight.
+
+    Returns:
+        [B, N, sum(v_widths)].
+    """
+    batch, tokens, _ = qkv.shape
+    if not attn.v_widths:
+        return qkv.new_zeros(batch, tokens, 0)
+    qk, v = sum(attn.qk_widths), sum(attn.v_widths)
+    parts = [
+        part.split(widths, dim=-1)
+        for part, widths in zip(
+            qkv.split((qk, qk, v), dim=-1), (attn.qk_widths, attn.qk_widths, attn.v_widths), strict=True
+        )
+    ]
+    outputs = []
+    for q, k, value, mask in zip(*parts, masks, strict=True):
+        if q.shape[-1] == 0:
+            # SDPA needs a channel; one of zeros gives the equal scores that no channel means.
+            q = k = qkv.new_zeros(batch, tokens, 1)
+        # With an axis of one head, because exporters know SDPA in four dimensions only.
+        q, k, value = attn.q_norm(q)[:, None], attn.k_norm(k)[:, None], value[:, None]
+        out = F.scaled_dot_product_attention(q, k, value, mask, dropout, is_causal, scale=attn.scale)
+        outputs.append(out[:, 0])
+    return torch.cat(outputs, dim=-1)
+
+
+def head_masks(
+    attn_mask: Tensor | None, is_causal: bool, heads: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype
+) -> list[Tensor | None]:
+    """Return the attention mask of each kept head, broadcastable to [B, 1, N, N].
+
+    Args:
+        attn_mask: Mask for all heads of the dense module, or None.
+        is_causal: Whether the call is causal as well.
+        heads: Indices of the kept heads in the dense module.
+        shape: (B, heads of the dense module, N).
+        dtype: Of the activations.
+
+    Raises:
+        ValueError: The mask is neither bool nor of that dtype, does not broadcast, or comes with ``is_causal``.
+    """
+    if attn_mask is None:
+        return [None] * len(heads)
+    if is_causal:
+        raise ValueError("attn_mask: wanted None together with is_causal=True, got a mask")
+    if attn_mask.dtype not in (torch.bool, dtype):
+        raise ValueError(f"attn_mask: wanted dtype torch.bool or {dtype}, got {attn_mask.dtype}")
+    wanted = (*shape, shape[-1])
+    given = tuple(attn_mask.shape)
+    padded = (1,) * (4 - len(given)) + given
+    if len(padded) != 4 or any(size not in (1, full) for size, full in zip(padded, wanted, strict=True)):
+        raise ValueError(f"attn_mask: wanted a shape that broadcasts to {wanted}, got {given}")
+    full_mask = attn_mask.expand(wanted)
+    return [full_mask[:, head : head + 1] for head in heads]

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that hold their weights packed for the kernels and nothing else: inference alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gohsp_kernels as gk
+from gohsp.layers.compact import PrunedBlock
+
+
+class FrozenEmbedding(nn.Module):
+    """Projection of patches and what is added to it, packed: class token and positions of any kind.
+
+    Args:
+        weight: [D, C, p, q] of a convolution whose kernels lie side by side, float32 on the CPU.
+        bias: [D] or None.
+        base: [N, D], what an image adds the products of its patches to: tokens in front of them, and positions.
+        img_size: (height, width) of the images.
+
+    Raises:
+        ValueError: The weights are not float32 on the CPU.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, base: Tensor, img_size: tuple[int, int]) -> None:
+        super().__init__()
+        self.channels, self.img_size, self.patch = weight.shape[1], img_size, tuple(weight.shape[2:])
+        self.packed = gk.pack_embedding(weight, bias, base)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return tokens [B, N, D] for images [B, C, height, width]; no gradient flows through it."""
+        if x.dim() != 4 or x.shape[1:] != (self.channels, *self.img_size) or x.dtype != torch.float32:
+            wanted = [self.channels, *self.img_size]
+            raise ValueError(f"x: wanted float32 images [B, {str(wanted)[1:]}, got {x.dtype} {list(x.shape)}")
+        return self.packed(x.detach())
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Return how many patches lie below and beside each other; timm asks for it."""
+        return img_size[0] // self.patch[0], img_size[1] // self.patch[1]
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer, packed.
+
+    Args:
+        layer: It is not changed, and not held.
+
+    Raises:
+        ValueError: The weights are not float32 on the CPU.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.packed = gk.pack_linear(layer.weight, layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the product [..., out_features] for x [..., in_features]; no gradient flows through it."""
+        return self.packed(x.detach())
+
+
+class FrozenBlock(nn.Module):
+    """A block whose two sublayers are packed.
+
+    Args:
+        block: The compact block. It is not changed, and not held.
+        weights: See :func:`gohsp.freeze`.
+    """
+
+    def __init__(self, block: PrunedBlock, weights: str = "float32") -> None:
+        super().__init__()
+        self.chain = gk.SublayerChain(block.sublayers()).frozen(block.attn.dim, weights)
+
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+        """Return the block's output [B, num_queries or N, D] for x [B, N, D]; no gradient flows through it."""
+        return self.chain(x.detach(), num_queries=num_queries)
+
+
+class FrozenBlocks(nn.Sequential):
+    """Frozen blocks, run as one chain."""
+
+    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
+        """Return the last block's output [B, num_queries or N, D] for x [B, N, D]; no gradient flows through it."""
+        blocks: list[Any] = list(self)
+        chain = gk.FrozenChain(blocks[0].chain.features, tuple(s for block in blocks for s in block.chain.sublayers))
+        return chain(x.detach(), num_queries=num_queries)

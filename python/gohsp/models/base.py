@@ -1,0 +1,448 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vision transformer as pruning sees it, whatever its classes call their parts.
+
+An adapter (:class:`Family`) opens a model once. What it gives, an :class:`OpenModel` of :class:`OpenBlock` of
+:class:`Attention` and :class:`Mlp`, refers to the model's own modules: to write to a :class:`Projection` is to write to
+the model. Ranking, pruning, masks, layers and training see these objects and never a name of a library.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gohsp.models.hooks import inputs_of
+
+
+@dataclass(frozen=True)
+class BlockGeometry:
+    """Sizes of one dense transformer block.
+
+    Attributes:
+        dim: D, the width of the residual stream.
+        num_heads: H, attention heads.
+        head_dim: d, channels of a head in each of q, k and v. H * d need not equal D.
+        hidden: M, neurons of the MLP.
+        qk_norm: Whether q and k are normalised head by head. Such a norm mixes the channels of a head.
+    """
+
+    dim: int
+    num_heads: int
+    head_dim: int
+    hidden: int
+    qk_norm: bool = False
+
+    @property
+    def span(self) -> int:
+        """Channels of all heads together, H * d."""
+        return self.num_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a dense vision transformer, block by block.
+
+    The sizes of a block can be asked of the whole as well (``geometry.num_heads``) where all blocks agree on them.
+
+    Attributes:
+        blocks: Of each block, in the order of the data.
+    """
+
+    blocks: tuple[BlockGeometry, ...]
+
+    @classmethod
+    def uniform(cls, depth: int, **sizes: Any) -> Geometry:
+        """Return the geometry of ``depth`` blocks that are all alike, with the ``sizes`` of :class:`BlockGeometry`."""
+        return cls((BlockGeometry(**sizes),) * depth)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all blocks are of one size."""
+        return len(set(self.blocks)) == 1
+
+    @property
+    def dim(self) -> int:
+        """D of every block."""
+        return int(self._shared("dim"))
+
+    @property
+    def num_heads(self) -> int:
+        """H of every block."""
+        return int(self._shared("num_heads"))
+
+    @property
+    def head_dim(self) -> int:
+        """d of every block."""
+        return int(self._shared("head_dim"))
+
+    @property
+    def hidden(self) -> int:
+        """M of every block."""
+        return int(self._shared("hidden"))
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether every block has norms on q and k."""
+        return bool(self._shared("qk_norm"))
+
+    def _shared(self, name: str) -> Any:
+        values = {getattr(block, name) for block in self.blocks}
+        if len(values) != 1:
+            raise ValueError(f"geometry.{name}: wanted blocks that agree on it; got {sorted(values)}")
+        return values.pop()
+
+    def __str__(self) -> str:
+        if not self.is_uniform:
+            return f"Geometry(blocks={list(self.blocks)})"
+        return f"Geometry(depth={self.depth}, {str(self.blocks[0]).partition('(')[2]}"
+
+
+class Projection:
+    """A linear map of a sublayer: one linear layer, or several that read the same and whose outputs lie side by side.
+
+    Args:
+        layers: In the order of their outputs. The attention of some libraries has one for each of q, k and v.
+    """
+
+    def __init__(self, *layers: nn.Linear) -> None:
+        self.layers = layers
+
+    @property
+    def weight(self) -> Tensor:
+        """[outputs, inputs]. Of one layer its parameter, of several a copy: :meth:`write_` changes either."""
+        weights = [layer.weight for layer in self.layers]
+        return weights[0] if len(weights) == 1 else torch.cat(weights)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[outputs], zero where a layer has none; None where no layer has one."""
+        if all(layer.bias is None for layer in self.layers):
+            return None
+        if len(self.layers) == 1:
+            return self.layers[0].bias
+        return torch.cat(
+            [layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in self.layers]
+        )
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether every output has a bias of its own, so that a bias can be written."""
+        return all(layer.bias is not None for layer in self.layers)
+
+    @property
+    def in_features(self) -> int:
+        """Number of inputs."""
+        return self.layers[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        """Number of outputs."""
+        return sum(layer.out_features for layer in self.layers)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the product [..., outputs] for x [..., inputs], by calls of the layers."""
+        products = [layer(x) for layer in self.layers]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+
+    @torch.no_grad()
+    def write_(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Overwrite the weights [outputs, inputs] and, where one is given, the bias [outputs]."""
+        sizes = [layer.out_features for layer in self.layers]
+        for layer, rows in zip(self.layers, weight.split(sizes), strict=True):
+            layer.weight.copy_(rows)
+        if bias is not None:
+            for layer, values in zip(self.layers, bias.split(sizes), strict=True):
+                layer.bias.copy_(values)
+
+    @torch.no_grad()
+    def clear_(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+        """Set outputs (rows, with their biases) and inputs (columns) to zero.
+
+        Args:
+            rows, columns: Bool [outputs] and [inputs], True = becomes zero; None for none.
+        """
+        start = 0
+        for layer in self.layers:
+            if rows is not None:
+                mine = rows[start : start + layer.out_features].to(layer.weight.device)
+                layer.weight[mine] = 0
+                if layer.bias is not None:
+                    layer.bias[mine] = 0
+            if columns is not None:
+                layer.weight[:, columns.to(layer.weight.device)] = 0
+            start += layer.out_features
+
+
+@dataclass(frozen=True)
+class Sublayer:
+    """One residual half of a block: ``x + scale(body(norm(x)))``, where the body ends in ``write``.
+
+    Attributes:
+        prefix: "attn" or "mlp", as in the names of groups.
+        norm: LayerNorm over the residual stream.
+        body: The attention or MLP module.
+        read: Its first linear map (q, k and v; or fc1).
+        write: Its last linear map (proj or fc2), whose inputs are head outputs or hidden neurons.
+        scale: Layer scale, a module with ``gamma`` [D], or ``nn.Identity``.
+        drop_path: Module between scale and residual stream.
+        geometry: Sizes of the block.
+    """
+
+    prefix: ClassVar[str]
+
+    norm: Any
+    body: Any
+    read: Projection
+    write: Projection
+    scale: Any
+    drop_path: nn.Module
+    geometry: BlockGeometry
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the residual stream after this sublayer, [B, N, D] from [B, N, D]."""
+        return x + self.scale(self.body(self.norm(x)))
+
+    def trace(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what ``write`` reads [B, N, m], and the stream after the sublayer [B, N, D]."""
+        with inputs_of(self.write.layers[0]) as caught:
+            after = self(x)
+        return caught[0], after
+
+    def gain(self) -> Tensor:
+        """Return the layer scale as float64 [D]; ones where there is none."""
+        gamma = getattr(self.scale, "gamma", None)
+        weight = self.write.weight
+        return weight.new_ones(weight.shape[0], dtype=torch.float64) if gamma is None else gamma.detach().double()
+
+    def written(self) -> Tensor:
+        """Return the weight of ``write`` as the residual stream meets it, layer scale included: float64 [D, m]."""
+        return self.write.weight.detach().double() * self.gain()[:, None]
+
+
+@dataclass(frozen=True)
+class Attention(Sublayer):
+    """The attention half of a block. ``read`` gives all q, then all k, then all v, head after head.
+
+    Attributes:
+        softmax_scale: What q k is multiplied by before the softmax.
+        q_norm, k_norm: LayerNorms of the channels of a head, or ``nn.Identity``.
+        drop: Dropout of the attention probabilities, with its probability ``p``.
+        write_drop: Dropout after ``write``.
+    """
+
+    softmax_scale: float
+    q_norm: Any
+    k_norm: Any
+    drop: Any
+    write_drop: nn.Module
+    prefix: ClassVar[str] = "attn"
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v, [B, H, N, d] each, of what ``read`` gave, [B, N, 3 H d]. Norms are not applied."""
+        size = self.geometry
+        q, k, v = qkv.unflatten(-1, (3, size.num_heads, size.head_dim)).permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def probabilities(self, seen: Tensor) -> Tensor:
+        """Return softmax(Q K^T) of each head [B, H, N, N] for what ``read`` reads, [B, N, D]."""
+        q, k, _ = self.split(self.read(seen))
+        return (self.q_norm(q) * self.softmax_scale @ self.k_norm(k).mT).softmax(dim=-1)
+
+    def mixed(self, seen: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return q, k, v and softmax(Q K^T) V, [B, H, N, d] each, for what ``read`` reads; without norms on q and k."""
+        q, k, v = self.split(self.read(seen))
+        return q, k, v, F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale)
+
+
+@dataclass(frozen=True)
+class Mlp(Sublayer):
+    """The MLP half of a block.
+
+    Attributes:
+        activation: Its name in ``gohsp_kernels.ACTIVATIONS``.
+        drop: Dropout of the neurons.
+        write_drop: Dropout after ``write``.
+    """
+
+    activation: str
+    drop: nn.Module
+    write_drop: nn.Module
+    prefix: ClassVar[str] = "mlp"
+
+
+@dataclass(frozen=True)
+class OpenBlock:
+    """One block of a dense model.
+
+    Attributes:
+        module: The block itself, called with the residual stream.
+        attention, mlp: Its halves, in the order of the data.
+    """
+
+    module: Any
+    attention: Attention
+    mlp: Mlp
+
+    @property
+    def geometry(self) -> BlockGeometry:
+        """Sizes of the block."""
+        return self.attention.geometry
+
+    @property
+    def sublayers(self) -> tuple[Attention, Mlp]:
+        """Both halves."""
+        return self.attention, self.mlp
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A dense model, opened.
+
+    Attributes:
+        model: The model itself.
+        family: What opened it.
+        blocks: Its blocks, in the order of the data.
+    """
+
+    model: Any
+    family: Family
+    blocks: tuple[OpenBlock, ...]
+
+    @property
+    def geometry(self) -> Geometry:
+        """Sizes of all blocks."""
+        return Geometry(tuple(block.geometry for block in self.blocks))
+
+    @property
+    def sublayers(self) -> list[Attention | Mlp]:
+        """The sublayers in the order of the data: attention and MLP of each block in turn."""
+        return [half for block in self.blocks for half in block.sublayers]
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the tokens [B, N, D] that the first block reads, for images [B, C, height, width]."""
+        return self.family.embed(self.model, images)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Return what the head reads, [B, features] or [B, n, features], for the residual stream [B, N, D]."""
+        return self.family.features(self.model, x)
+
+
+class CompactBlock(nn.Module):
+    """What the blocks of compressed models have in common, whatever family they are of.
+
+    Attributes:
+        mask: What is kept of the dense block.
+        geometry: Sizes of the dense block.
+    """
+
+    mask: Any
+    geometry: BlockGeometry
+
+    def halves(self) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
+        """Return the modules of the attention half and those of the MLP half."""
+        raise NotImplementedError
+
+
+class CompressedModel:
+    """Marks the classes of compressed models; each derives from its dense class as well."""
+
+
+class Family(ABC):
+    """Adapter for a family of models: the one place that knows the names and the ways of their library.
+
+    A family is registered by :func:`gohsp.models.registry.register`. Its methods take dense models of the family and
+    those that :meth:`assemble` made; frozen ones too, where nothing else is said.
+
+    Attributes:
+        wanted: What it takes, for messages, such as "a timm VisionTransformer".
+    """
+
+    wanted: str
+
+    @abstractmethod
+    def claims(self, model: nn.Module) -> bool:
+        """Return whether a model, dense or compressed, is of this family; judged by its class alone."""
+
+    @abstractmethod
+    def open_blocks(self, model: nn.Module) -> tuple[OpenBlock, ...]:
+        """Return the blocks of a dense model.
+
+        Raises:
+            ValueError: A block holds something that cannot be pruned exactly; the message names it and the reason.
+        """
+
+    @abstractmethod
+    def architecture(self, model: nn.Module) -> str:
+        """Return the name of the architecture for masks and reports."""
+
+    @abstractmethod
+    def embed(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Return the tokens [B, N, D] that the first block reads, for images [B, C, height, width]."""
+
+    @abstractmethod
+    def features(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Return what the head of a model reads, for the residual stream [B, N, D] behind the last block."""
+
+    @abstractmethod
+    def stream_places(self, model: nn.Module) -> list[nn.Module]:
+        """Return the modules whose outputs are the residual stream: each block, and the norm behind the last one."""
+
+    @abstractmethod
+    def image_shape(self, model: nn.Module) -> tuple[int, int, int] | None:
+        """Return (channels, height, width) of the images that it is made for, or None where any size will do."""
+
+    @abstractmethod
+    def tokens(self, model: nn.Module, height: int, width: int) -> int:
+        """Return how many tokens the blocks see for images of a size.
+
+        Raises:
+            ValueError: The model is fixed to another size.
+        """
+
+    @abstractmethod
+    def modules_outside(self, model: nn.Module, height: int, width: int) -> list[tuple[nn.Module, tuple[int, ...]]]:
+        """Return what multiplies before and after the blocks, each with the shape of its input for one image."""
+
+    @abstractmethod
+    def assemble(self, model: nn.Module, blocks: Sequence[CompactBlock]) -> nn.Module:
+        """Return a copy of a dense model with compact blocks in the place of its own."""
+
+    @abstractmethod
+    def disassemble(self, model: nn.Module) -> nn.Module:
+        """Return a copy of a compressed model whose blocks are the family's own modules and plain PyTorch.
+
+        Raises:
+            ValueError: A weight is computed from other tensors.
+        """
+
+    @abstractmethod
+    def freeze(self, model: nn.Module, blocks: nn.Module) -> nn.Module:
+        """Return a copy of a compressed model with packed blocks, and with what else can be packed outside them."""
+
+    @abstractmethod
+    def describe(self, model: nn.Module, geometry: Geometry) -> dict[str, Any]:
+        """Return plain JSON values from which :meth:`build` makes the dense model of a compressed one."""
+
+    @abstractmethod
+    def build(self, description: Mapping[str, Any]) -> nn.Module:
+        """Return the dense model of a description, its parameters on the meta device.
+
+        Raises:
+            ValueError: It does not describe one.
+        """
+
+
+def count_parameters(*modules: nn.Module) -> int:
+    """Return the number of parameters of some modules."""
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())

@@ -1,0 +1,561 @@
+# SPDX-License-Identifier: Apache-2.0
+"""timm's VisionTransformer and VisionTransformerDistilled of standard pre-norm blocks.
+
+Which of them can be pruned exactly, where their parts are, and the two classes that a compressed model belongs to. No
+other module knows timm's names, so that a change in timm is met in this file.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.layers import GELU, GELUTanh, LayerNorm, LayerScale, PatchEmbed, QuickGELU
+from timm.layers import Attention as TimmAttention
+from timm.layers import Mlp as TimmMlp
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from gohsp.files import check_keys
+from gohsp.layers import (
+    FrozenEmbedding,
+    FrozenLinear,
+    PatchProjection,
+    PlaceColumns,
+    PrunedAttention,
+    PrunedBlock,
+    PrunedBlocks,
+    PrunedMlp,
+    RaggedAttention,
+    SelectColumns,
+    has_additions,
+    lies_side_by_side,
+    plain_linear,
+)
+from gohsp.models.base import (
+    Attention,
+    BlockGeometry,
+    CompactBlock,
+    CompressedModel,
+    Family,
+    Geometry,
+    Mlp,
+    OpenBlock,
+    Projection,
+)
+from gohsp.models.registry import register
+
+# name in gohsp_kernels -> plain module that computes it
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": GELUTanh,
+    "quick_gelu": QuickGELU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "identity": nn.Identity,
+}
+
+_NAMES: dict[type[nn.Module], str] = {
+    GELU: "gelu",
+    GELUTanh: "gelu_tanh",
+    QuickGELU: "quick_gelu",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.Identity: "identity",
+}
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """Return the name by which gohsp_kernels knows an activation module, or None if it does not know it."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    return _NAMES.get(type(module))
+
+
+def softmax_scale(attn: TimmAttention) -> float:
+    """Return what timm's attention multiplies q k by before the softmax.
+
+    Its fused path takes that from the width of the heads, whatever ``attn.scale`` says; models that other tools made
+    narrower have an old value there.
+    """
+    return attn.head_dim**-0.5 if attn.fused_attn else attn.scale
+
+
+def _why_unsupported(block: Any) -> str | None:
+    """Return why this block cannot be pruned exactly, or None if it can."""
+    if type(block) is not Block:
+        return f"wanted timm's pre-norm Block, got {type(block).__name__}"
+    return (
+        _why_altered(block)
+        or _why_norm("norm1", block.norm1)
+        or _why_norm("norm2", block.norm2)
+        or _why_attention(block.attn, block.norm1.normalized_shape[0])
+        or _why_mlp(block.mlp, block.norm2.normalized_shape[0])
+    )
+
+
+# Attribute that a tool leaves on a module whose weight it computes -> what undoes it.
+_COMPUTED = {
+    "parametrizations": "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')",
+    "weight_orig": "torch.nn.utils.prune.remove(module, 'weight') or torch.nn.utils.remove_spectral_norm(module)",
+    "weight_g": "torch.nn.utils.remove_weight_norm(module)",
+}
+
+
+def why_computed(block: Any) -> str | None:
+    """Return which weight of a block is computed from other tensors and how to end that, or None if none is."""
+    for name, module in block.named_modules():
+        for attribute, way_out in _COMPUTED.items():
+            if hasattr(module, attribute):
+                return f"the weight of {name} is computed ({attribute}); call {way_out} first"
+    return None
+
+
+def _why_altered(block: Any) -> str | None:
+    """Return what stands between the modules of a block and their bare weights, or None if nothing does."""
+    if computed := why_computed(block):
+        return computed
+    for name, module in block.named_modules():
+        if "forward" in vars(module):
+            return f"forward of {name or 'the block'} was replaced on the object, and would be lost; undo that first"
+    return None
+
+
+def _why_linear(name: str, layer: Any) -> str | None:
+    if type(layer) is nn.Linear:
+        return None
+    kind = type(layer)
+    return (
+        f"{name} is {kind.__module__}.{kind.__qualname__}; wanted torch.nn.Linear. "
+        "Adapters are merged first (peft: merge_and_unload())"
+    )
+
+
+def _why_norm(name: str, norm: Any) -> str | None:
+    # Subclasses that compute in another dtype or another way would not be what the fused kernels compute.
+    if type(norm) not in (nn.LayerNorm, LayerNorm):
+        return f"{name} is {type(norm).__name__}; wanted LayerNorm"
+    return None
+
+
+def _why_attention(attn: Any, dim: int) -> str | None:
+    if type(attn) is not TimmAttention:
+        return f"attn is {type(attn).__name__}; wanted timm's Attention"
+    if getattr(attn, "gate", None) is not None:
+        return "gated attention, whose gate reads the columns that pruning removes"
+    if not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
+        return "attention with a norm before proj (scale_attn_norm), which mixes all heads"
+    reason = _why_linear("attn.qkv", attn.qkv) or _why_linear("attn.proj", attn.proj)
+    if reason is not None:
+        return reason
+    if attn.proj.out_features != dim:
+        return f"attention writes {attn.proj.out_features} features (dim_out) into a residual stream of {dim}"
+    if isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity):
+        return None
+    return _why_norm("attn.q_norm", attn.q_norm) or _why_norm("attn.k_norm", attn.k_norm) or _why_qk_norms(attn)
+
+
+def _why_qk_norms(attn: Any) -> str | None:
+    if attn.q_norm.weight is None or attn.k_norm.weight is None:
+        return "q and k norms without a learned scale"
+    if attn.q_norm.eps != attn.k_norm.eps:
+        return f"q and k norms of different eps ({attn.q_norm.eps} and {attn.k_norm.eps})"
+    return None
+
+
+def _why_mlp(mlp: Any, dim: int) -> str | None:
+    if type(mlp) is not TimmMlp:
+        return f"mlp is {type(mlp).__name__}; wanted timm's Mlp"
+    reason = _why_linear("mlp.fc1", mlp.fc1) or _why_linear("mlp.fc2", mlp.fc2)
+    if reason is not None:
+        return reason
+    if not isinstance(mlp.norm, nn.Identity):
+        return "MLP with a norm before fc2 (scale_mlp_norm), which mixes all neurons"
+    if mlp.fc2.out_features != dim:
+        return f"MLP writes {mlp.fc2.out_features} features into a residual stream of {dim}"
+    if activation_name(mlp.act) is None:
+        return f"activation {type(mlp.act).__name__}; known are {', '.join(ACTIVATIONS)}"
+    return None
+
+
+class PrunedVisionTransformer(CompressedModel, VisionTransformer):
+    """A timm VisionTransformer whose blocks are compact. Made by :func:`gohsp.compress`.
+
+    In inference its last block computes no more than the tokens that the head reads. Exact algebra: keys and values of
+    that block need every token, but its queries, proj and MLP act on each token alone, so tokens that nobody reads need
+    none of them. ``forward_features`` and ``forward_intermediates`` give every token, as in timm.
+    """
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return the logits, as timm's own forward does.
+
+        Args:
+            x: Images [B, C, height, width].
+            attn_mask: As in timm: bool or additive, broadcastable to [B, heads of the dense model, N, N].
+            is_causal: As in timm.
+
+        Returns:
+            [B, num_classes], or what the head of the model gives.
+        """
+        tokens = self._tokens_read()
+        if tokens is None or attn_mask is not None or is_causal:
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        return self.forward_head(self.norm(self.blocks(x, num_queries=tokens)))
+
+    def _tokens_read(self) -> int | None:
+        """Return how many leading tokens are enough for the head, or None if all of them are needed."""
+        if self.training or self.grad_checkpointing or len(self.blocks) == 0 or self.attn_pool is not None:
+            return None
+        # A hook may look at tokens that the head does not read.
+        if any(m._forward_hooks or m._forward_pre_hooks for m in (self.blocks, self.norm)):
+            return None
+        if self.blocks[-1]._forward_hooks or not isinstance(self.norm, nn.LayerNorm | nn.Identity):
+            return None
+        if isinstance(self, VisionTransformerDistilled):
+            return 2
+        return 1 if self.global_pool == "token" else None
+
+
+class PrunedVisionTransformerDistilled(PrunedVisionTransformer, VisionTransformerDistilled):
+    """A timm VisionTransformerDistilled (DeiT) whose blocks are compact. Made by :func:`gohsp.compress`."""
+
+
+COMPRESSED_CLASS: dict[type[nn.Module], type[nn.Module]] = {
+    VisionTransformer: PrunedVisionTransformer,
+    VisionTransformerDistilled: PrunedVisionTransformerDistilled,
+}
+DENSE_CLASS = {compressed: dense for dense, compressed in COMPRESSED_CLASS.items()}
+
+
+class TimmVit(Family):
+    """Adapter for timm's VisionTransformer and VisionTransformerDistilled."""
+
+    wanted = "a timm VisionTransformer or VisionTransformerDistilled (not a subclass)"
+
+    def claims(self, model: nn.Module) -> bool:
+        return type(model) in COMPRESSED_CLASS or type(model) in DENSE_CLASS
+
+    def open_blocks(self, model: Any) -> tuple[OpenBlock, ...]:
+        if not len(model.blocks):
+            raise ValueError("model: it has no transformer blocks")
+        for index, block in enumerate(model.blocks):
+            if reason := _why_unsupported(block):
+                raise ValueError(f"model: cannot prune blocks.{index}: {reason}")
+        return tuple(map(_open, model.blocks))
+
+    def architecture(self, model: nn.Module) -> str:
+        """Return timm's name of the architecture, or the name of the class where timm recorded none."""
+        config = getattr(model, "pretrained_cfg", None) or {}
+        name = config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
+        return name or type(model).__name__
+
+    def embed(self, model: Any, images: Tensor) -> Tensor:
+        tokens: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        return tokens
+
+    def features(self, model: Any, x: Tensor) -> Tensor:
+        """Return what the head reads; where that is all tokens, the prefix tokens and the mean of the patches."""
+        pooled: Tensor = model.forward_head(model.norm(x), pre_logits=True)
+        if pooled.dim() == 2:
+            return pooled
+        prefix = model.num_prefix_tokens
+        return torch.cat((pooled[:, :prefix], pooled[:, prefix:].mean(dim=1, keepdim=True)), dim=1)
+
+    def stream_places(self, model: Any) -> list[nn.Module]:
+        return [*model.blocks, model.norm]
+
+    def image_shape(self, model: Any) -> tuple[int, int, int] | None:
+        size = model.patch_embed.img_size
+        return None if size is None else (_projection_channels(model), *size)
+
+    def tokens(self, model: Any, height: int, width: int) -> int:
+        embed = model.patch_embed
+        if embed.strict_img_size and (height, width) != tuple(embed.img_size):
+            raise ValueError(f"wanted {tuple(embed.img_size)}, which this model is fixed to, got {(height, width)}")
+        rows, columns = embed.dynamic_feat_size((height, width))
+        return int(rows * columns + model.num_prefix_tokens)
+
+    def modules_outside(self, model: Any, height: int, width: int) -> list[tuple[nn.Module, tuple[int, ...]]]:
+        dim, tokens = model.embed_dim, self.tokens(model, height, width)
+        pooled = tokens if model.pool_include_prefix else tokens - model.num_prefix_tokens
+        parts: list[tuple[nn.Module | None, tuple[int, ...]]] = [
+            (model.patch_embed, (1, _projection_channels(model), height, width)),
+            (model.attn_pool, (1, pooled, dim)),
+            (model.head, (1, dim)),
+            (getattr(model, "head_dist", None), (1, dim)),
+        ]
+        return [(module, shape) for module, shape in parts if module is not None]
+
+    def assemble(self, model: nn.Module, blocks: Sequence[CompactBlock]) -> nn.Module:
+        result: Any = copy.deepcopy(model)
+        for index, block in enumerate(blocks):
+            result.blocks[index] = block
+        # The classes change and the objects stay: everything that timm or the user hung on them is still there.
+        result.blocks.__class__ = PrunedBlocks
+        projection = _projection(result)
+        if type(projection) is nn.Conv2d and lies_side_by_side(projection):
+            result.patch_embed.proj.__class__ = PatchProjection
+        result.__class__ = COMPRESSED_CLASS[type(model)]
+        return result
+
+    def disassemble(self, model: Any) -> nn.Module:
+        for index, block in enumerate(model.blocks):
+            if reason := why_computed(block):
+                raise ValueError(f"model: cannot make blocks.{index} plain: {reason}")
+        result: Any = copy.deepcopy(model)
+        for index, block in enumerate(result.blocks):
+            result.blocks[index] = _plain_block(block)
+        result.blocks.__class__ = nn.Sequential
+        if type(_projection(result)) is PatchProjection:
+            result.patch_embed.proj.__class__ = nn.Conv2d
+        result.__class__ = DENSE_CLASS[type(model)]
+        return result
+
+    def freeze(self, model: Any, blocks: nn.Module) -> nn.Module:
+        # All but the blocks is copied, a few kilobytes: neither model's training, mode or dtype reaches the other.
+        result: Any = copy.deepcopy(model, {id(model.blocks): model.blocks})
+        result.blocks = blocks
+        result.eval()
+        if _embeds_plainly(model):
+            result.patch_embed = _frozen_embedding(result)
+            result._pos_embed = _as_it_is
+        for name in ("head", "head_dist"):
+            layer = getattr(model, name, None)
+            if type(layer) is nn.Linear and not has_additions(layer):
+                setattr(result, name, FrozenLinear(layer))
+        return result
+
+    def describe(self, model: Any, geometry: Geometry) -> dict[str, Any]:
+        """Return the class of the dense model and the arguments that make it, read from the live model."""
+        return {
+            "class": DENSE_CLASS[type(model)].__name__,
+            "architecture": _registered_name(model),
+            "arguments": {**_arguments_outside(model), **_arguments_of_blocks(model, geometry)},
+        }
+
+    def build(self, description: Mapping[str, Any]) -> nn.Module:
+        check_keys(description, ("class", "architecture", "arguments"), "plan.model")
+        name, arguments = description["architecture"], dict(description["arguments"])
+        wanted = {cls.__name__: cls for cls in COMPRESSED_CLASS}.get(description["class"])
+        if wanted is None:
+            classes = sorted(cls.__name__ for cls in COMPRESSED_CLASS)
+            raise ValueError(f"plan.model.class: wanted one of {classes}, got {description['class']!r}")
+        # is_model also keeps create_model from names that would make it fetch something.
+        if name is not None and not timm.is_model(name):
+            raise ValueError(f"plan.model.architecture: this timm ({timm.__version__}) knows no {name!r}")
+        create = wanted if name is None else partial(timm.create_model, name)
+        try:
+            arguments["norm_layer"] = partial(LayerNorm, eps=arguments.pop("norm_eps"))
+            arguments["act_layer"] = ACTIVATIONS[arguments.pop("activation")]
+            with torch.device("meta"):
+                dense: nn.Module = create(**arguments, weight_init="skip")
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"plan.model.arguments: they do not make a {wanted.__name__}: {error!r}") from error
+        if type(dense) is not wanted:
+            raise ValueError(f"plan.model: wanted a {wanted.__name__}, but timm made a {type(dense).__name__}")
+        return dense
+
+
+register(TimmVit())
+
+
+def _open(block: Block) -> OpenBlock:
+    attn, mlp = block.attn, block.mlp
+    size = BlockGeometry(
+        dim=attn.qkv.in_features,
+        num_heads=attn.num_heads,
+        head_dim=attn.head_dim,
+        hidden=mlp.fc1.out_features,
+        qk_norm=not isinstance(attn.q_norm, nn.Identity),
+    )
+    attention = Attention(
+        norm=block.norm1,
+        body=attn,
+        read=Projection(attn.qkv),
+        write=Projection(attn.proj),
+        scale=block.ls1,
+        drop_path=block.drop_path1,
+        geometry=size,
+        softmax_scale=softmax_scale(attn),
+        q_norm=attn.q_norm,
+        k_norm=attn.k_norm,
+        drop=attn.attn_drop,
+        write_drop=attn.proj_drop,
+    )
+    return OpenBlock(
+        block,
+        attention,
+        Mlp(
+            norm=block.norm2,
+            body=mlp,
+            read=Projection(mlp.fc1),
+            write=Projection(mlp.fc2),
+            scale=block.ls2,
+            drop_path=block.drop_path2,
+            geometry=size,
+            activation=activation_name(mlp.act) or "",
+            drop=mlp.drop1,
+            write_drop=mlp.drop2,
+        ),
+    )
+
+
+def _projection(model: Any) -> nn.Module | None:
+    """Return what projects the patches, or None: an ``embed_layer`` of the user's own need not have it."""
+    return getattr(model.patch_embed, "proj", None)
+
+
+def _projection_channels(model: Any) -> int:
+    channels: int = model.patch_embed.proj.in_channels
+    return channels
+
+
+def _plain_block(block: PrunedBlock) -> Block:
+    attn, mlp = block.attn, block.mlp
+    plain = Block(dim=1, num_heads=1)
+    plain.norm1 = _then_select(block.norm1, attn.in_cols)
+    plain.attn = _plain_attention(attn)
+    plain.ls1 = _then_place(_plain_layer_scale(block.ls1), attn.out_cols, attn.dim)
+    plain.drop_path1 = block.drop_path1
+    plain.norm2 = _then_select(block.norm2, mlp.in_cols)
+    plain.mlp = _plain_mlp(mlp)
+    plain.ls2 = _then_place(_plain_layer_scale(block.ls2), mlp.out_cols, mlp.dim)
+    plain.drop_path2 = block.drop_path2
+    return plain.train(block.training)
+
+
+def _then_select(norm: nn.Module, cols: Tensor | None) -> nn.Module:
+    return norm if cols is None else nn.Sequential(norm, SelectColumns(cols))
+
+
+def _then_place(scale: nn.Module, cols: Tensor | None, features: int) -> nn.Module:
+    return scale if cols is None else nn.Sequential(scale, PlaceColumns(cols, features))
+
+
+def _plain_attention(attn: PrunedAttention) -> nn.Module:
+    widths = {*attn.qk_widths, *attn.v_widths}
+    if len(widths) != 1 or 0 in widths:
+        return RaggedAttention(attn)
+    (width,) = widths
+    if not isinstance(attn.q_norm, nn.Identity) and attn.scale != width**-0.5:
+        return RaggedAttention(attn)  # a factor in front of q_norm would be normalised away
+    plain = TimmAttention(dim=1, num_heads=1)
+    plain.num_heads, plain.head_dim = len(attn.heads), width
+    plain.attn_dim, plain.scale = len(attn.heads) * width, width**-0.5
+    plain.qkv, plain.proj = plain_linear(attn.qkv), plain_linear(attn.proj)
+    plain.q_norm, plain.k_norm = attn.q_norm, attn.k_norm
+    plain.attn_drop, plain.proj_drop = attn.attn_drop, attn.proj_drop
+    _rescale_queries(plain, attn.scale * math.sqrt(width))
+    return plain
+
+
+def _rescale_queries(attn: TimmAttention, factor: float) -> None:
+    # timm's fused path takes its scale from the width that it sees, not from the width that the head once had.
+    if factor == 1.0:
+        return
+    with torch.no_grad():
+        attn.qkv.weight[: attn.attn_dim] *= factor
+        if attn.qkv.bias is not None:
+            attn.qkv.bias[: attn.attn_dim] *= factor
+
+
+def _plain_mlp(mlp: PrunedMlp) -> TimmMlp:
+    plain = TimmMlp(in_features=1)
+    plain.fc1, plain.fc2 = plain_linear(mlp.fc1), plain_linear(mlp.fc2)
+    plain.act = ACTIVATIONS[mlp.activation]()
+    plain.drop1, plain.drop2 = mlp.drop1, mlp.drop2
+    return plain
+
+
+def _plain_layer_scale(scale: Any) -> nn.Module:
+    if isinstance(scale, nn.Identity):
+        return scale
+    plain = LayerScale(1)
+    plain.gamma = scale.gamma
+    return plain
+
+
+def _embeds_plainly(model: Any) -> bool:
+    """Whether images become tokens by one product of patches side by side, and by a constant added to it."""
+    embed = model.patch_embed
+    if type(embed) is not PatchEmbed or not embed.flatten or not isinstance(embed.norm, nn.Identity):
+        return False
+    if any(map(has_additions, (*embed.modules(), model.pos_drop))):
+        return False
+    return embed.img_size is not None and embed.strict_img_size and not embed.dynamic_img_pad
+
+
+def _frozen_embedding(model: Any) -> FrozenEmbedding:
+    embed = model.patch_embed
+    weight = embed.proj.weight
+    # What timm adds to patches of which nothing is left: the tokens in front of them, and all positions.
+    with torch.no_grad():
+        base = model._pos_embed(weight.new_zeros(1, embed.num_patches, weight.shape[0]))[0]
+    frozen = FrozenEmbedding(weight, embed.proj.bias, base, embed.img_size)
+    # timm asks these of a patch embedding.
+    frozen.patch_size, frozen.grid_size, frozen.num_patches = embed.patch_size, embed.grid_size, embed.num_patches
+    return frozen
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def _arguments_outside(model: Any) -> dict[str, Any]:
+    embed = model.patch_embed
+    return {
+        "img_size": embed.img_size,
+        "patch_size": embed.patch_size,
+        "in_chans": embed.proj.in_channels,
+        "num_classes": model.num_classes,
+        "global_pool": model.global_pool,
+        "class_token": model.cls_token is not None,
+        "pos_embed": "none" if model.pos_embed is None else "learn",
+        "no_embed_class": model.no_embed_class,
+        "reg_tokens": model.num_reg_tokens,
+        "pre_norm": not isinstance(model.norm_pre, nn.Identity),
+        "final_norm": not (isinstance(model.norm, nn.Identity) and isinstance(model.fc_norm, nn.Identity)),
+        "fc_norm": not isinstance(model.fc_norm, nn.Identity),
+        "pool_include_prefix": model.pool_include_prefix,
+        "dynamic_img_size": model.dynamic_img_size,
+        "dynamic_img_pad": embed.dynamic_img_pad,
+        "drop_rate": model.head_drop.p,
+        "pos_drop_rate": model.pos_drop.p,
+        "patch_drop_rate": getattr(model.patch_drop, "prob", 0.0),
+    }
+
+
+def _arguments_of_blocks(model: Any, geometry: Geometry) -> dict[str, Any]:
+    first, last = model.blocks[0], model.blocks[-1]
+    return {
+        "embed_dim": geometry.dim,
+        "depth": geometry.depth,
+        "num_heads": geometry.num_heads,
+        # timm rounds dim * ratio down; half a neuron more makes that exact.
+        "mlp_ratio": (geometry.hidden + 0.5) / geometry.dim,
+        "qkv_bias": first.attn.qkv.bias is not None,
+        "qk_norm": geometry.qk_norm,
+        "proj_bias": first.attn.proj.bias is not None,
+        # 0 rather than None, which create_model would take for "not given". The values come from the weights.
+        "init_values": 0.0 if isinstance(first.ls1, nn.Identity) else 1.0,
+        "proj_drop_rate": first.attn.proj_drop.p,
+        "attn_drop_rate": first.attn.attn_drop.p,
+        "drop_path_rate": getattr(last.drop_path1, "drop_prob", 0.0),
+        "norm_eps": first.norm1.eps,
+        "activation": first.mlp.activation,
+    }
+
+
+def _registered_name(model: nn.Module) -> str | None:
+    """Return the name, with its tag, under which timm can make this architecture, or None if it cannot."""
+    config = getattr(model, "pretrained_cfg", None)
+    if not isinstance(config, dict) or not timm.is_model(config.get("architecture") or ""):
+        return None
+    return ".".join(filter(None, (config["architecture"], config.get("tag"))))
