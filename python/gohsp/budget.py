@@ -194,7 +194,11 @@ class _HalfState:
 
 
 def allocate(
-    plans: Sequence[BlockPlan], share: float, outside: float, floors: Mapping[str, float] | None = None
+    plans: Sequence[BlockPlan],
+    share: float,
+    outside: float,
+    floors: Mapping[str, float] | None = None,
+    dense: float | None = None,
 ) -> list[BlockBudget]:
     """Find what each block keeps so that the model costs at most a share of what the dense model costs.
 
@@ -204,12 +208,15 @@ def allocate(
             above ``share * dense`` by less than a millionth is on the target, not over it.
         outside: Cost of all that is not in the blocks.
         floors: The least share of a kind of group that stays in each block.
+        dense: Cost of the dense model; None where its blocks cost what whole compact ones do. They cost less where some
+            of q, k and v lack a bias, because the compact ones have one for all.
 
     Raises:
         ValueError: The target cannot be reached; the message names the nearest share that can.
     """
     choices = [plan.options(half, floors or {}) for plan in plans for half in (0, 1)]
-    dense = outside + sum(options[0].cost for options in choices)
+    if dense is None:
+        dense = outside + sum(options[0].cost for options in choices)
     least = outside + sum(min(option.cost for option in options) for options in choices)
     # A share that was computed from a whole number has to admit it in spite of rounding.
     limit = share * dense + 1e-6

@@ -167,7 +167,7 @@ def prune(
         dense = count(model, image_size)
         if budgets is None:
             plans, outside = _plans(opened, found, dense, kind, latency)
-            budgets = allocate(plans, share, outside, floors)
+            budgets = allocate(plans, share, outside, floors, None if kind == "ms" else getattr(dense, kind))
         errors = Cutter(opened, open_model(pruned), mask, stream, found, settings, generator).run(list(budgets), tick)
         mask.apply_(pruned)
     report = PruneReport(method, dense, count(model, image_size, mask=mask), found.heads, list(budgets), errors)
