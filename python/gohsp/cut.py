@@ -13,7 +13,7 @@ from gohsp import admm
 from gohsp.budget import BlockBudget
 from gohsp.mask import BlockMask, ModelMask
 from gohsp.models.base import Attention, BlockGeometry, OpenModel, Projection, Sublayer
-from gohsp.scores import CRITERIA, RIDGE, SCORES, Evidence, Grouping, by_score, head_guide, output_scores, qk_scores
+from gohsp.scores import CRITERIA, RIDGE, Evidence, Grouping, by_score, head_guide
 from gohsp.statistics import CHUNK, Moments, damped
 from gohsp.survey import (
     Settings,
@@ -22,8 +22,8 @@ from gohsp.survey import (
     columns_of,
     heads_of,
     neurons_of,
-    output_energy,
-    qk_energies,
+    output_evidence,
+    qk_evidence,
     read_evidence,
     write_evidence,
 )
@@ -99,9 +99,8 @@ class Cutter:
         layer = self.layers[index]
         assert isinstance(layer, Attention)
         size = layer.geometry
-        energy = qk_energies(layer, self.stream, self.survey.sensitivities[index])
-        weight = layer.read.weight
-        scores = qk_scores(self.settings.method, weight, energy.channels, energy.worth, self.generator)
+        energy = qk_evidence(layer, self.stream, self.survey.sensitivities[index], self.generator)
+        scores = CRITERIA[self.settings.method].qk_costs(energy)
         heads = block.heads.nonzero().flatten()
         left = by_score(scores[heads].flatten(), channels_of(len(heads), size), keep).left
         columns = torch.arange(size.num_heads * size.head_dim, device="cpu").view(size.num_heads, -1)[heads].flatten()
@@ -144,8 +143,8 @@ class Cutter:
         mask = torch.ones(dim, dtype=torch.bool, device="cpu")
         if keep == dim:
             return mask
-        evidence = self._written(index, moments, layer.write.weight)
-        scores = output_scores(self.settings.method, layer.write.weight, output_energy(layer, moments), evidence)
+        evidence = output_evidence(layer, moments, self.survey.sensitivities[index], self.generator)
+        scores = CRITERIA[self.settings.method].output_costs(evidence)
         kept = by_score(scores, columns_of(dim), keep).left
         mask = torch.zeros_like(mask).index_fill(0, kept, True)
         layer.write.clear_(~mask)
@@ -184,12 +183,11 @@ class Cutter:
         return kept[self._choose(evidence, grouping, keep)]
 
     def _choose(self, evidence: Evidence, grouping: Grouping, keep: int) -> Tensor:
-        method = self.settings.method
+        criterion = CRITERIA[self.settings.method]
         if self.settings.optimiser != "admm":
-            return CRITERIA[method](evidence, grouping, keep).left
-        favour = SCORES[method](evidence, grouping) if method in SCORES else None
-        guided = replace(evidence, guide=evidence.guide if method == "gohsp" else None)
-        return admm.choose(guided, grouping, keep, favour)
+            return criterion.eliminate(evidence, grouping, keep).left
+        guided = evidence if criterion.guided else replace(evidence, guide=None)
+        return admm.choose(guided, grouping, keep, criterion.favours(evidence, grouping))
 
     def _refit(self, linear: Projection, moments: Moments, kept: Tensor) -> None:
         """Fit a linear layer on the columns that stay, unless these are to be left as they are; zero the others."""

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Criteria: in which order the columns of a linear layer leave it, and what each step costs.
 
-A criterion looks at one linear layer (proj or fc2) whose input columns are head outputs or hidden neurons, and gives an
-:class:`Elimination`. The budget reads its losses, the selection reads its order.
+A :class:`Criterion` looks at one linear layer (proj or fc2) whose input columns are head outputs or hidden neurons, and
+gives an :class:`Elimination`. The budget reads its losses, the selection reads its order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -53,6 +52,40 @@ class Evidence:
             taylor=None if self.taylor is None else self.taylor[columns],
             sample=None if self.sample is None else self.sample[:, columns],
         )
+
+
+@dataclass(frozen=True)
+class QKEvidence:
+    """What a criterion may look at to price the QK channels of the H heads of a block, d each.
+
+    Attributes:
+        weight: [3 H d, D] of the layer that gives q, k and v.
+        energy: How much each channel moves the attention scores, float64 [H, d]; see :func:`qk_energy`.
+        worth: What an error costs when a head attends to all tokens alike, float64 [H].
+        generator: Source of the draws of the random criterion.
+    """
+
+    weight: Tensor
+    energy: Tensor
+    worth: Tensor
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class OutputEvidence:
+    """What a criterion may look at to price the residual features that a sublayer writes.
+
+    Attributes:
+        weight: [D, m] of the layer that writes.
+        energy: Mean square of what is added to each feature, layer scale included, float64 [D].
+        metric: [D, D], positive semidefinite: what an error in the residual stream costs.
+        generator: Source of the draws of the random criterion.
+    """
+
+    weight: Tensor
+    energy: Tensor
+    metric: Tensor
+    generator: torch.Generator
 
 
 @dataclass(frozen=True)
@@ -103,12 +136,6 @@ class Grouping:
         ]
 
 
-class Criterion(Protocol):
-    """Orders the columns of a layer by how dispensable they are, until no more than ``keep`` are left."""
-
-    def __call__(self, evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination: ...
-
-
 def obs(evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
     """Backward elimination by the error that remains after the other columns have taken over (optimal brain surgeon).
 
@@ -149,40 +176,6 @@ def obs(evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
     return Elimination(steps, losses, (member >= 0).nonzero().flatten().cpu())
 
 
-def random(evidence: Evidence, grouping: Grouping) -> Tensor:
-    """Chance. Its costs are alike in every block, so that budgets come out near uniform."""
-    return torch.rand(evidence.weight.shape[1], generator=evidence.generator, dtype=torch.float64, device="cpu")
-
-
-def l1(evidence: Evidence, grouping: Grouping) -> Tensor:
-    """Sum of the absolute weights of a column (Li et al., 2017)."""
-    return evidence.weight.abs().sum(dim=0)
-
-
-def l2(evidence: Evidence, grouping: Grouping) -> Tensor:
-    """Squared Euclidean norm of a column's weights."""
-    return evidence.weight.square().sum(dim=0)
-
-
-def activation(evidence: Evidence, grouping: Grouping) -> Tensor:
-    """Squared norm of a column's weights times the variance of its input: how much it moves the stream by itself."""
-    return l2(evidence, grouping) * evidence.covariance.diagonal()
-
-
-def taylor(evidence: Evidence, grouping: Grouping) -> Tensor:
-    """Squared first-order change of the model's features when a column is taken out (Molchanov et al., 2017).
-
-    Their criterion is about the loss on labelled images. There are no labels here, so it is about the features that the
-    head reads.
-
-    Raises:
-        ValueError: It was not measured.
-    """
-    if evidence.taylor is None:
-        raise ValueError("evidence: wanted first-order terms (taylor), got None")
-    return evidence.taylor
-
-
 def information(evidence: Evidence, grouping: Grouping) -> Tensor:
     """Node information score of hierarchical graph pooling: ``||(I - D^-1 A) H||_1`` of each node (Zhang et al., 2019).
 
@@ -213,39 +206,196 @@ def information(evidence: Evidence, grouping: Grouping) -> Tensor:
     return spread
 
 
-def without_guide(evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
-    """:func:`obs` without the graph."""
-    return obs(replace(evidence, guide=None), grouping, keep)
+class Criterion:
+    """How the columns of a layer, the QK channels of a head and the outputs of a sublayer are priced.
+
+    A subclass gives at least :meth:`columns`, and is made known to :func:`gohsp.prune` by :func:`register`.
+
+    Attributes:
+        name: What ``method`` calls it.
+        scale: "share" if its prices are compared within one layer only: they become shares of what all columns of
+            their layer cost. "loss" if they are on one scale for all blocks, as what the loss of the model would rise
+            by is. The budget compares blocks by them.
+        guided: Whether the graph's scores are for it; see :func:`head_guide`. ADMM follows them then, and
+            :meth:`eliminate` may.
+    """
+
+    name: str = ""
+    scale: Literal["share", "loss"] = "share"
+    guided: bool = False
+
+    def columns(self, evidence: Evidence, grouping: Grouping) -> Tensor:
+        """Return the price of each column that a linear layer reads, [m] float64, high = keep."""
+        raise NotImplementedError
+
+    def qk_channels(self, evidence: QKEvidence) -> Tensor:
+        """Return the price of each QK channel of each head, [H, d] float64: by default its energy."""
+        return evidence.energy
+
+    def outputs(self, evidence: OutputEvidence) -> Tensor:
+        """Return the price of each residual feature that a sublayer writes, [D] float64.
+
+        A sum has nothing that could take over, so by default it is the energy that the output adds times what an error
+        in it costs.
+        """
+        return evidence.energy * evidence.metric.diagonal()
+
+    def eliminate(self, evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
+        """Order the columns of a layer by how dispensable they are, until no more than ``keep`` are left."""
+        return by_score(self._scaled(self.columns(evidence, grouping)), grouping, keep)
+
+    def favours(self, evidence: Evidence, grouping: Grouping) -> Tensor | None:
+        """Return the factors [m] by which ADMM multiplies squared norms in its projection, or None for none."""
+        return self.columns(evidence, grouping)
+
+    def qk_costs(self, evidence: QKEvidence) -> Tensor:
+        """Return what each QK channel costs in the budget, [H, d] float64 on the CPU.
+
+        On the scale of losses the channels of a head share, by their prices, what the head's attention is worth: the
+        cost of replacing its output by the mean of its V, which is exactly what is left when all its QK channels are
+        gone. Ours.
+        """
+        prices = self.qk_channels(evidence)
+        if self.scale == "share":
+            return self._scaled(prices)
+        return (prices / prices.sum(dim=1, keepdim=True).clamp_min(1e-30) * evidence.worth[:, None]).cpu()
+
+    def output_costs(self, evidence: OutputEvidence) -> Tensor:
+        """Return what each residual feature that a sublayer writes costs in the budget, [D] float64 on the CPU."""
+        return self._scaled(self.outputs(evidence))
+
+    def _scaled(self, prices: Tensor) -> Tensor:
+        if self.scale == "loss":
+            return prices.cpu()
+        return (prices / prices.sum().clamp_min(1e-30)).cpu()
 
 
-def ranked(score: Score, evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
-    """Eliminate by scores that no removal changes, as shares of the whole layer's."""
-    return by_score(_as_share(score(evidence, grouping)), grouping, keep)
+CRITERIA: dict[str, Criterion] = {}
+"""What :func:`gohsp.prune` takes as ``method``, by name."""
 
 
-Score = Callable[[Evidence, Grouping], Tensor]
+def register(criterion: Criterion) -> None:
+    """Make a criterion known to :func:`gohsp.prune`.
 
-# Scores of single columns, under the names that the literature gives them.
-SCORES: dict[str, Score] = {
-    "random": random,
-    "l1": l1,
-    "l2": l2,
-    "taylor": taylor,
-    "activation": activation,
-    "information": information,
-}
-
-# All that prune() takes: "gohsp" is "obs" guided by the graph.
-CRITERIA: dict[str, Criterion] = {
-    "gohsp": obs,
-    "obs": without_guide,
-    **{name: partial(ranked, score) for name, score in SCORES.items()},
-}
+    Raises:
+        ValueError: It has no name, or one that is taken, or no scale that is known.
+    """
+    if not criterion.name or criterion.name in CRITERIA:
+        raise ValueError(f"criterion.name: wanted one that is free, got {criterion.name!r}")
+    if criterion.scale not in ("share", "loss"):
+        raise ValueError(f"criterion.scale: wanted 'share' or 'loss', got {criterion.scale!r}")
+    CRITERIA[criterion.name] = criterion
 
 
-# Those of CRITERIA whose columns cost what the loss would rise by. The costs of all others are shares of their layer's,
-# so what they say of QK channels and outputs becomes shares too: the budget compares them.
-LOSSES = {"gohsp", "obs"}
+class OptimalBrainSurgeon(Criterion):
+    """Backward elimination by the error that remains after the other columns have taken over; see :func:`obs`."""
+
+    scale = "loss"
+
+    def __init__(self, name: str, guided: bool) -> None:
+        self.name, self.guided = name, guided
+
+    def eliminate(self, evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
+        return obs(evidence if self.guided else replace(evidence, guide=None), grouping, keep)
+
+    def favours(self, evidence: Evidence, grouping: Grouping) -> None:
+        """Return None: what ADMM minimises is the same error."""
+
+
+class Random(Criterion):
+    """Chance. Its costs are alike in every block, so that budgets come out near uniform."""
+
+    name = "random"
+
+    def columns(self, evidence: Evidence, grouping: Grouping) -> Tensor:
+        return self._draw((evidence.weight.shape[1],), evidence.generator)
+
+    def qk_channels(self, evidence: QKEvidence) -> Tensor:
+        return self._draw(evidence.energy.shape, evidence.generator)
+
+    def outputs(self, evidence: OutputEvidence) -> Tensor:
+        return self._draw(evidence.energy.shape, evidence.generator)
+
+    @staticmethod
+    def _draw(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        return torch.rand(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
+
+
+class Magnitude(Criterion):
+    """Sum of the absolute or squared weights of a column: "l1" (Li et al., 2017) and "l2".
+
+    Of a QK channel it is the product of the norms of its q row and its k row, of an output that of its row.
+    """
+
+    def __init__(self, power: int) -> None:
+        self.name, self.power = f"l{power}", power
+
+    def columns(self, evidence: Evidence, grouping: Grouping) -> Tensor:
+        return evidence.weight.abs().sum(dim=0) if self.power == 1 else evidence.weight.square().sum(dim=0)
+
+    def qk_channels(self, evidence: QKEvidence) -> Tensor:
+        norms = evidence.weight.detach().double().norm(p=self.power, dim=1).view(3, *evidence.energy.shape)
+        return (norms[0] * norms[1]) ** self.power
+
+    def outputs(self, evidence: OutputEvidence) -> Tensor:
+        return evidence.weight.detach().double().norm(p=self.power, dim=1) ** self.power
+
+
+class Taylor(Criterion):
+    """Squared first-order change of the model's features when a column is taken out (Molchanov et al., 2017).
+
+    Their criterion is about the loss on labelled images. There are no labels here, so it is about the features that the
+    head reads.
+    """
+
+    name = "taylor"
+
+    def columns(self, evidence: Evidence, grouping: Grouping) -> Tensor:
+        """Return the first-order terms.
+
+        Raises:
+            ValueError: They were not measured.
+        """
+        if evidence.taylor is None:
+            raise ValueError("evidence: wanted first-order terms (taylor), got None")
+        return evidence.taylor
+
+
+class Activation(Criterion):
+    """Squared norm of a column's weights times the variance of its input: how much it moves the stream by itself."""
+
+    name = "activation"
+
+    def columns(self, evidence: Evidence, grouping: Grouping) -> Tensor:
+        return evidence.weight.square().sum(dim=0) * evidence.covariance.diagonal()
+
+    def outputs(self, evidence: OutputEvidence) -> Tensor:
+        return evidence.energy
+
+
+class Information(Criterion):
+    """Node information score of hierarchical graph pooling (Zhang et al., 2019); see :func:`information`."""
+
+    name = "information"
+
+    def columns(self, evidence: Evidence, grouping: Grouping) -> Tensor:
+        return information(evidence, grouping)
+
+    def outputs(self, evidence: OutputEvidence) -> Tensor:
+        return evidence.energy
+
+
+for _criterion in (
+    OptimalBrainSurgeon("gohsp", guided=True),
+    OptimalBrainSurgeon("obs", guided=False),
+    Random(),
+    Magnitude(1),
+    Magnitude(2),
+    Taylor(),
+    Activation(),
+    Information(),
+):
+    register(_criterion)
 
 
 def head_guide(importance: Tensor, strength: float) -> Tensor:
@@ -270,57 +420,6 @@ def qk_energy(queries: Tensor, keys: Tensor) -> Tensor:
     return (queries.double().square().sum(dim=2) * centred.square().sum(dim=2)).sum(dim=0)
 
 
-def qk_scores(method: str, qkv_weight: Tensor, energy: Tensor, worth: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the cost of each QK channel by the criterion of a method, [H, d] float64 on the CPU.
-
-    "random", "l1" and "l2" are what their names say, with the norms of a q row and a k row multiplied; every other
-    method goes by the energy. For "gohsp" and "obs" the channels of a head share, by their energy, what the head's
-    attention is worth: the cost of replacing its output by the mean of its V, which is exactly what is left when all
-    its QK channels are gone. Ours.
-
-    Args:
-        method: A name in :data:`CRITERIA`.
-        qkv_weight: [3 H d, D] of the dense layer.
-        energy: [H, d], see :func:`qk_energy`.
-        worth: [H], what an error costs when a head attends to all tokens alike.
-        generator: Source of the draws of "random".
-    """
-    if method == "random":
-        scores = torch.rand(energy.shape, generator=generator, dtype=torch.float64, device="cpu")
-    elif method in ("l1", "l2"):
-        norms = qkv_weight.detach().double().norm(p=int(method[1]), dim=1).view(3, *energy.shape)
-        scores = (norms[0] * norms[1]) ** int(method[1])
-    else:
-        scores = energy
-    if method in LOSSES:
-        return (scores / scores.sum(dim=1, keepdim=True).clamp_min(1e-30) * worth[:, None]).cpu()
-    return _as_share(scores)
-
-
-def output_scores(method: str, write_weight: Tensor, energy: Tensor, evidence: Evidence) -> Tensor:
-    """Return the cost of each residual feature that a sublayer writes by the criterion of a method, [D] float64.
-
-    A sum has nothing that could take over, so the cost of dropping an output is the energy that it adds times what an
-    error in it costs. "random", "l1" and "l2" are what their names say, of the rows of the weights; "activation" and
-    "information" look at the energy alone.
-
-    Args:
-        method: A name in :data:`CRITERIA`.
-        write_weight: [D, m] of proj or fc2.
-        energy: [D], the mean square of what is added.
-        evidence: Of the same layer, for its metric and its generator.
-    """
-    if method == "random":
-        return _as_share(torch.rand(energy.shape, generator=evidence.generator, dtype=torch.float64, device="cpu"))
-    if method in ("l1", "l2"):
-        power = int(method[1])
-        return _as_share(write_weight.detach().double().norm(p=power, dim=1) ** power)
-    if method in ("activation", "information"):
-        return _as_share(energy)
-    cost = energy * evidence.metric.diagonal()
-    return cost.cpu() if method in LOSSES else _as_share(cost)
-
-
 def by_score(scores: Tensor, grouping: Grouping, keep: int = 0) -> Elimination:
     """Return the elimination that always takes the cheapest step, for scores [m] that no removal changes."""
     scores = scores.cpu()
@@ -335,10 +434,6 @@ def by_score(scores: Tensor, grouping: Grouping, keep: int = 0) -> Elimination:
         losses.append(costs[best])
         queues[pools[best]] = queue[size:]
     return Elimination(steps, losses, torch.cat(queues).sort().values)
-
-
-def _as_share(scores: Tensor) -> Tensor:
-    return (scores / scores.sum().clamp_min(1e-30)).cpu()
 
 
 def _cheapest_together(

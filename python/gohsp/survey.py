@@ -20,11 +20,11 @@ from gohsp.scores import (
     Elimination,
     Evidence,
     Grouping,
+    OutputEvidence,
+    QKEvidence,
     by_score,
     head_guide,
-    output_scores,
     qk_energy,
-    qk_scores,
 )
 from gohsp.statistics import CHUNK, Moments, Sensitivity
 
@@ -64,21 +64,13 @@ class Survey:
 
 
 @dataclass(frozen=True)
-class QKEnergy:
-    """What the QK channels of a block do: [H, d] and [H], see :func:`gohsp.scores.qk_scores`."""
-
-    channels: Tensor
-    worth: Tensor
-
-
-@dataclass(frozen=True)
 class _Look:
     """What one attention or MLP half showed."""
 
     write: Evidence
     read: Evidence | None
-    energy: QKEnergy | None
-    outputs: Tensor
+    qk: QKEvidence | None
+    outputs: OutputEvidence
 
 
 def survey(
@@ -135,8 +127,9 @@ def _look(
     reads = layer.prefix + "_in" in settings.groups
     moments = Moments(layer.write.in_features, device=x.device)
     seen = Moments(layer.read.in_features, device=x.device)
-    has_qk = "qk" in settings.groups and isinstance(layer, Attention)
-    energy = qk_energies(layer, x, sensitivity) if has_qk and isinstance(layer, Attention) else None
+    qk = None
+    if "qk" in settings.groups and isinstance(layer, Attention):
+        qk = qk_evidence(layer, x, sensitivity, generator)
     for part in x.split(CHUNK):
         with inputs_of(layer.read.layers[0], layer.write.layers[0]) as inputs:
             after = layer(part)
@@ -151,7 +144,7 @@ def _look(
         part.copy_(after)
     write = write_evidence(layer, layer.write.weight, moments, sensitivity, generator)
     read = read_evidence(layer, seen, sensitivity, generator) if reads else None
-    return _Look(write, read, energy, output_energy(layer, moments))
+    return _Look(write, read, qk, output_evidence(layer, moments, sensitivity, generator))
 
 
 def _read(chains: list[Tensor], evidences: list[Evidence], settings: Settings) -> HeadScores:
@@ -164,13 +157,12 @@ def _attention_steps(layer: Attention, look: _Look, guide: Tensor, settings: Set
     criterion, found, size = CRITERIA[settings.method], _column_steps(layer, look, settings), layer.geometry
     eliminations: dict[str, Elimination] = {}
     if "heads" in settings.groups:
-        eliminations["heads"] = criterion(replace(look.write, guide=guide), heads_of(size))
-    if look.energy is not None:
-        weight, energy = layer.read.weight, look.energy
-        scores = qk_scores(settings.method, weight, energy.channels, energy.worth, look.write.generator)
-        eliminations["qk"] = by_score(scores.flatten(), channels_of(size.num_heads, size))
+        eliminations["heads"] = criterion.eliminate(replace(look.write, guide=guide), heads_of(size))
+    if look.qk is not None:
+        costs = criterion.qk_costs(look.qk)
+        eliminations["qk"] = by_score(costs.flatten(), channels_of(size.num_heads, size))
     if "v" in settings.groups:
-        eliminations["v"] = criterion(look.write, channels_of(size.num_heads, size))
+        eliminations["v"] = criterion.eliminate(look.write, channels_of(size.num_heads, size))
     for group, elimination in eliminations.items():
         found[group] = [
             Step(1 if group == "heads" else len(columns), loss, int(columns[0]) // size.head_dim)
@@ -182,17 +174,18 @@ def _attention_steps(layer: Attention, look: _Look, guide: Tensor, settings: Set
 def _mlp_steps(layer: Mlp, look: _Look, settings: Settings) -> dict[str, list[Step]]:
     found = _column_steps(layer, look, settings)
     if "hidden" in settings.groups:
-        found["hidden"] = _plain_steps(CRITERIA[settings.method](look.write, neurons_of(layer.geometry)))
+        found["hidden"] = _plain_steps(CRITERIA[settings.method].eliminate(look.write, neurons_of(layer.geometry)))
     return found
 
 
 def _column_steps(layer: Attention | Mlp, look: _Look, settings: Settings) -> dict[str, list[Step]]:
     found, prefix = {}, layer.prefix
     if look.read is not None:
-        found[prefix + "_in"] = _plain_steps(CRITERIA[settings.method](look.read, columns_of(layer.read.in_features)))
+        grouping = columns_of(layer.read.in_features)
+        found[prefix + "_in"] = _plain_steps(CRITERIA[settings.method].eliminate(look.read, grouping))
     if prefix + "_out" in settings.groups:
-        scores = output_scores(settings.method, layer.write.weight, look.outputs, look.write)
-        found[prefix + "_out"] = _plain_steps(by_score(scores, columns_of(len(scores))))
+        costs = CRITERIA[settings.method].output_costs(look.outputs)
+        found[prefix + "_out"] = _plain_steps(by_score(costs, columns_of(len(costs))))
     return found
 
 
@@ -226,18 +219,21 @@ def read_evidence(layer: Sublayer, moments: Moments, sensitivity: Sensitivity, g
     )
 
 
-def output_energy(layer: Sublayer, moments: Moments) -> Tensor:
-    """Return the mean square of what a sublayer adds to each residual feature, float64 [D]."""
+def output_evidence(
+    layer: Sublayer, moments: Moments, sensitivity: Sensitivity, generator: torch.Generator
+) -> OutputEvidence:
+    """Return what a criterion may know of the outputs of a sublayer, from the moments of what ``write`` reads."""
     weight = layer.write.weight.detach().double()
     mean = weight @ moments.mean()
     if layer.write.bias is not None:
         mean = mean + layer.write.bias.detach().double()
     spread = (weight @ moments.covariance() * weight).sum(dim=1)
-    return (spread + mean.square()) * layer.gain().square()
+    energy = (spread + mean.square()) * layer.gain().square()
+    return OutputEvidence(layer.write.weight, energy, sensitivity.metric, generator)
 
 
-def qk_energies(layer: Attention, x: Tensor, sensitivity: Sensitivity) -> QKEnergy:
-    """Return what the QK channels of an attention half do on the stream x [images, N, D]."""
+def qk_evidence(layer: Attention, x: Tensor, sensitivity: Sensitivity, generator: torch.Generator) -> QKEvidence:
+    """Return what a criterion may know of the QK channels of an attention half on the stream x [images, N, D]."""
     size = layer.geometry
     heads, width = size.num_heads, size.head_dim
     channels = torch.zeros(heads, width, dtype=torch.float64, device=x.device)
@@ -250,7 +246,7 @@ def qk_energies(layer: Attention, x: Tensor, sensitivity: Sensitivity) -> QKEner
     weight = layer.written()
     cost = weight.T @ sensitivity.metric @ weight * (moments.xx / moments.weight)
     worth = torch.stack([cost[head][:, head].sum() for head in heads_of(size).pools])
-    return QKEnergy(channels, worth)
+    return QKEvidence(layer.read.weight, channels, worth, generator)
 
 
 def heads_of(size: BlockGeometry) -> Grouping:

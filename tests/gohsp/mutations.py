@@ -213,6 +213,10 @@ MUTATIONS = {
         "scores.py", "(len(importance) * importance).clamp_min", "importance.clamp_min",
         "test_scores.py::test_head_guide_is_one_for_an_average_head",
     ),
+    "scores: prices of outputs are not shares": Mutation(
+        "scores.py", "return self._scaled(self.outputs(evidence))", "return self.outputs(evidence).cpu()",
+        "test_scores.py::test_a_criterion_of_ones_own_is_on_one_scale",
+    ),
     "scores: QK energy with the mean of the keys": Mutation(
         "scores.py", "centred = keys.double() - keys.double().mean(dim=2, keepdim=True)", "centred = keys.double()",
         "test_scores.py::test_qk_energy_is_the_sum_of_squared_terms_of_the_scores",

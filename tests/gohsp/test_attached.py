@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 import gohsp
-from gohsp import scores
 from gohsp_kernels import _native
 
 Make = Callable[..., Any]
@@ -311,15 +309,3 @@ def test_a_default_device_does_not_reach_pruning_and_loading(tmp_path: Path, mak
     assert all(tensor.device.type == "cpu" for tensor in (*loaded.parameters(), *loaded.buffers()))
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), small(x))
-
-
-def test_a_criterion_of_ones_own_is_on_one_scale() -> None:
-    """A name that the library does not know gets shares of outputs and of QK channels, as its columns are shares."""
-    energy, weight = torch.rand(8, dtype=torch.float64) * 50, torch.randn(8, 4)
-    evidence = SimpleNamespace(metric=torch.eye(8, dtype=torch.float64) * 3, generator=None)
-    costs = scores.output_scores("mine", weight, energy, evidence)  # type: ignore[arg-type]
-    assert float(costs.sum()) == pytest.approx(1)
-    channels = torch.rand(2, 4, dtype=torch.float64) * 50
-    worth = torch.ones(2, dtype=torch.float64)
-    of_qk = scores.qk_scores("mine", weight, channels, worth, torch.Generator())
-    assert float(of_qk.sum()) == pytest.approx(1)

@@ -3,27 +3,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import gohsp
 from gohsp.ranking import cka
 from gohsp.scores import (
     CRITERIA,
     RIDGE,
+    Criterion,
     Elimination,
     Evidence,
     Grouping,
+    OutputEvidence,
+    QKEvidence,
     by_score,
     head_guide,
     information,
     obs,
-    output_scores,
     qk_energy,
-    qk_scores,
+    register,
 )
 from gohsp.statistics import damped
 
@@ -161,7 +166,7 @@ def test_guides_stay_with_their_heads() -> None:
 @pytest.mark.parametrize("name", CRITERIA)
 @pytest.mark.parametrize(("tile", "sizes"), [(5, [2, 5]), (4, [4, 4]), (12, [])])
 def test_the_odd_rest_goes_first_and_a_tile_stays(name: str, tile: int, sizes: list[int]) -> None:
-    got = CRITERIA[name](evidence(), singles(tile=tile, floor=tile))
+    got = CRITERIA[name].eliminate(evidence(), singles(tile=tile, floor=tile))
     assert [len(step) for step in got.steps] == sizes
     assert len(got.left) == tile
     assert sorted(removed(got) + got.left.tolist()) == list(range(COLUMNS))
@@ -169,7 +174,7 @@ def test_the_odd_rest_goes_first_and_a_tile_stays(name: str, tile: int, sizes: l
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_one_head_always_stays(name: str) -> None:
-    got = CRITERIA[name](evidence(), heads())
+    got = CRITERIA[name].eliminate(evidence(), heads())
     assert len(got.steps) == 3
     assert [columns.tolist() for columns in got.steps if len(columns) != 3 or int(columns[0]) % 3] == []
     assert len(got.left) == 3
@@ -177,15 +182,19 @@ def test_one_head_always_stays(name: str) -> None:
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_channels_leave_a_tile_in_every_head(name: str) -> None:
-    got = CRITERIA[name](evidence(), Grouping(list(torch.arange(COLUMNS).split(6)), 2, 2))
+    got = CRITERIA[name].eliminate(evidence(), Grouping(list(torch.arange(COLUMNS).split(6)), 2, 2))
     assert [len({int(column) // 6 for column in step}) for step in got.steps] == [1] * 4
     assert (got.left < 6).sum() == 2
 
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_keep_stops_the_same_elimination_early(name: str) -> None:
-    whole = CRITERIA[name](replace(evidence(), generator=torch.Generator().manual_seed(3)), singles(tile=2, floor=2))
-    part = CRITERIA[name](replace(evidence(), generator=torch.Generator().manual_seed(3)), singles(tile=2, floor=2), 6)
+    whole = CRITERIA[name].eliminate(
+        replace(evidence(), generator=torch.Generator().manual_seed(3)), singles(tile=2, floor=2)
+    )
+    part = CRITERIA[name].eliminate(
+        replace(evidence(), generator=torch.Generator().manual_seed(3)), singles(tile=2, floor=2), 6
+    )
     assert len(part.left) == 6
     assert removed(part) == removed(whole)[:6]
 
@@ -207,7 +216,7 @@ def test_scores_are_shares_by_hand(name: str, order: list[int], losses: list[flo
         metric=torch.eye(1, dtype=torch.float64),
         taylor=torch.tensor([1.0, 3.0, 5.0], dtype=torch.float64),
     )
-    got = CRITERIA[name](given, singles(3))
+    got = CRITERIA[name].eliminate(given, singles(3))
     assert removed(got) == order
     assert got.losses == pytest.approx(losses)
 
@@ -238,15 +247,15 @@ def test_information_of_a_copy_is_less_than_that_of_its_own_kind() -> None:
 
 def test_what_was_not_measured_is_asked_for() -> None:
     with pytest.raises(ValueError, match="evidence: wanted first-order terms"):
-        CRITERIA["taylor"](replace(evidence(), taylor=None), singles())
+        CRITERIA["taylor"].eliminate(replace(evidence(), taylor=None), singles())
     with pytest.raises(ValueError, match="evidence: wanted rows of the inputs"):
-        CRITERIA["information"](replace(evidence(), sample=None), singles())
+        CRITERIA["information"].eliminate(replace(evidence(), sample=None), singles())
 
 
 def test_obs_is_gohsp_without_the_graph() -> None:
     guided = replace(evidence(seed=6), guide=torch.tensor([100.0, 1.0, 1e-2, 1.0], dtype=torch.float64))
-    assert removed(CRITERIA["obs"](guided, heads())) == removed(obs(replace(guided, guide=None), heads()))
-    assert removed(CRITERIA["gohsp"](guided, heads())) != removed(CRITERIA["obs"](guided, heads()))
+    assert removed(CRITERIA["obs"].eliminate(guided, heads())) == removed(obs(replace(guided, guide=None), heads()))
+    assert removed(CRITERIA["gohsp"].eliminate(guided, heads())) != removed(CRITERIA["obs"].eliminate(guided, heads()))
 
 
 def test_evidence_of_some_columns() -> None:
@@ -263,17 +272,18 @@ def test_output_scores_by_hand() -> None:
     energy = torch.tensor([5.0, 1.0, 1.0, 2.0, 1.0], dtype=torch.float64)
     weight = normal(5, 7)
     cost = torch.tensor([5.0, 2.0, 3.0, 8.0, 5.0], dtype=torch.float64)
-    torch.testing.assert_close(output_scores("gohsp", weight, energy, given), cost)
-    torch.testing.assert_close(output_scores("taylor", weight, energy, given), cost / cost.sum())
-    torch.testing.assert_close(output_scores("activation", weight, energy, given), energy / 10)
+    outputs = OutputEvidence(weight, energy, given.metric, given.generator)
+    torch.testing.assert_close(CRITERIA["gohsp"].output_costs(outputs), cost)
+    torch.testing.assert_close(CRITERIA["taylor"].output_costs(outputs), cost / cost.sum())
+    torch.testing.assert_close(CRITERIA["activation"].output_costs(outputs), energy / 10)
     norms = weight.abs().sum(dim=1)
-    torch.testing.assert_close(output_scores("l1", weight, energy, given), norms / norms.sum())
+    torch.testing.assert_close(CRITERIA["l1"].output_costs(outputs), norms / norms.sum())
 
 
 def test_random_follows_its_generator() -> None:
     def draw(seed: int) -> list[int]:
         return removed(
-            CRITERIA["random"](replace(evidence(), generator=torch.Generator().manual_seed(seed)), singles())
+            CRITERIA["random"].eliminate(replace(evidence(), generator=torch.Generator().manual_seed(seed)), singles())
         )
 
     assert draw(1) == draw(1)
@@ -307,24 +317,75 @@ def test_qk_energy_is_the_sum_of_squared_terms_of_the_scores() -> None:
 
 def test_qk_scores_share_what_the_heads_attention_is_worth() -> None:
     energy, worth = normal(2, 4).abs(), torch.tensor([3.0, 0.5], dtype=torch.float64)
-    weight, generator = normal(3 * 8, 6, seed=1), torch.Generator().manual_seed(0)
-    got = qk_scores("gohsp", weight, energy, worth, generator)
+    weight = normal(3 * 8, 6, seed=1)
+
+    def costs(name: str) -> Tensor:
+        return CRITERIA[name].qk_costs(QKEvidence(weight, energy, worth, torch.Generator().manual_seed(5)))
+
+    got = costs("gohsp")
     torch.testing.assert_close(got.sum(dim=1), worth)
     torch.testing.assert_close(got[0] / got[0].sum(), energy[0] / energy[0].sum())
-    torch.testing.assert_close(qk_scores("activation", weight, energy, worth, generator), energy / energy.sum())
+    torch.testing.assert_close(costs("activation"), energy / energy.sum())
     products = weight[:8].square().sum(dim=1) * weight[8:16].square().sum(dim=1)
-    magnitudes = qk_scores("l2", weight, energy, worth, generator).flatten()
+    magnitudes = costs("l2").flatten()
     torch.testing.assert_close(magnitudes, products / products.sum())
-    chance = qk_scores("random", weight, energy, worth, torch.Generator().manual_seed(5))
-    again = qk_scores("random", weight, energy, worth, torch.Generator().manual_seed(5))
-    assert torch.equal(chance, again)
+    chance = costs("random")
+    assert torch.equal(chance, costs("random"))
     assert chance.sum().item() == pytest.approx(1)
 
 
 def test_a_silent_head_costs_nothing() -> None:
     energy = torch.zeros(2, 4, dtype=torch.float64)
-    got = qk_scores("gohsp", normal(24, 6), energy, torch.ones(2, dtype=torch.float64), torch.Generator())
-    assert not got.any()
+    given = QKEvidence(normal(24, 6), energy, torch.ones(2, dtype=torch.float64), torch.Generator())
+    assert not CRITERIA["gohsp"].qk_costs(given).any()
+
+
+class WeightTimesDeviation(Criterion):
+    """A criterion from outside the package, in the fewest lines; its prices are far from shares."""
+
+    name = "mine"
+
+    def columns(self, evidence: Evidence, grouping: Grouping) -> Tensor:
+        return 50 * evidence.weight.abs().sum(dim=0) * evidence.covariance.diagonal().sqrt()
+
+
+@pytest.fixture
+def mine() -> Iterator[Criterion]:
+    criterion = WeightTimesDeviation()
+    register(criterion)
+    yield criterion
+    del CRITERIA["mine"]
+
+
+def test_a_criterion_of_ones_own_is_on_one_scale(mine: Criterion) -> None:
+    energy = 50 * normal(FEATURES).square()
+    outputs = OutputEvidence(normal(FEATURES, 7), energy, 3 * torch.eye(FEATURES), torch.Generator())
+    heads_of_two = QKEvidence(normal(24, 6), 50 * normal(2, 4).square(), normal(2).square(), torch.Generator())
+    floor = Grouping([torch.arange(COLUMNS)], 1, 0)
+    left = mine.eliminate(evidence(), floor)
+    prices = mine.columns(evidence(), floor)
+    assert sum(left.losses) == pytest.approx(float(1 - prices.max() / prices.sum()))
+    assert float(mine.output_costs(outputs).sum()) == pytest.approx(1)
+    assert float(mine.qk_costs(heads_of_two).sum()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("optimiser", ["ridge", "admm", "drop"])
+def test_a_criterion_of_ones_own_prunes(mine: Criterion, make_model: Any, images: Any, optimiser: str) -> None:
+    groups = ("heads", "qk", "v", "hidden", "attn_in", "attn_out", "mlp_in", "mlp_out")
+    found = gohsp.prune(make_model(), [images()], {"params": 0.8}, mine.name, groups=groups, optimiser=optimiser)
+    assert found.report.method == "mine" and found.report.pruned.params <= 0.8 * found.report.dense.params
+
+
+def test_a_criterion_that_cannot_be_told_from_others_is_refused() -> None:
+    for name, scale, message in (
+        ("", "share", "one that is free"),
+        ("l1", "share", "one that is free"),
+        ("x", "log", "wanted 'share' or 'loss'"),
+    ):
+        criterion: Any = Criterion()
+        criterion.name, criterion.scale = name, scale
+        with pytest.raises(ValueError, match=message):
+            register(criterion)
 
 
 def test_columns_that_leave_together_are_priced_one_after_the_other() -> None:
