@@ -13,25 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
-from bench import (
-    accuracy,
-    contenders,
-    content,
-    contention,
-    end_to_end,
-    environment,
-    gpu_model,
-    gpu_static,
-    kernels,
-    proportion,
-    roofline,
-    sublayers,
-    trained,
-    training,
-)
-from bench.cases import Case
-from bench.environment import Settings, available_cores
-from bench.store import DEFAULT_PATH
+from bench.gpu import paper_model, static
+from bench.harness import contenders, environment
+from bench.harness.cases import Case
+from bench.harness.environment import Settings, available_cores
+from bench.harness.results import DEFAULT_PATH
+from bench.routines import content, contention, end_to_end, operators, proportion, roofline, sublayers, training_step
+from bench.studies import one_shot, trained
 from gohsp.recipe import read_recipe
 
 
@@ -81,7 +69,7 @@ MODEL, PRESET, BATCH, ROUNDS = ["deit_small_patch16_224"], ["4x960"], [1, 8], 20
 TRAINING_BATCH = [8]
 THREADS = available_cores()
 CONTENDERS = list(contenders.CONTENDERS)
-TARGETS = list(gpu_static.SHARED_BYTES)
+TARGETS = list(static.SHARED_BYTES)
 console = Console()
 
 
@@ -125,14 +113,14 @@ def kernels_command(
     out: Out = DEFAULT_PATH,
 ) -> None:
     """The operators packed_linear and ragged_attention over shapes, against the same in PyTorch."""
-    _finish(kernels.run(_settings(threads, rounds, out)))
+    _finish(operators.run(_settings(threads, rounds, out)))
 
 
 @app.command("accuracy")
 def accuracy_command(
-    study: Annotated[str, typer.Argument(help=f"One of {', '.join(accuracy.STUDIES)}.")],
+    study: Annotated[str, typer.Argument(help=f"One of {', '.join(one_shot.STUDIES)}.")],
     data: Annotated[Path, typer.Option(help="CIFAR-10 as a folder with train/ and test/, a subfolder a class.")],
-    out: Annotated[Path, typer.Option(help="Folder of the CSV files.")] = accuracy.DEFAULT_FOLDER,
+    out: Annotated[Path, typer.Option(help="Folder of the CSV files.")] = one_shot.DEFAULT_FOLDER,
     train: Annotated[int, typer.Option(min=10, help="Images that heads are fitted on.")] = 3000,
     test: Annotated[int, typer.Option(min=10, help="Images that top-1 is counted on.")] = 2000,
     calibration: Annotated[int, typer.Option(min=1, help="Images that pruning looks at, without labels.")] = 256,
@@ -143,16 +131,16 @@ def accuracy_command(
     ] = False,
 ) -> None:
     """What pruning keeps of the accuracy of a real ViT-Small on CIFAR-10; a stopped study goes on where it was."""
-    if study not in accuracy.STUDIES:
-        raise typer.BadParameter(f"study: wanted one of {', '.join(accuracy.STUDIES)}, got {study}")
+    if study not in one_shot.STUDIES:
+        raise typer.BadParameter(f"study: wanted one of {', '.join(one_shot.STUDIES)}, got {study}")
     if times:
-        from bench import plot
+        from bench.harness import charts
 
-        accuracy.add_times(out / f"{study}.csv")
+        one_shot.add_times(out / f"{study}.csv")
         if study == "one-shot":  # whose rows are points of a line
-            plot.draw_accuracy(out / f"{study}.csv", out / f"{study}.svg")
+            charts.draw_accuracy(out / f"{study}.csv", out / f"{study}.svg")
         return
-    accuracy.run(study, data, out, train=train, test=test, calibration=calibration, minutes=minutes)
+    one_shot.run(study, data, out, train=train, test=test, calibration=calibration, minutes=minutes)
 
 
 @app.command("trained", cls=SpreadCommand)
@@ -175,7 +163,7 @@ def trained_command(
         bool, typer.Option("--times", help="Measure what the models cost instead, on a quiet machine.")
     ] = False,
     work: Annotated[Path, typer.Option(help="Folder of the runs, which go on where they were.")] = trained.WORK,
-    out: Annotated[Path, typer.Option(help="Folder of the CSV files.")] = accuracy.DEFAULT_FOLDER,
+    out: Annotated[Path, typer.Option(help="Folder of the CSV files.")] = one_shot.DEFAULT_FOLDER,
 ) -> None:
     """Top-1 after light training: dense, gohsp, magnitude, Taylor and Torch-Pruning, all trained alike."""
     changes: dict[str, dict[str, Any]] = {"data": {"source": str(data)}, "fit": {"precision": precision}}
@@ -255,16 +243,16 @@ def training_command(
     out: Out = DEFAULT_PATH,
 ) -> None:
     """A step of fine-tuning: the compact model against the dense one, masked and not."""
-    _finish(training.run(_cases(model, preset, image_size), batch, _settings(threads, rounds, out)))
+    _finish(training_step.run(_cases(model, preset, image_size), batch, _settings(threads, rounds, out)))
 
 
 @app.command("gpu-model", cls=SpreadCommand)
 def gpu_model_command(
-    model: Models = list(gpu_model.PRESETS),  # noqa: B006 (typer copies it)
-    batch: Batches = list(gpu_model.BATCHES),  # noqa: B006
+    model: Models = list(paper_model.PRESETS),  # noqa: B006 (typer copies it)
+    batch: Batches = list(paper_model.BATCHES),  # noqa: B006
 ) -> None:
     """Bytes and times of the Triton launches on GPUs that are not here: modelled from data sheets, not measured."""
-    gpu_model.run(model, batch)
+    paper_model.run(model, batch)
 
 
 @app.command("gpu-static", cls=SpreadCommand)
@@ -273,7 +261,7 @@ def gpu_static_command(
     triton: Annotated[bool, typer.Option(help="Compile Triton's kernels too; takes minutes the first time.")] = True,
 ) -> None:
     """Registers, shared memory and occupancy of the GPU kernels, read from the binaries; needs no GPU."""
-    raise typer.Exit(gpu_static.run(target, triton, console))
+    raise typer.Exit(static.run(target, triton, console))
 
 
 @app.command("plot")
@@ -283,9 +271,9 @@ def plot_command(
 ) -> None:
     """Charts (SVG) from the CSV file alone."""
     # Here, because matplotlib belongs to an extra of the package.
-    from bench import plot
+    from bench.harness import charts
 
-    for path in plot.draw_all(source, out or source.parent):
+    for path in charts.draw_all(source, out or source.parent):
         console.print(f"wrote {path}")
 
 
