@@ -6,14 +6,14 @@ it has learnt the task already: all methods start from the dense model that the 
 many epochs again; in the third (``again`` twice) from the dense model of the second, and so on.
 
 A run is a folder with the checkpoint of its training and, when it has ended, result.json; so a study that was killed
-goes on in the middle of a training run, and processes with other methods or seeds can share the folder of all runs. The
-table holds all results there are.
+goes on in the middle of a training run. A run that is there with other settings is refused, so that no table takes it
+for what was asked. Processes with other methods or seeds can share the folder of all runs. The table holds all results
+that there are.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -30,7 +30,7 @@ import gohsp
 from bench.harness.results import write_table
 from bench.harness.timing import TIMES, time_against
 from gohsp import vit
-from gohsp.files import write_json
+from gohsp.files import read_json, write_json
 from gohsp.mask import ModelMask
 from gohsp.recipe import Admm, Distillation, Recipe, make_recipe
 from gohsp.runs.datasets import Images, open_images
@@ -44,6 +44,8 @@ from gohsp.training.losses import Distilled
 BATCH = 32
 RECIPE = Path("recipes/vit_small_cifar10_40_cpu.yaml")
 WORK = Path("build/trained")
+START, RESULT = "start.json", "result.json"  # of a run
+_WAYS_OUT = "give the settings that it had, name another --work, or remove the folder"
 AGAIN = 1000  # added to the seed of training, so that each study draws other things than the one before
 ANSWERS = Distillation(kind="soft", weight=0.5, temperature=2.0)
 FEATURES = Distillation(kind="soft", weight=0.7, temperature=2.0, features=4.0)
@@ -56,13 +58,13 @@ class Result:
 
     Attributes:
         method: A key of :data:`METHODS`.
-        seed: Of the images that are taken, the pruning and the training.
+        seed: Seed of the choice of images, the pruning and the training.
         params_m: Millions of parameters.
         before, top1: Share of test images that are classified right, just after pruning without training and after all
             training.
-        curve: The same after each epoch.
-        images, test_images, epochs, lr, precision: Of the training.
-        prune_seconds, epoch_seconds: On the machine and in the company that the run had.
+        curve: The same share after each epoch.
+        images, test_images, epochs, lr, precision: Settings of the training.
+        prune_seconds, epoch_seconds: Times on the machine and in the company that the run had.
     """
 
     method: str
@@ -198,7 +200,7 @@ def run(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], work: Path
 
     Raises:
         FileNotFoundError: A dense model of a seed is wanted, to start from or to learn from, and has not been trained.
-        ValueError: There is no method of that name, or ADMM has too few epochs.
+        ValueError: There is no method of that name, ADMM has too few epochs, or a run is there with other settings.
     """
     _check(methods)
     console = Console()
@@ -207,19 +209,20 @@ def run(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], work: Path
         seeded = recipe.model_copy(update={"seed": seed})
         for method in methods:
             folder = runs / f"{method}-{seed}"
-            if not (folder / "result.json").is_file():
+            start = _read_start(folder, seeded)
+            if not (folder / RESULT).is_file():
                 folder.mkdir(parents=True, exist_ok=True)
-                result = _run_one(seeded, method, work, folder, again)
-                write_json(folder / "result.json", asdict(result))
+                result = _run_one(seeded, method, work, folder, again, start)
+                write_json(folder / RESULT, asdict(result))
                 console.print(f"{method}, seed {seed}: {result.before:.2%} -> {result.curve}", highlight=False)
-            results = [json.loads(path.read_text()) for path in sorted(runs.glob("*/result.json"))]
+            results = [read_json(path) for path in sorted(runs.glob(f"*/{RESULT}"))]
             write_table(out, COLUMNS, sorted(results, key=lambda r: (list(METHODS).index(r["method"]), r["seed"])))
 
 
 def _trained_dense(runs: Path, seed: int) -> dict[str, Tensor]:
     """Return the weights that the dense model of a study ended with."""
     folder = runs / f"dense-{seed}"
-    if not (folder / "result.json").is_file():
+    if not (folder / RESULT).is_file():
         raise FileNotFoundError(f"{folder}: wanted the dense model, trained to its end; run that method first")
     return checkpoint.read(folder / CHECKPOINT).part("model")
 
@@ -264,13 +267,52 @@ def _runs(work: Path, again: int) -> Path:
     return work.joinpath(*["again"] * again)
 
 
-def _run_one(recipe: Recipe, method: str, work: Path, folder: Path, again: int) -> Result:
+@dataclass(frozen=True)
+class Start:
+    """What a run knows before it trains, kept in its folder as start.json.
+
+    Attributes:
+        settings: The recipe as plain values.
+        before, prune_seconds: See :class:`Result`.
+    """
+
+    settings: dict[str, Any]
+    before: float
+    prune_seconds: float
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json")
+
+
+def _read_start(folder: Path, recipe: Recipe) -> Start | None:
+    """Return how the run in a folder began; None if it has not, or has trained nothing yet with other settings.
+
+    Raises:
+        ValueError: It has other settings, or it ended and does not say with which.
+    """
+    path = folder / START
+    if not path.is_file():
+        if (folder / RESULT).is_file():  # a killed run without it is up to the settings in its checkpoint
+            raise ValueError(f"{folder}: wanted {START} with the settings of this result, found none; {_WAYS_OUT}")
+        return None
+    start = Start(**read_json(path))
+    if other := sorted(name for name, value in _settings(recipe).items() if start.settings.get(name) != value):
+        if not any((folder / name).is_file() for name in (CHECKPOINT, RESULT)):
+            return None
+        raise ValueError(f"{folder}: belongs to a run with another {', '.join(other)}; {_WAYS_OUT}")
+    return start
+
+
+def _run_one(recipe: Recipe, method: str, work: Path, folder: Path, again: int, start: Start | None) -> Result:
     model, images = _open(recipe, work, again)
     started = time.perf_counter()
     own = METHODS[method]
     student = own.prune(model, images, recipe)
     pruned = time.perf_counter() - started
-    before = evaluate(student, images.test)["top1"]
+    if start is None:
+        start = Start(_settings(recipe), evaluate(student, images.test)["top1"], round(pruned, 1))
+        write_json(folder / START, asdict(start))
     distilled = None
     if own.distill is not None:
         teacher = copy.deepcopy(model)
@@ -286,7 +328,7 @@ def _run_one(recipe: Recipe, method: str, work: Path, folder: Path, again: int) 
         method=method,
         seed=recipe.seed,
         params_m=round(_params(student) / 1e6, 3),
-        before=before,
+        before=start.before,
         top1=top1[-1],
         curve=" ".join(f"{share:.4f}" for share in top1),
         images=len(images.train),
@@ -294,7 +336,7 @@ def _run_one(recipe: Recipe, method: str, work: Path, folder: Path, again: int) 
         epochs=recipe.fit.epochs,
         lr=recipe.fit.lr,
         precision=recipe.fit.precision,
-        prune_seconds=round(pruned, 1),
+        prune_seconds=start.prune_seconds,
         epoch_seconds=round(sorted(row["seconds"] for row in history)[len(history) // 2], 1),
     )
 
@@ -314,7 +356,7 @@ def _train(
         test=images.test,
         fit=recipe.fit,
         seed=seed,
-        settings=recipe.model_dump(mode="json"),
+        settings=_settings(recipe),
         distilled=distilled,
         directory=folder,
         workers=recipe.data.workers,

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.harness.results import read_table
 from bench.studies import trained
+from gohsp.files import write_json
 from gohsp.recipe import Recipe, read_recipe
 from gohsp.training import checkpoint
 
@@ -47,6 +50,49 @@ def test_a_stopped_study_goes_on(recipe: Recipe, tmp_path: Path, monkeypatch: py
     assert [row["curve"] for row in read_table(table)] == [row["curve"] for row in whole]
     monkeypatch.setattr(trained, "_run_one", lambda *_: pytest.fail("it has its result"))
     trained.run(recipe, ["dense"], [0], work, table)
+
+
+def test_a_run_that_goes_on_is_not_judged_again(recipe: Recipe, tmp_path: Path, monkeypatch) -> None:
+    work, table = tmp_path / "work", tmp_path / "table.csv"
+    trained.run(recipe, ["dense"], [0], work, table)
+    (whole,) = read_table(table)
+    (work / "dense-0" / "result.json").unlink()
+    monkeypatch.setattr(trained, "evaluate", lambda *_: pytest.fail("it has been judged before training"))
+    trained.run(recipe, ["dense"], [0], work, table)
+    (again,) = read_table(table)
+    assert (again["before"], again["prune_seconds"]) == (whole["before"], whole["prune_seconds"])
+
+
+def test_a_run_with_other_settings_is_refused_whether_it_has_ended_or_not(recipe: Recipe, tmp_path: Path) -> None:
+    work, table = tmp_path / "work", tmp_path / "table.csv"
+    trained.run(recipe, ["dense"], [0], work, table)
+    before = table.read_bytes()
+    changes: list[tuple[str, dict[str, dict[str, Any]]]] = [
+        ("fit", {"fit": {"lr": 1e-3}}),
+        ("prune", {"prune": {"images": 4}}),
+    ]
+    for _ in range(2):
+        for section, change in changes:
+            with pytest.raises(
+                ValueError, match=f"dense-0: belongs to a run with another {section}; give the settings"
+            ):
+                trained.run(trained.changed(recipe, change), ["dense"], [0], work, table)
+        (work / "dense-0" / "result.json").unlink(missing_ok=True)
+    assert table.read_bytes() == before
+
+
+def test_what_has_trained_nothing_yet_may_begin_with_other_settings(recipe: Recipe, tmp_path: Path) -> None:
+    """As after a run that found no teacher."""
+    start = trained.Start({"fit": "another"}, 0.25, 1.0)
+    write_json(tmp_path / trained.START, dataclasses.asdict(start))
+    assert trained._read_start(tmp_path, recipe) is None
+
+
+def test_a_result_of_unknown_settings_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "dense-0").mkdir()
+    write_json(tmp_path / "dense-0" / "result.json", {})
+    with pytest.raises(ValueError, match=r"dense-0: wanted start\.json with the settings of this result, found none"):
+        trained.run(recipe, ["dense"], [0], tmp_path, tmp_path / "table.csv")
 
 
 def test_a_teacher_has_to_be_there(recipe: Recipe, tmp_path: Path) -> None:
