@@ -215,7 +215,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu_race", description=__doc__)
     parser.add_argument("what", choices=("models", "kernels"))
     parser.add_argument("--model", default="deit_small_patch16_224")
-    parser.add_argument("--preset", default="4x960", help="as of the other benchmarks: heads x neurons, ragged, a file")
+    parser.add_argument(
+        "--preset", default="4x960", help="what is kept, as in the other benchmarks: HEADSxNEURONS, ragged, a mask file"
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--compile", action="store_true", help="also torch.compile in max-autotune: a minute a batch")

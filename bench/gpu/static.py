@@ -43,9 +43,9 @@ class Cost:
         backend: "cuda" or "triton".
         target: a key of SHARED_BYTES.
         kernel: name and, of the CUDA kernels, template arguments.
-        threads: of a block.
-        shared_bytes: of a block, dynamic.
-        registers: of a thread.
+        threads: threads of a block.
+        shared_bytes: dynamic shared memory of a block.
+        registers: registers of a thread.
         spilled_bytes: stack of a thread.
         matrix_instructions: HMMA and its successors in the code.
         wide_copies: asynchronous copies and loads of 16 bytes from global memory in the code.

@@ -23,7 +23,7 @@ class Chart:
     """A chart of bars: one metric of one routine.
 
     Attributes:
-        metric: Of the rows that are drawn.
+        metric: Metric of the rows that are drawn.
         axis: What the bars show.
     """
 

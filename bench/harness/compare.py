@@ -38,12 +38,12 @@ class ReadyContender:
     """A contender, ready to run one input.
 
     Attributes:
-        name: As printed and stored.
+        name: Its name, as printed and stored.
         run: Computes the result; returns when it is there.
         expected: What the result has to be, float64.
-        version: Of the library that computes it.
+        version: Version of the library that computes it.
         setup_seconds: What compilation or export took; not part of any timing.
-        dtype: Of weights and activations, as stored.
+        dtype: Type of weights and activations, as stored.
         tolerance: Largest relative error of a result that may be timed.
     """
 
@@ -106,9 +106,9 @@ def compare(place: Place, contenders: Sequence[ReadyContender], settings: Settin
 
     Args:
         place: Where the numbers belong.
-        contenders: Who is compared.
+        contenders: Those that are compared.
         settings: Rounds, threads, file and console.
-        title: Of the table.
+        title: Title of the table.
 
     Raises:
         ValueError: No contender computes the right result.
@@ -133,11 +133,11 @@ def row(
 
     Args:
         place: Where the number belongs.
-        contender: Whom it belongs to.
+        contender: Name of the contender that it belongs to.
         metric: What it is.
         values: One a round, in ``unit``.
-        unit: Of the values.
-        settings: Of the run.
+        unit: Unit of the values.
+        settings: Settings of the run.
         changes: Other values of columns, such as ``version``.
     """
     p20, median, p80 = (float(value) for value in np.percentile(values, (20, 50, 80)))

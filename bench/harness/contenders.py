@@ -51,7 +51,7 @@ class Job:
     Attributes:
         work: The models.
         images: The input, [batch, C, height, width].
-        threads: How many it may use.
+        threads: Number of threads that it may use.
         scratch: Directory for exported models.
     """
 
@@ -70,7 +70,7 @@ class Contender:
         library: Distribution whose version is stored.
         pruned: False for the unpruned model, which is checked against itself in float64.
         optional: Whether it is left out, with the reason, where another library fails to make it.
-        dtype: Of weights and activations, as stored.
+        dtype: Type of weights and activations, as stored.
         tolerance: Largest relative error of a result that may be timed.
     """
 
@@ -89,7 +89,7 @@ def ready(names: Sequence[str], work: Workload, images: Tensor, settings: Settin
     Those that cannot run are left out, and the reason is printed.
 
     Args:
-        names: Of the contenders; see :data:`CONTENDERS`.
+        names: Names of the contenders; see :data:`CONTENDERS`.
         work: The models.
         images: The input.
         settings: Threads and console.

@@ -31,7 +31,7 @@ class Settings:
     """What all routines need: how often, on how many threads, where to.
 
     Attributes:
-        threads: Of every contender.
+        threads: Number of threads of every contender.
         rounds: Timed spans of each contender.
         out: The CSV file.
         console: Where tables go.

@@ -23,17 +23,17 @@ class Row:
     """One number and all that tells it from others.
 
     Attributes:
-        routine: Which of the benchmark's commands measured it.
+        routine: The one of the benchmark's commands measured it.
         case: Model and preset, or a kernel's shape.
-        part: What of the case: "model", "attention", "mlp", the name of an operator.
+        part: The part of the case: "model", "attention", "mlp", the name of an operator.
         batch, tokens: Images, and tokens of each.
-        contender: Who ran it.
+        contender: Name of the contender that ran it.
         metric: What the value is: "time", "ratio", "growth", "rate" ...
-        dtype: Of weights and activations.
-        threads: Of every contender.
+        dtype: Type of weights and activations.
+        threads: Number of threads of every contender.
         cpu, isa: Name of the processor, instruction set of the kernels.
         torch, timm, version: Versions of torch, timm and the contender's own library.
-        commit: Of this repository; ends in "-dirty" where tracked files had changes.
+        commit: Commit of this repository; ends in "-dirty" where tracked files had changes.
         value, p20, p80: Median and percentiles over the rounds, in ``unit``.
         unit: "ms", "x" (a ratio), "GFLOP/s" ...
         rounds: Number of timed spans.

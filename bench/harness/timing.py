@@ -34,7 +34,7 @@ def time_in_turns(
         functions: What to time, by name. They return when their work is done.
         rounds: Timed spans of each function.
         console: Where the progress bar is shown.
-        title: Of the progress bar.
+        title: Title of the progress bar.
 
     Returns:
         Seconds of one call, by name; the rounds correspond.

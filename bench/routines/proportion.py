@@ -89,8 +89,8 @@ def deviations(timings: dict[str, Timing], preset: str, macs_removed: float) -> 
     """Return, round by round, by which share of the line's time a model is above the line (below: negative).
 
     Args:
-        timings: Of all models and of the matrix product.
-        preset: Whose deviation.
+        timings: Timings of all models and of the matrix product.
+        preset: The model whose deviation is wanted.
         macs_removed: Multiply-accumulates that this model lacks.
     """
     dense, cut, gemm = (np.asarray(timings[name].seconds) for name in (DENSE, preset, GEMM))

@@ -46,8 +46,8 @@ class Part:
     Attributes:
         name: "attention", "mlp", or "encoder" for both.
         run: Runs them.
-        linear_flops, attention_flops: Of the linear layers, and of QK^T and PV.
-        bytes: Of weights, input and output.
+        linear_flops, attention_flops: FLOPs of the linear layers, and of QK^T and PV.
+        bytes: Bytes of weights, input and output.
     """
 
     name: str
@@ -79,7 +79,7 @@ def run(todo: Sequence[Case], batches: Sequence[int], settings: Settings, backen
         todo: The cases.
         batches: Images at a time.
         settings: Rounds, threads, file and console.
-        backend: Of gohsp_kernels, whose share is measured.
+        backend: Backend of gohsp_kernels whose share is measured.
 
     Returns:
         Names of the parts that were refused for a wrong result: then nothing is timed.

@@ -57,7 +57,7 @@ def step(model: nn.Module, images: Tensor, after: Callable[[], object] = lambda:
     """Return a function that makes one step of a model, in place, and gives its logits.
 
     Args:
-        model: In evaluation mode and without gradients; it is switched to training.
+        model: A model in evaluation mode and without gradients; it is switched to training.
         images: The batch.
         after: Called at the end of each step.
     """

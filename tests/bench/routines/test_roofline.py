@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the routines compute, apart from how they are called."""
+"""Limits, rates and stages: what they are made of, and that they add up."""
 
 from __future__ import annotations
 
 import dataclasses
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,66 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import gohsp_kernels as gk
 from bench.harness import results
 from bench.harness.cases import Workload
-from bench.harness.compare import TOLERANCE, check
 from bench.harness.environment import Settings
-from bench.routines import contention, operators, proportion, roofline, sublayers
-from bench.routines.operators import Attention, Linear
+from bench.routines import roofline, sublayers
 from gohsp.timing import Timing
 
-from ..conftest import TINY, printed
-
-NATIVE = bool(gk.can_run("cpu"))
-
-
-@pytest.mark.parametrize("part", sublayers.PARTS)
-@pytest.mark.parametrize("kind", ["ragged_work", "uniform_work"])
-def test_sublayers_of_all_contenders_agree(
-    part: str, kind: str, settings: Settings, request: pytest.FixtureRequest
-) -> None:
-    work = request.getfixturevalue(kind)
-    contenders = sublayers.contenders(work, part, sublayers.tokens(work, 2), settings)
-    assert [contender.name for contender in contenders] == ["sliced", "gohsp-reference"] + ["gohsp"] * NATIVE
-    assert max(check(contenders).values()) < TOLERANCE
-
-
-def test_sublayers_of_all_blocks_make_a_model(ragged_work: Workload) -> None:
-    """The two kinds, block by block, are what the blocks of the masked dense model are."""
-    double = ragged_work.masked_in_double()
-    x = sublayers.tokens(ragged_work, 2).double()
-    steps = [sublayers.plain(block, part) for block in double.blocks for part in sublayers.PARTS]
-    assert torch.equal(sublayers.chain(steps, x)(), double.blocks(x))
-
-
-def test_sublayers_without_the_library_go_on_without_gohsp(
-    ragged_work: Workload, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gk, "can_run", lambda backend: gk.Support(False, "was not built"))
-    contenders = sublayers.contenders(ragged_work, "mlp", sublayers.tokens(ragged_work, 1), settings)
-    assert [contender.name for contender in contenders] == ["sliced", "gohsp-reference"]
-    assert "left out: gohsp: was not built" in printed(settings)
-
-
-@pytest.mark.parametrize("case", operators.CASES, ids=lambda case: f"{case.part} {case.label} {case.batch}")
-def test_kernels_agree_with_float64_on_every_shape(case: Linear | Attention) -> None:
-    assert max(check(operators.contenders(case, NATIVE)).values()) < TOLERANCE
-
-
-def test_kernel_shapes_include_awkward_ones() -> None:
-    linear = [case for case in operators.CASES if isinstance(case, Linear)]
-    attention = [case for case in operators.CASES if isinstance(case, Attention)]
-    assert any(case.inputs < case.features for case in linear) and any(case.outputs < case.results for case in linear)
-    assert any(case.tokens == 1 for case in linear) and any(case.outputs % 16 for case in linear)
-    assert any(0 in case.qk_widths for case in attention) and any(case.num_queries == 1 for case in attention)
-    assert len({(case.part, case.label, case.batch, case.tokens) for case in operators.CASES}) == len(operators.CASES)
-
-
-def test_plain_linear_leaves_unwritten_columns_zero() -> None:
-    case = Linear(1, 2, 8, 5, 9, 4)
-    tensors = case.tensors(torch.Generator().manual_seed(0))
-    result = case.plain(tensors)
-    written = torch.zeros(9, dtype=torch.bool).index_fill(0, tensors["out_cols"], True)
-    assert result.shape == (1, 2, 9)
-    assert bool((result[..., ~written] == 0).all()) and bool((result[..., written] != 0).all())
+from ..conftest import printed
 
 
 @pytest.mark.parametrize("kind", ["ragged_work", "uniform_work"])
@@ -189,68 +132,3 @@ def test_one_thread_is_for_the_call_only() -> None:
     torch.set_num_threads(2)
     roofline._on_one_thread(lambda: seen.append(torch.get_num_threads()), 2)()
     assert (seen, torch.get_num_threads()) == ([1], 2)
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
-    """The processes that are started during the test."""
-    processes: list[subprocess.Popen[bytes]] = []
-
-    class Recorded(subprocess.Popen):  # type: ignore[type-arg]
-        def __init__(self, *arguments: object, **options: object) -> None:
-            super().__init__(*arguments, **options)  # type: ignore[call-overload]
-            processes.append(self)
-
-    monkeypatch.setattr(subprocess, "Popen", Recorded)
-    return processes
-
-
-def test_a_core_is_busy_inside_the_block_and_free_after(started: list[subprocess.Popen[bytes]]) -> None:
-    with contention.busy_core() as core:
-        (process,) = started
-        assert _state(process.pid) == "R"  # it runs, or waits for nothing but a core
-        assert _allowed_cores(process.pid) == str(core)
-    assert process.returncode is not None
-
-
-def test_a_core_is_free_after_an_error_too(started: list[subprocess.Popen[bytes]]) -> None:
-    with pytest.raises(KeyError), contention.busy_core():
-        raise KeyError("x")
-    assert started[0].returncode is not None
-
-
-def test_systems_that_cannot_pin_are_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr("os.sched_getaffinity")
-    with pytest.raises(RuntimeError, match="cannot pin"), contention.busy_core():
-        pass
-
-
-def test_growth_is_of_the_median() -> None:
-    quiet, busy = Timing((2.0, 1.0, 4.0)), Timing((3.0, 8.0, 5.0))
-    assert contention.growths(quiet, busy) == [1.5, 4.0, 2.5]
-
-
-@pytest.mark.skipif(not NATIVE, reason="the CPU backend is not built")
-def test_proportion_times_every_cut_against_the_line(settings: Settings) -> None:
-    assert proportion.run(TINY, ["2x300", "ragged:0.5"], [2], settings) == []
-    rows = results.read(settings.out)
-    assert [row.case for row in rows if row.metric == "off-line"] == [
-        f"{TINY}/{p}" for p in ("dense", "2x300", "ragged:0.5")
-    ]
-    assert rows[1].value == 0.0  # the whole model is where the line starts
-    assert "off by" in printed(settings)
-
-
-def test_a_model_on_the_line_is_off_by_nothing() -> None:
-    """A product of 2048 cubed in 2 s: half of its multiply-accumulates less are a second less."""
-    timings = {"dense": Timing((5.0, 6.0)), "gemm": Timing((2.0, 4.0)), "cut": Timing((4.0, 6.0))}
-    assert proportion.deviations(timings, "cut", 2048**3 / 2) == [0.0, 0.5]
-
-
-def _state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-def _allowed_cores(pid: int) -> str:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next(line.split()[1] for line in status.splitlines() if line.startswith("Cpus_allowed_list"))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ import gohsp
 from bench.harness.results import read_table
 from bench.studies import one_shot
 from bench.studies.one_shot import STUDIES, Outcome, Trial
+from gohsp.budget import BlockBudget
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -93,6 +95,23 @@ def test_a_mask_of_the_same_size_from_what_a_row_says_is_kept() -> None:
         columns = [int(getattr(block, name).sum()) for name in ("attn_in", "attn_out", "mlp_in", "mlp_out")]
         assert "/".join(map(str, widths + columns)) == text
     assert [list(block.layout().qk_widths) for block in mask.blocks] == [[40, 32], [64]]
+
+
+def test_what_is_kept_is_read_and_written_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stored studies keep their meaning when the fields of a budget change places."""
+    from bench.harness.cases import Case, load
+    from tests.bench.conftest import TINY
+
+    assert set(one_shot.KEPT) == {f.name for f in dataclasses.fields(BlockBudget)}
+    model = load(Case(TINY, "dense")).dense
+    kept = "2/72/104/304/192/176/64/192 1/64/8/16/192/192/192/160"
+    before = one_shot.mask_with(model, kept)
+    reordered = dataclasses.make_dataclass("BlockBudget", [(name, int) for name in reversed(one_shot.KEPT)])
+    monkeypatch.setattr(one_shot, "BlockBudget", reordered)
+    for block, same in zip(one_shot.mask_with(model, kept).blocks, before.blocks, strict=True):
+        assert all(torch.equal(getattr(block, name), getattr(same, name)) for name in one_shot.KEPT)
+    widths = dict(zip(one_shot.KEPT, range(1, 9), strict=True))
+    assert one_shot._as_kept([reordered(**widths)] * 2) == "1/2/3/4/5/6/7/8 1/2/3/4/5/6/7/8"
 
 
 @pytest.fixture
