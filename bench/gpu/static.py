@@ -29,6 +29,9 @@ SHARED_BYTES = {  # of a multiprocessor
     "sm_100": 228 * KIB,
     "sm_120": 100 * KIB,
 }
+TRITON_TARGETS = ("sm_80", "sm_90", "sm_100")
+"""GPUs that tests/triton/aot.py compiles for; the others are variants that only the CUDA library has."""
+
 FINISHES = ("identity", "gelu", "other")
 """Activations that a linear kernel is compiled for, in the order of Finish (csrc/cuda/linear.cuh)."""
 ELEMENT_BYTES = {"F16": 2, "Bf16": 2, "Tf32": 4, "F32": 4}
@@ -177,6 +180,6 @@ def run(targets: list[str], triton: bool, console: Console) -> int:
         return 1
     costs = [cost for cost in cuda_costs(library.path) if cost.target in targets]
     if triton:
-        costs += [cost for target in targets for cost in triton_costs(target)]
+        costs += [cost for target in targets if target in TRITON_TARGETS for cost in triton_costs(target)]
     console.print(table(costs))
     return 0
