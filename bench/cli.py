@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Command line: ``python -m bench <routine>``."""
+"""The command line: ``python -m bench <routine>``."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,25 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
-from bench import (
-    accuracy,
-    contenders,
-    content,
-    contention,
-    end_to_end,
-    environment,
-    gpu_model,
-    gpu_static,
-    kernels,
-    proportion,
-    roofline,
-    sublayers,
-    trained,
-    training,
-)
-from bench.cases import Case
-from bench.environment import Settings, available_cores
-from bench.store import DEFAULT_PATH
+from bench.gpu import paper_model, static
+from bench.harness import contenders, environment
+from bench.harness.cases import Case
+from bench.harness.environment import Settings, available_cores
+from bench.harness.results import DEFAULT_PATH
+from bench.routines import content, contention, end_to_end, operators, proportion, roofline, sublayers, training_step
+from bench.studies import one_shot, trained
 from gohsp.recipe import read_recipe
 
 
@@ -65,12 +53,13 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-Models = Annotated[list[str], typer.Option("--model", help="timm names.")]
+Models = Annotated[list[str], typer.Option("--model", help="Models, by timm's names.")]
 Presets = Annotated[
-    list[str], typer.Option("--preset", help="dense, HEADSxNEURONS, ragged, ragged:SHARE, base35 or mask files.")
+    list[str],
+    typer.Option("--preset", help="What is kept: dense, HEADSxNEURONS, ragged, ragged:SHARE, base35 or mask files."),
 ]
 Batches = Annotated[list[int], typer.Option("--batch", min=1, help="Images at a time.")]
-Names = Annotated[list[str], typer.Option("--contenders", help="Who is compared; all by default.")]
+Names = Annotated[list[str], typer.Option("--contenders", help="Contenders that are compared; all by default.")]
 ImageSize = Annotated[int | None, typer.Option(help="Side of the images in pixels; the model's own by default.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of every contender; one a core by default.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Timed spans of each contender.")]
@@ -81,8 +70,35 @@ MODEL, PRESET, BATCH, ROUNDS = ["deit_small_patch16_224"], ["4x960"], [1, 8], 20
 TRAINING_BATCH = [8]
 THREADS = available_cores()
 CONTENDERS = list(contenders.CONTENDERS)
-TARGETS = list(gpu_static.SHARED_BYTES)
+TARGETS = list(static.SHARED_BYTES)
 console = Console()
+
+
+Routine = Callable[[Sequence[Case], Sequence[int], Settings], Sequence[str]]
+"""Measures cases at batches; returns the names of those that were refused for a wrong result."""
+
+
+def command_over_cases(name: str, routine: Routine, about: str, batches: list[int] = BATCH) -> None:
+    """Add the command of a routine that asks for cases and batches and for nothing else.
+
+    Args:
+        name: Name of the command.
+        routine: What it runs.
+        about: The command's help.
+        batches: The default of ``--batch``.
+    """
+
+    @app.command(name, cls=SpreadCommand, help=about)
+    def command(
+        model: Models = MODEL,
+        preset: Presets = PRESET,
+        batch: Batches = batches,
+        image_size: ImageSize = None,
+        threads: Threads = THREADS,
+        rounds: Rounds = ROUNDS,
+        out: Out = DEFAULT_PATH,
+    ) -> None:
+        _finish(routine(_cases(model, preset, image_size), batch, _settings(threads, rounds, out)))
 
 
 @app.command("end-to-end", cls=SpreadCommand)
@@ -104,18 +120,7 @@ def end_to_end_command(
         _finish(end_to_end.run(_cases(model, preset, image_size), batch, names, _settings(threads, rounds, out)))
 
 
-@app.command("sublayers", cls=SpreadCommand)
-def sublayers_command(
-    model: Models = MODEL,
-    preset: Presets = PRESET,
-    batch: Batches = BATCH,
-    image_size: ImageSize = None,
-    threads: Threads = THREADS,
-    rounds: Rounds = ROUNDS,
-    out: Out = DEFAULT_PATH,
-) -> None:
-    """Attention and MLP sublayers alone, against the same in PyTorch."""
-    _finish(sublayers.run(_cases(model, preset, image_size), batch, _settings(threads, rounds, out)))
+command_over_cases("sublayers", sublayers.run, "Attention and MLP sublayers alone, against the same in PyTorch.")
 
 
 @app.command("kernels")
@@ -125,43 +130,45 @@ def kernels_command(
     out: Out = DEFAULT_PATH,
 ) -> None:
     """The operators packed_linear and ragged_attention over shapes, against the same in PyTorch."""
-    _finish(kernels.run(_settings(threads, rounds, out)))
+    _finish(operators.run(_settings(threads, rounds, out)))
 
 
 @app.command("accuracy")
 def accuracy_command(
-    study: Annotated[str, typer.Argument(help=f"One of {', '.join(accuracy.STUDIES)}.")],
+    study: Annotated[str, typer.Argument(help=f"The study: one of {', '.join(one_shot.STUDIES)}.")],
     data: Annotated[Path, typer.Option(help="CIFAR-10 as a folder with train/ and test/, a subfolder a class.")],
-    out: Annotated[Path, typer.Option(help="Folder of the CSV files.")] = accuracy.DEFAULT_FOLDER,
+    out: Annotated[Path, typer.Option(help="Folder of the CSV files.")] = one_shot.DEFAULT_FOLDER,
     train: Annotated[int, typer.Option(min=10, help="Images that heads are fitted on.")] = 3000,
     test: Annotated[int, typer.Option(min=10, help="Images that top-1 is counted on.")] = 2000,
     calibration: Annotated[int, typer.Option(min=1, help="Images that pruning looks at, without labels.")] = 256,
-    minutes: Annotated[float | None, typer.Option(help="Begin no new row after so long.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Begin no new row after so many minutes.")] = None,
     times: Annotated[
         bool,
-        typer.Option("--times", help="Measure what the rows cost, on a quiet machine; draw one-shot."),
+        typer.Option("--times", help="Measure what the rows cost instead, on a quiet machine; one-shot is drawn too."),
     ] = False,
 ) -> None:
     """What pruning keeps of the accuracy of a real ViT-Small on CIFAR-10; a stopped study goes on where it was."""
-    if study not in accuracy.STUDIES:
-        raise typer.BadParameter(f"study: wanted one of {', '.join(accuracy.STUDIES)}, got {study}")
+    if study not in one_shot.STUDIES:
+        raise typer.BadParameter(f"study: wanted one of {', '.join(one_shot.STUDIES)}, got {study}")
     if times:
-        from bench import plot
+        from bench.harness import charts
 
-        accuracy.add_times(out / f"{study}.csv")
+        one_shot.add_times(out / f"{study}.csv")
         if study == "one-shot":  # whose rows are points of a line
-            plot.draw_accuracy(out / f"{study}.csv", out / f"{study}.svg")
+            charts.draw_accuracy(out / f"{study}.csv", out / f"{study}.svg")
         return
-    accuracy.run(study, data, out, train=train, test=test, calibration=calibration, minutes=minutes)
+    one_shot.run(study, data, out, train=train, test=test, calibration=calibration, minutes=minutes)
 
 
 @app.command("trained", cls=SpreadCommand)
 def trained_command(
     data: Annotated[Path, typer.Option(help="CIFAR-10 as a folder with train/ and test/, a subfolder a class.")],
     recipe: Annotated[Path, typer.Option(help="Model, images, pruning and training of all runs.")] = trained.RECIPE,
-    methods: Annotated[list[str], typer.Option(help="Who is compared.")] = list(trained.METHODS),  # noqa: B006
-    seeds: Annotated[list[int], typer.Option(help="One run of each method for each.")] = [0, 1, 2],  # noqa: B006
-    precision: Annotated[str, typer.Option(help="Of training: bf16, for CPUs that have AMX, or no: float32.")] = "no",
+    methods: Annotated[list[str], typer.Option(help="Methods that are compared.")] = list(trained.METHODS),  # noqa: B006
+    seeds: Annotated[list[int], typer.Option(help="Seeds; each method is run once for each.")] = [0, 1, 2],  # noqa: B006
+    precision: Annotated[
+        str, typer.Option(help="Precision of training: bf16, for CPUs that have AMX, or no, for float32.")
+    ] = "no",
     again: Annotated[
         int,
         typer.Option(
@@ -175,7 +182,7 @@ def trained_command(
         bool, typer.Option("--times", help="Measure what the models cost instead, on a quiet machine.")
     ] = False,
     work: Annotated[Path, typer.Option(help="Folder of the runs, which go on where they were.")] = trained.WORK,
-    out: Annotated[Path, typer.Option(help="Folder of the CSV files.")] = accuracy.DEFAULT_FOLDER,
+    out: Annotated[Path, typer.Option(help="Folder of the CSV files.")] = one_shot.DEFAULT_FOLDER,
 ) -> None:
     """Top-1 after light training: dense, gohsp, magnitude, Taylor and Torch-Pruning, all trained alike."""
     changes: dict[str, dict[str, Any]] = {"data": {"source": str(data)}, "fit": {"precision": precision}}
@@ -188,18 +195,11 @@ def trained_command(
     trained.run(own, methods, seeds, work, out / f"{name}.csv", again=again)
 
 
-@app.command("roofline", cls=SpreadCommand)
-def roofline_command(
-    model: Models = MODEL,
-    preset: Presets = PRESET,
-    batch: Batches = BATCH,
-    image_size: ImageSize = None,
-    threads: Threads = THREADS,
-    rounds: Rounds = ROUNDS,
-    out: Out = DEFAULT_PATH,
-) -> None:
-    """gohsp's sublayers against the machine's limits, and where the rest of the time goes."""
-    _finish(roofline.run(_cases(model, preset, image_size), batch, _settings(threads, rounds, out)))
+command_over_cases(
+    "roofline",
+    roofline.run,
+    "gohsp's sublayers against the machine's limits, and where the rest of the time goes.",
+)
 
 
 @app.command("contention", cls=SpreadCommand)
@@ -219,7 +219,7 @@ def contention_command(
 
 @app.command("proportion", cls=SpreadCommand)
 def proportion_command(
-    model: Annotated[str, typer.Option(help="timm name.")] = MODEL[0],
+    model: Annotated[str, typer.Option(help="The model, by timm's name.")] = MODEL[0],
     preset: Presets = ["5x1248", "4x960", "3x768", "2x480", "ragged:0.8", "ragged:0.6"],  # noqa: B006 (typer copies it)
     batch: Batches = BATCH,
     threads: Threads = THREADS,
@@ -230,50 +230,39 @@ def proportion_command(
     _finish(proportion.run(model, preset, batch, _settings(threads, rounds, out)))
 
 
-@app.command("content", cls=SpreadCommand)
-def content_command(
-    model: Models = MODEL,
-    preset: Presets = PRESET,
-    batch: Batches = BATCH,
-    image_size: ImageSize = None,
-    threads: Threads = THREADS,
-    rounds: Rounds = ROUNDS,
-    out: Out = DEFAULT_PATH,
-) -> None:
-    """What a model that is not frozen pays for telling at each call whether its weights have changed."""
-    _finish(content.run(_cases(model, preset, image_size), batch, _settings(threads, rounds, out)))
+command_over_cases(
+    "content",
+    content.run,
+    "What a model that is not frozen pays for telling at each call whether its weights have changed.",
+)
 
 
-@app.command("training", cls=SpreadCommand)
-def training_command(
-    model: Models = MODEL,
-    preset: Presets = PRESET,
-    batch: Batches = TRAINING_BATCH,
-    image_size: ImageSize = None,
-    threads: Threads = THREADS,
-    rounds: Rounds = ROUNDS,
-    out: Out = DEFAULT_PATH,
-) -> None:
-    """A step of fine-tuning: the compact model against the dense one, masked and not."""
-    _finish(training.run(_cases(model, preset, image_size), batch, _settings(threads, rounds, out)))
+command_over_cases(
+    "training",
+    training_step.run,
+    "A step of fine-tuning: the compact model against the dense one, masked and not.",
+    TRAINING_BATCH,
+)
 
 
 @app.command("gpu-model", cls=SpreadCommand)
 def gpu_model_command(
-    model: Models = list(gpu_model.PRESETS),  # noqa: B006 (typer copies it)
-    batch: Batches = list(gpu_model.BATCHES),  # noqa: B006
+    model: Models = list(paper_model.PRESETS),  # noqa: B006 (typer copies it)
+    batch: Batches = list(paper_model.BATCHES),  # noqa: B006
 ) -> None:
     """Bytes and times of the Triton launches on GPUs that are not here: modelled from data sheets, not measured."""
-    gpu_model.run(model, batch)
+    paper_model.run(model, batch)
 
 
 @app.command("gpu-static", cls=SpreadCommand)
 def gpu_static_command(
-    target: Annotated[list[str], typer.Option(help="GPUs, of sm_80, sm_90 and sm_100.")] = TARGETS,
+    target: Annotated[
+        list[str], typer.Option(help=f"GPUs that the figures are for: some of {', '.join(TARGETS)}.")
+    ] = TARGETS,
     triton: Annotated[bool, typer.Option(help="Compile Triton's kernels too; takes minutes the first time.")] = True,
 ) -> None:
     """Registers, shared memory and occupancy of the GPU kernels, read from the binaries; needs no GPU."""
-    raise typer.Exit(gpu_static.run(target, triton, console))
+    raise typer.Exit(static.run(target, triton, console))
 
 
 @app.command("plot")
@@ -283,9 +272,9 @@ def plot_command(
 ) -> None:
     """Charts (SVG) from the CSV file alone."""
     # Here, because matplotlib belongs to an extra of the package.
-    from bench import plot
+    from bench.harness import charts
 
-    for path in plot.draw_all(source, out or source.parent):
+    for path in charts.draw_all(source, out or source.parent):
         console.print(f"wrote {path}")
 
 

@@ -15,9 +15,9 @@ from rich.console import Console
 from timm.models import _registry, register_model
 from timm.models.vision_transformer import VisionTransformer
 
-from bench.cases import Case, Workload, load
-from bench.environment import Settings
-from bench.store import Row
+from bench.harness.cases import Case, Workload, load
+from bench.harness.environment import Settings
+from bench.harness.results import Row
 
 TINY = "bench_vit_tiny"
 

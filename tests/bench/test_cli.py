@@ -10,10 +10,12 @@ import torch
 from typer.testing import CliRunner, Result
 
 import gohsp_kernels as gk
-from bench import cli, contenders, kernels, roofline, store
+from bench import cli
 from bench.cli import app, spread
-from bench.contenders import Contender
-from bench.kernels import Attention, Linear
+from bench.harness import contenders, results
+from bench.harness.contenders import Contender
+from bench.routines import operators, roofline
+from bench.routines.operators import Attention, Linear
 
 from .conftest import TINY, make_row
 
@@ -54,7 +56,7 @@ def test_end_to_end_takes_several_batches_presets_and_contenders(out: Path) -> N
     arguments = ["--model", TINY, "--preset", "2x300", "ragged", "--batch", 1, 2, "--contenders", *IN_TORCH]
     result = _bench("end-to-end", *arguments, out=out)
     assert result.exit_code == 0
-    rows = store.read(out)
+    rows = results.read(out)
     timed = {(row.case, row.batch, row.contender) for row in rows if row.metric == "time"}
     cases = (f"{TINY}/2x300", f"{TINY}/ragged")
     assert timed == {(case, batch, name) for case in cases for batch in (1, 2) for name in IN_TORCH}
@@ -66,9 +68,9 @@ def test_end_to_end_takes_several_batches_presets_and_contenders(out: Path) -> N
 def test_a_second_run_replaces_the_first(out: Path) -> None:
     arguments = ["--model", TINY, "--preset", "ragged", "--batch", 1, "--contenders", "masked", "sliced"]
     _bench("end-to-end", *arguments, out=out)
-    first = store.read(out)
+    first = results.read(out)
     _bench("end-to-end", *arguments, out=out)
-    assert [row.key for row in store.read(out)] == [row.key for row in first]
+    assert [row.key for row in results.read(out)] == [row.key for row in first]
 
 
 def test_ratios_are_to_gohsp(out: Path) -> None:
@@ -77,7 +79,7 @@ def test_ratios_are_to_gohsp(out: Path) -> None:
     _bench(
         "end-to-end", "--model", TINY, "--preset", "ragged", "--batch", 1, "--contenders", "sliced", "gohsp", out=out
     )
-    ratios = {row.contender: row.value for row in store.read(out) if row.metric == "ratio"}
+    ratios = {row.contender: row.value for row in results.read(out) if row.metric == "ratio"}
     assert ratios["gohsp"] == 1.0 and ratios["sliced"] > 0
 
 
@@ -89,14 +91,14 @@ def test_a_wrong_contender_is_refused_and_the_command_fails(out: Path, monkeypat
         result = _bench(routine, *arguments, out=out, fails=True)
         assert result.exit_code == 1
         assert "refused for a wrong result: sliced" in result.output
-    assert {row.contender for row in store.read(out)} == {"masked"}
+    assert {row.contender for row in results.read(out)} == {"masked"}
 
 
 def test_contention_shows_what_a_busy_core_does(out: Path) -> None:
     arguments = ["--model", TINY, "--preset", "ragged", "--batch", 1, "--contenders", "masked", "sliced"]
     result = _bench("contention", *arguments, out=out)
     assert "another process spinning on core" in result.output
-    rows = {(row.contender, row.metric): row.value for row in store.read(out)}
+    rows = {(row.contender, row.metric): row.value for row in results.read(out)}
     assert {*rows} == {(name, metric) for name in ("masked", "sliced") for metric in ("quiet", "busy", "growth")}
     for name in ("masked", "sliced"):
         assert rows[name, "growth"] == pytest.approx(rows[name, "busy"] / rows[name, "quiet"], rel=1e-3)
@@ -104,7 +106,7 @@ def test_contention_shows_what_a_busy_core_does(out: Path) -> None:
 
 def test_sublayers_compares_both_kinds(out: Path) -> None:
     _bench("sublayers", "--model", TINY, "--preset", "2x300", "ragged", "--batch", 1, 2, out=out)
-    timed = {(row.case, row.part, row.batch, row.contender) for row in store.read(out) if row.metric == "time"}
+    timed = {(row.case, row.part, row.batch, row.contender) for row in results.read(out) if row.metric == "time"}
     names = ["sliced", "gohsp-reference", *OURS]
     assert timed == {
         (f"{TINY}/{preset}", part, batch, name)
@@ -117,9 +119,9 @@ def test_sublayers_compares_both_kinds(out: Path) -> None:
 
 def test_kernels_runs_its_shapes(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = (Linear(1, 5, 24, 7, 33, 20, "gelu"), Attention(2, 9, (0, 3), (4, 1), num_queries=2))
-    monkeypatch.setattr(kernels, "CASES", shapes)
+    monkeypatch.setattr(operators, "CASES", shapes)
     assert _bench("kernels", out=out).exit_code == 0
-    timed = {(row.part, row.case, row.contender) for row in store.read(out) if row.metric == "time"}
+    timed = {(row.part, row.case, row.contender) for row in results.read(out) if row.metric == "time"}
     labels = [("packed_linear", "7/24 to 20/33 gelu"), ("ragged_attention", "qk 0+3 v 4+1 2 queries")]
     assert timed == {(*label, name) for label in labels for name in ("torch", "gohsp-reference", *OURS)}
 
@@ -130,11 +132,11 @@ def test_roofline_prints_limits_and_stages(out: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(roofline, "COPY_FLOATS", 1 << 12)
     result = _bench("roofline", "--model", TINY, "--preset", "ragged", "--batch", 1, 2, out=out)
     assert "of limit" in result.output and "softmax and the rest" in result.output
-    assert {row.part for row in store.read(out)} == {"machine", "attention", "mlp", "encoder"}
+    assert {row.part for row in results.read(out)} == {"machine", "attention", "mlp", "encoder"}
 
 
 def test_plot_draws_from_the_csv_alone(out: Path) -> None:
-    store.append(out, [make_row(), make_row(contender="sliced", value=47.0, p80=50.0)])
+    results.append(out, [make_row(), make_row(contender="sliced", value=47.0, p80=50.0)])
     result = _bench("plot", "--from", out)
     chart = out.parent / "end-to-end.svg"
     assert "wrote" in result.output
@@ -142,7 +144,7 @@ def test_plot_draws_from_the_csv_alone(out: Path) -> None:
 
 
 def test_plot_takes_another_directory(out: Path, tmp_path: Path) -> None:
-    store.append(out, [make_row()])
+    results.append(out, [make_row()])
     _bench("plot", "--from", out, "--out", tmp_path / "docs" / "images")
     assert (tmp_path / "docs" / "images" / "end-to-end.svg").exists()
 

@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bench import gpu_static
 from bench.cli import app
+from bench.gpu import static
 from gohsp_kernels import _native
 from tests.kernels.cases import Maker
 
@@ -36,13 +36,13 @@ SPILLING = {  # a few words once a block, where the limit of 128 registers is wh
 
 
 @pytest.fixture(scope="module")
-def costs() -> list[gpu_static.Cost]:
+def costs() -> list[static.Cost]:
     path = _native.load_cuda().path
     assert path is not None
-    return gpu_static.cuda_costs(path)
+    return static.cuda_costs(path)
 
 
-def test_every_kernel_is_there_for_every_gpu(costs: list[gpu_static.Cost]) -> None:
+def test_every_kernel_is_there_for_every_gpu(costs: list[static.Cost]) -> None:
     by_target = {target: sorted(c.kernel for c in costs if c.target == target) for target in (*TARGETS, "sm_90a")}
     assert by_target["sm_80"] == by_target["sm_90"] == by_target["sm_100"] == by_target["sm_120"]
     kinds = [kernel.split()[0] for kernel in by_target["sm_80"]]
@@ -60,7 +60,7 @@ def enough_warps(kernel: str) -> int:
     return 12 if kind == "warpgroup" else 16
 
 
-def test_every_kernel_is_within_its_budget(costs: list[gpu_static.Cost]) -> None:
+def test_every_kernel_is_within_its_budget(costs: list[static.Cost]) -> None:
     for cost in costs:
         few = (cost.target, cost.kernel) in SPILLING or cost.kernel in SPILLING
         assert cost.spilled_bytes <= (16 if few else 0), cost
@@ -73,14 +73,14 @@ def test_every_kernel_is_within_its_budget(costs: list[gpu_static.Cost]) -> None
             assert cost.warps >= enough_warps(cost.kernel), cost
 
 
-def test_a_product_is_fed_by_copies_of_16_bytes_alone(costs: list[gpu_static.Cost]) -> None:
+def test_a_product_is_fed_by_copies_of_16_bytes_alone(costs: list[static.Cost]) -> None:
     """Each prologue and each step bring both operands, four copies or two a thread of each."""
     for cost in costs:
         if cost.kernel.startswith(("linear", "warpgroup")):
             assert cost.wide_copies >= 4 * 3, cost
 
 
-def test_blocks_are_what_the_launches_ask_for(costs: list[gpu_static.Cost]) -> None:
+def test_blocks_are_what_the_launches_ask_for(costs: list[static.Cost]) -> None:
     """The table's threads and shared bytes against those of launches in emulation."""
     from .helpers import checks, run
 
@@ -118,8 +118,8 @@ def test_blocks_are_what_the_launches_ask_for(costs: list[gpu_static.Cost]) -> N
             assert table[kernel] == tuple(block), kernel
 
 
-def test_command(monkeypatch: pytest.MonkeyPatch, costs: list[gpu_static.Cost]) -> None:
-    monkeypatch.setattr(gpu_static, "cuda_costs", lambda _: costs)  # disassembled once for all tests here
+def test_command(monkeypatch: pytest.MonkeyPatch, costs: list[static.Cost]) -> None:
+    monkeypatch.setattr(static, "cuda_costs", lambda _: costs)  # disassembled once for all tests here
     result = CliRunner().invoke(app, ["gpu-static", "--target", "sm_80", "--no-triton"])
     assert result.exit_code == 0, result.output
     assert "nothing was run" in result.output and "sm_90" not in result.output
@@ -128,5 +128,5 @@ def test_command(monkeypatch: pytest.MonkeyPatch, costs: list[gpu_static.Cost]) 
 def test_without_the_library_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "load_cuda", lambda: _native.Library(None, "was not built"))
     console = Console(record=True)
-    assert gpu_static.run(["sm_80"], False, console) == 1
+    assert static.run(["sm_80"], False, console) == 1
     assert "no figures: was not built" in console.export_text()
