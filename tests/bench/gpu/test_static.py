@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which GPUs Triton's kernels are compiled for; tests/cuda/test_budgets.py judges what is read from the CUDA library."""
+"""GPUs that kernels of Triton are compiled for; tests/cuda/test_budgets.py judges what is read from the CUDA library."""
 
 from __future__ import annotations
 
