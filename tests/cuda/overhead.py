@@ -15,7 +15,7 @@ import torch
 
 import gohsp_kernels as gk
 from gohsp_kernels import cuda
-from tests.kernels.cases import Maker
+from gohsp_kernels.testing import Maker
 from tests.kernels.test_chain import bound
 
 from . import helpers  # noqa: F401 (registers the operators)
@@ -37,7 +37,7 @@ def main() -> None:
         calls.append(maker.mlp_sublayer((0,), 384, 960).to(torch.float16))
     x = torch.empty(0, 197, 384, dtype=torch.float16)
     chain = gk.SublayerChain([bound(call) for call in calls])
-    singles = [(getattr(cuda, call.operator), call.described()) for call in calls]
+    singles = [(getattr(cuda, call.operator.name), call.described()) for call in calls]
 
     def one_by_one() -> None:
         for run, (operator, _, queries) in singles:
