@@ -30,21 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import descriptors, dispatch, ops
-from .activations import ACTIVATIONS
+from . import descriptors, dispatch, ops, testing
 from .graphed import GraphedModel
+from .testing import PRECISIONS, Call, Maker, poisoned
 
 OPERATORS = tuple(descriptors.OPERATORS)
 
 Row = dict[str, Any]
-
-PRECISIONS: Mapping[str, tuple[torch.dtype, float]] = {
-    "float32": (torch.float32, 1e-5),
-    "float32 as tf32": (torch.float32, 3e-3),
-    "float16": (torch.float16, 5e-3),
-    "bfloat16": (torch.bfloat16, 4e-2),
-}
-"""Dtype, and the largest norm of an error relative to that of the result, or of ones where the result is smaller."""
 
 SANITIZERS = ("memcheck", "racecheck")
 BATCHES = (1, 8, 64)
@@ -82,87 +74,8 @@ class Part:
     module: str = "gohsp_kernels.gpu_check"
 
 
-class Draw:
-    """Random calls, their arguments in the order of the schema, float32 and on the CPU."""
-
-    def __init__(self, seed: int, largest: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.largest = largest
-
-    def number(self, low: int, high: int) -> int:
-        """Anything from ``low`` to ``high``; half of the time a multiple of 8, as far as there is one."""
-        number = int(torch.randint(low, high + 1, (), generator=self.generator))
-        aligned = number // 8 * 8
-        return aligned if self.coin() and aligned >= low else number
-
-    def coin(self) -> bool:
-        return bool(torch.rand((), generator=self.generator) < 0.5)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator)
-
-    def weight(self, outputs: int, inputs: int) -> Tensor:
-        return self.normal(outputs, inputs) / max(inputs, 1) ** 0.5
-
-    def columns(self, features: int) -> Tensor | None:
-        if self.coin():
-            return None
-        return torch.randperm(features, generator=self.generator)[: self.number(0, features)].sort().values
-
-    def widths(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[Tensor | None, ...]]:
-        """QK widths, V widths, and norms on q and k where all heads have one QK width."""
-        heads, widest = self.number(1, 5), min(128, self.largest)
-        v = tuple(self.number(0, widest) for _ in range(heads))
-        if self.coin():
-            width = self.number(1, widest)
-            return (width,) * heads, v, tuple(self.normal(width) for _ in range(4))
-        return tuple(self.number(0, widest) for _ in range(heads)), v, (None,) * 4
-
-    def arguments(self, operator: str) -> tuple[Any, ...]:
-        """One call of ``operator``, any of whose sizes but the tokens may be zero."""
-        batch, tokens, features = self.number(1, 3), self.number(1, self.largest), self.number(1, self.largest)
-        activation = sorted(ACTIVATIONS)[self.number(0, len(ACTIVATIONS) - 1)]
-        if operator == "packed_linear":
-            outputs = self.number(1, self.largest)
-            in_cols, out_cols = self.columns(features), self.columns(outputs)
-            n_in = features if in_cols is None else len(in_cols)
-            n_out = outputs if out_cols is None else len(out_cols)
-            x, weight = self.normal(batch, tokens, features), self.weight(n_out, n_in)
-            return x, weight, self.normal(n_out), in_cols, out_cols, outputs, activation
-        qk, v, norms = self.widths()
-        channels = 2 * sum(qk) + sum(v)
-        queries = tokens if self.coin() else self.number(0, tokens)
-        if operator == "ragged_attention":
-            return self.normal(batch, tokens, channels), *norms, qk, v, 0.25, 1e-6, queries
-        x, norm = self.normal(batch, tokens, features), (self.normal(features), self.normal(features))
-        in_cols, out_cols = self.columns(features), self.columns(features)
-        n_in, n_out = (features if cols is None else len(cols) for cols in (in_cols, out_cols))
-        scale = self.normal(n_out) if self.coin() else None
-
-        def layers(middle_out: int, middle_in: int) -> tuple[Tensor, ...]:
-            first = self.weight(middle_out, n_in), self.normal(middle_out)
-            return *first, self.weight(n_out, middle_in), self.normal(n_out)
-
-        if operator == "mlp_sublayer":
-            hidden = self.number(0, self.largest)
-            return x, *norm, *layers(hidden, hidden), scale, in_cols, out_cols, activation, 1e-6
-        columns = (scale, in_cols, out_cols)
-        return x, *norm, *layers(channels, sum(v)), *columns, *norms, qk, v, 0.25, 1e-6, 1e-6, queries
-
-
-def convert(arguments: Sequence[Any], device: torch.device, dtype: torch.dtype) -> tuple[Any, ...]:
-    """New tensors on ``device``, those of floats in ``dtype``; the rest as it is."""
-    return tuple(
-        a.detach().to(device, dtype if a.is_floating_point() else None, copy=True) if isinstance(a, Tensor) else a
-        for a in arguments
-    )
-
-
-def error_of(result: Tensor, truth: Tensor) -> float:
-    """Norm of the difference relative to that of ``truth``, or of ones; infinite where a result is not finite."""
-    if not bool(torch.isfinite(result).all()):
-        return float("inf")
-    return float((result.double() - truth).norm() / max(float(truth.norm()), truth.numel() ** 0.5, 1.0))
+error_of = partial(testing.error, floor=1.0)
+Draw = Maker  # its name in bench.gpu_race
 
 
 @contextmanager
@@ -189,93 +102,49 @@ def gpu_backends(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str
 ELEMENT = 12
 """An element may be off by so many times the limit of its precision, in units of its row's root mean square."""
 
-Case = tuple[str, str, tuple[Any, ...]]
 
-
-def columns(count: int, keep: str) -> Tensor | None:
-    """Lists that make each form of input and output (csrc/cuda/kernels.h): all; whole chunks; single ones; most."""
-    i = torch.arange(count)
-    return {"all": None, "chunks": i[i // 8 % 3 != 1], "single": i[1::3], "most": i[i % 8 != 3]}[keep]
-
-
-def explicit_cases(scope: Scope) -> Iterator[Case]:
-    """Name, operator and arguments of calls that reach every tile, form of input and way out of the GPU kernels.
+def explicit_cases(scope: Scope) -> Iterator[tuple[str, Call]]:
+    """Name and call of what reaches every tile, form of input and way out of the GPU kernels.
 
     At the size of real models, or where ``scope.largest`` is below 197 at some of it.
     """
-    draw, small = Draw(7, 512), scope.largest < 197
+    maker, small = Maker(7), scope.largest < 197
     tokens = 37 if small else 197
-
-    def kept(count: int, keep: str) -> tuple[Tensor | None, int]:
-        cols = columns(count, keep)
-        return cols, count if cols is None else len(cols)
-
-    def linear(rows: int, inputs: int, outputs: int, keep: str, activation: str) -> tuple[Any, ...]:
-        (in_cols, n_in), (out_cols, n_out) = kept(inputs, keep), kept(outputs, "most" if keep == "chunks" else "all")
-        x, weight = draw.normal(rows, inputs), draw.weight(n_out, n_in)
-        return x, weight, draw.normal(n_out), in_cols, out_cols, outputs, activation
-
-    def sublayer(batch: int, features: int, middle: tuple[int, int], keep: tuple[str, str]) -> tuple[Any, ...]:
-        (in_cols, n_in), (out_cols, n_out) = kept(features, keep[0]), kept(features, keep[1])
-        norm = draw.normal(features), draw.normal(features)
-        first = draw.weight(middle[0], n_in), draw.normal(middle[0])
-        second = draw.weight(n_out, middle[1]), draw.normal(n_out)
-        return draw.normal(batch, tokens, features), *norm, *first, *second, draw.normal(n_out), in_cols, out_cols
-
-    def attention(batch: int, qk: tuple[int, ...], v: tuple[int, ...], keep: tuple[str, str], queries: int) -> Any:
-        arguments = sublayer(batch, 384, (2 * sum(qk) + sum(v), sum(v)), keep)
-        return *arguments, *(None,) * 4, qk, v, 0.125, 1e-6, 1e-6, queries
-
-    def heads(batch: int, count: int, qk: tuple[int, ...], v: tuple[int, ...]) -> tuple[Any, ...]:
-        return draw.normal(batch, count, 2 * sum(qk) + sum(v)), *(None,) * 4, qk, v, 0.125, 1e-6, count
-
     for batch in (1,) if small else (1, 8, 64):
         for keep in (("all", "all"), ("chunks", "most"), ("single", "chunks")):
             name = f"384 features, {keep[0]} in, {keep[1]} out, batch {batch}"
-            mlp = sublayer(batch, 384, (960, 960), keep)
-            yield f"mlp, {name}", "mlp_sublayer", (*mlp, "gelu", 1e-6)
-            widths = (64, 24, 0, 40), (64, 40, 16, 8)
-            yield f"attention, {name}", "attention_sublayer", attention(batch, *widths, keep, tokens)
-        mlp = sublayer(batch, 192, (384, 384), ("all", "all"))
-        yield f"mlp, 192 features, batch {batch}", "mlp_sublayer", (*mlp, "gelu", 1e-6)
-        one = attention(batch, (64,) * 4, (64,) * 4, ("all", "all"), 1)
-        yield f"class token, batch {batch}", "attention_sublayer", one
+            yield f"mlp, {name}", maker.mlp_sublayer((batch, tokens), 384, 960, *keep)
+            widths = [64, 24, 0, 40], [64, 40, 16, 8]
+            yield f"attention, {name}", maker.attention_sublayer(batch, tokens, 384, *widths, *keep, scale=0.125)
+        yield f"mlp, 192 features, batch {batch}", maker.mlp_sublayer((batch, tokens), 192, 384)
+        one = maker.attention_sublayer(batch, tokens, 384, [64] * 4, [64] * 4, scale=0.125, num_queries=1)
+        yield f"class token, batch {batch}", one
     sizes = ((197, 384, 768), (16900, 416, 520), (2049, 149, 137), (1, 768, 1000), (65, 40, 65), (25216, 768, 2304))
     for rows, inputs, outputs in sizes[2:5] if small else sizes:
         rows = min(rows, 130) if small else rows
         for form, activation in (("all", "identity"), ("chunks", "gelu"), ("single", "silu")):
             name = f"linear, {rows} rows, {inputs} to {outputs}, {form} in, {activation}"
-            yield name, "packed_linear", linear(rows, inputs, outputs, form, activation)
+            written = "most" if form == "chunks" else "all"
+            yield name, maker.linear((rows,), inputs, form, outputs, written, activation)
     for count in (1, 16, 63, 65, tokens) if small else (1, 16, 63, 64, 65, 197, 577, 1025):
-        yield f"heads to 64, {count} tokens", "ragged_attention", heads(2, count, (64, 16, 40, 0), (64, 8, 24, 48))
-        yield f"heads to 128, {count} tokens", "ragged_attention", heads(2, count, (128, 72, 8), (96, 128, 8))
-        yield f"odd heads, {count} tokens", "ragged_attention", heads(2, count, (63, 3, 7), (5, 33, 64))
+        for name, qk, v in (
+            ("heads to 64", [64, 16, 40, 0], [64, 8, 24, 48]),
+            ("heads to 128", [128, 72, 8], [96, 128, 8]),
+            ("odd heads", [63, 3, 7], [5, 33, 64]),
+        ):
+            yield f"{name}, {count} tokens", maker.attention(2, count, qk, v, scale=0.125)
     if not small:
-        yield "more blocks than 65535", "ragged_attention", heads(9000, 17, (64,) * 8, (64,) * 8)
-
-
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """New tensors hold NaN, so that an element that nobody writes shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
+        yield "more blocks than 65535", maker.attention(9000, 17, [64] * 8, [64] * 8, scale=0.125)
 
 
 @torch.no_grad()
-def judge_case(operator: str, backend: str, arguments: tuple[Any, ...], limit: float) -> Row:
+def judge_case(call: Call, backend: str, limit: float) -> Row:
     """A call against the reference in float64, as a whole and element by element, once more, and with x transposed."""
-    result = ops.call(operator, arguments, backend)
-    again = ops.call(operator, arguments, backend)
-    x, *rest = arguments
-    strided = ops.call(operator, (x.transpose(-1, -2).contiguous().transpose(-1, -2), *rest), backend)
-    truth = ops.call(operator, convert(arguments, x.device, torch.float64), "reference")
-    size = truth.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-3)
-    element = float(((result.double() - truth).abs() / size).max()) if truth.numel() else 0.0
-    error, same = error_of(result, truth), torch.equal(result, again) and torch.equal(result, strided)
+    result, again = call.run(backend), call.run(backend)
+    strided = call.with_x(call.x.transpose(-1, -2).contiguous().transpose(-1, -2)).run(backend)
+    truth = call.truth()
+    error, element = error_of(result, truth), testing.worst_element(result, truth)
+    same = torch.equal(result, again) and torch.equal(result, strided)
     ok = error <= limit and element <= ELEMENT * limit and same
     return {"ok": ok, "error": error, "element": element, "same": same}
 
@@ -284,11 +153,11 @@ def explicit(scope: Scope) -> Iterator[Row]:
     """Calls that reach every tile and form, each judged; ends at the first fault, after which nothing can be run."""
     for precision, (dtype, limit) in PRECISIONS.items():
         for backend, support in gpu_backends(scope.device, dtype):
-            for name, operator, arguments in explicit_cases(scope) if support else ():
+            for name, call in explicit_cases(scope) if support else ():
                 row: Row = {"backend": backend, "precision": precision, "case": name}
                 try:
                     with tf32(precision.endswith("tf32")), poisoned():
-                        found = judge_case(operator, backend, convert(arguments, scope.device, dtype), limit)
+                        found = judge_case(call.to(dtype, scope.device), backend, limit)
                 except RuntimeError as error:
                     yield {**row, "ok": False, "reason": first_line(error)}
                     if "CUDA error" in str(error):
@@ -298,7 +167,7 @@ def explicit(scope: Scope) -> Iterator[Row]:
 
 
 def every_case(scope: Scope, needs_grad: bool, measure: Callable[..., float]) -> Iterator[Row]:
-    """Worst of what ``measure(operator, backend, arguments)`` gives, for every backend, precision and operator."""
+    """Worst of what ``measure(call, backend)`` gives, for every backend, precision and operator."""
     for precision, (dtype, limit) in PRECISIONS.items():
         for backend, _ in gpu_backends(scope.device, dtype):
             for operator in OPERATORS:
@@ -307,17 +176,17 @@ def every_case(scope: Scope, needs_grad: bool, measure: Callable[..., float]) ->
                 reason = ""
                 try:
                     for seed in range(scope.cases):
-                        arguments = convert(Draw(seed, scope.largest).arguments(operator), scope.device, dtype)
+                        call = Maker(seed, scope.largest).ragged(operator).to(dtype, scope.device)
                         support = dispatch.can_run(
                             backend,
                             scope.device,
                             dtype,
                             needs_grad=needs_grad,
-                            widest_head=descriptors.OPERATORS[operator].from_flat(arguments[1:])[0].widest_head,
+                            widest_head=call.operator.widest_head,
                         )
                         if support:
                             with tf32(precision.endswith("tf32")):
-                                errors[seed] = measure(operator, backend, arguments)
+                                errors[seed] = measure(call, backend)
                         reason = reason or support.reason
                 except Exception as error:
                     yield {**row, "ok": False, "cases": len(errors), "reason": first_line(error)}
@@ -330,29 +199,26 @@ def every_case(scope: Scope, needs_grad: bool, measure: Callable[..., float]) ->
 
 
 @torch.no_grad()
-def forward_error(operator: str, backend: str, arguments: tuple[Any, ...]) -> float:
+def forward_error(call: Call, backend: str) -> float:
     """Error against the reference in float64 on the same rounded numbers; infinite if a second run differs."""
-    result = ops.call(operator, arguments, backend)
-    if not torch.equal(result, ops.call(operator, arguments, backend)):
-        return float("inf")
-    double = convert(arguments, arguments[0].device, torch.float64)
-    return error_of(result, ops.call(operator, double, "reference"))
+    result = call.run(backend)
+    return error_of(result, call.truth()) if torch.equal(result, call.run(backend)) else float("inf")
 
 
-def gradient_error(operator: str, backend: str, arguments: tuple[Any, ...]) -> float:
+def gradient_error(call: Call, backend: str) -> float:
     """Error of all gradients together, under a random gradient of the result."""
 
-    def gradients(arguments: tuple[Any, ...], backend: str) -> Tensor:
-        leaves = [a.requires_grad_() for a in arguments if isinstance(a, Tensor) and a.is_floating_point()]
-        result = ops.call(operator, arguments, backend)
+    def gradients(call: Call, backend: str) -> Tensor:
+        leaves = [tensor.requires_grad_() for tensor in call.tensors()]
+        result = call.run(backend)
         if not result.requires_grad:  # the reference of a call without any head
             return torch.cat([torch.zeros_like(leaf).flatten() for leaf in leaves])
         grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(5)).to(result)
         found = torch.autograd.grad(result, leaves, grad, materialize_grads=True)
         return torch.cat([gradient.flatten() for gradient in found])
 
-    truth = gradients(convert(arguments, arguments[0].device, torch.float64), "reference")
-    return error_of(gradients(arguments, backend), truth)
+    truth = gradients(call.to(torch.float64), "reference")
+    return error_of(gradients(call, backend), truth)
 
 
 def numerics(scope: Scope) -> Iterator[Row]:
@@ -374,10 +240,10 @@ def opcheck(scope: Scope) -> Iterator[Row]:
             if not support:
                 yield {**row, "ok": None, "reason": support.reason}
                 continue
-            arguments = convert(Draw(1, scope.largest).arguments(operator), scope.device, torch.float16)
+            call = Maker(1, scope.largest).ragged(operator).to(torch.float16, scope.device)
             try:
                 with dispatch.use_backend(backend):
-                    torch.library.opcheck(getattr(torch.ops.gohsp_kernels, operator).default, arguments)
+                    torch.library.opcheck(getattr(torch.ops.gohsp_kernels, operator).default, call.flat())
                 yield {**row, "ok": True}
             except Exception as error:
                 yield {**row, "ok": False, "reason": first_line(error)}
@@ -392,8 +258,8 @@ class Sublayer(nn.Module):
 
     def __init__(self, operator: str, features: int) -> None:
         super().__init__()
-        draw, heads, width, hidden = Draw(0, features), 4, min(64, features), 5 * features // 2
-        norm, scale, middle = (draw.normal(features), draw.normal(features)), draw.normal(features), heads * width
+        maker, heads, width, hidden = Maker(0), 4, min(64, features), 5 * features // 2
+        norm, scale, middle = (maker.normal(features), maker.normal(features)), maker.normal(features), heads * width
         if operator == "mlp_sublayer":
             outer, inner = (hidden, features), (features, hidden)
             constants: tuple[Any, ...] = (scale, None, None, "gelu", 1e-6)
@@ -402,7 +268,7 @@ class Sublayer(nn.Module):
             widths = (width,) * heads
             constants = (scale, *(None,) * 6, widths, widths, width**-0.5, 1e-6, 1e-6)
         self.operator = operator
-        layers = draw.weight(*outer), draw.normal(outer[0]), draw.weight(*inner), draw.normal(inner[0])
+        layers = maker.weight(*outer), maker.normal(outer[0]), maker.weight(*inner), maker.normal(inner[0])
         self.constants = constants[1:]
         self.weights = nn.ParameterList(nn.Parameter(t, requires_grad=False) for t in (*norm, *layers, scale))
 
@@ -428,7 +294,7 @@ def graphs(scope: Scope) -> Iterator[Row]:
                     yield {**row, "ok": None, "reason": support.reason}
                     continue
                 model = Sublayer(operator, features).to(scope.device, dtype).eval()
-                images = [Draw(i, 0).normal(1, tokens, features).to(scope.device, dtype) for i in (1, 2)]
+                images = [Maker(i).normal(1, tokens, features).to(scope.device, dtype) for i in (1, 2)]
                 try:
                     with dispatch.use_backend(backend), tf32(precision.endswith("tf32")), torch.no_grad():
                         graphed = GraphedModel(model)
@@ -495,7 +361,7 @@ def speed(scope: Scope) -> Iterator[Row]:
         for operator in OPERATORS[2:]:
             for batch in BATCHES:
                 model = Sublayer(operator, features).to(scope.device, dtype).eval()
-                x = Draw(1, 0).normal(batch, tokens, features).to(scope.device, dtype)
+                x = Maker(1).normal(batch, tokens, features).to(scope.device, dtype)
                 row: Row = {"operator": operator, "precision": str(dtype).removeprefix("torch."), "batch": batch}
                 for backend in (*(name for name, support in backends.items() if support), "reference"):
                     with dispatch.use_backend(backend):

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
 import gohsp_kernels as gk
 from bench.harness.cases import SEED
 from bench.harness.compare import BASELINE, Place, ReadyContender, compare
 from bench.harness.environment import Settings, version_of
-
-Tensors = dict[str, Tensor]
+from gohsp_kernels import descriptors
+from gohsp_kernels.testing import Call, Maker
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"identity": lambda x: x, "gelu": F.gelu}
 
@@ -47,26 +47,19 @@ class Linear:
         written = f"{self.outputs}/{self.results}" if self.outputs < self.results else f"{self.results}"
         return f"{read} to {written} {self.activation}"
 
-    def tensors(self, generator: Generator) -> Tensors:
-        return {
-            "x": torch.randn(self.batch, self.tokens, self.features, generator=generator),
-            "weight": torch.randn(self.outputs, self.inputs, generator=generator) / self.inputs**0.5,
-            "bias": torch.randn(self.outputs, generator=generator),
-            **_columns("in_cols", self.features, self.inputs, generator),
-            **_columns("out_cols", self.results, self.outputs, generator),
-        }
+    def call(self) -> Call:
+        kept_in, kept_out = _kept(self.inputs, self.features), _kept(self.outputs, self.results)
+        leading = (self.batch, self.tokens)
+        return Maker(SEED).linear(leading, self.features, kept_in, self.results, kept_out, self.activation)
 
-    def operator(self, tensors: Tensors, backend: str) -> Tensor:
-        more = {"out_features": self.results, "activation": self.activation, "backend": backend}
-        return gk.packed_linear(**tensors, **more)  # type: ignore[arg-type]
-
-    def plain(self, tensors: Tensors) -> Tensor:
-        x = tensors["x"]
-        if "in_cols" in tensors:
-            x = x.index_select(-1, tensors["in_cols"])
-        y = _ACTIVATIONS[self.activation](F.linear(x, tensors["weight"], tensors["bias"]))
-        if "out_cols" in tensors:
-            y = y.new_zeros(*y.shape[:-1], self.results).index_copy_(-1, tensors["out_cols"], y)
+    def plain(self, call: Call) -> Tensor:
+        x, linear = call.x, call.operator
+        assert isinstance(linear, descriptors.Linear)
+        if linear.in_cols is not None:
+            x = x.index_select(-1, linear.in_cols)
+        y = _ACTIVATIONS[self.activation](F.linear(x, linear.weight, linear.bias))
+        if linear.out_cols is not None:
+            y = y.new_zeros(*y.shape[:-1], self.results).index_copy_(-1, linear.out_cols, y)
         return y
 
 
@@ -94,18 +87,15 @@ class Attention:
         queries = "" if self.num_queries is None else f" {self.num_queries} queries"
         return f"qk {_widths(self.qk_widths)} v {_widths(self.v_widths)}{queries}"
 
-    def tensors(self, generator: Generator) -> Tensors:
-        channels = 2 * sum(self.qk_widths) + sum(self.v_widths)
-        return {"qkv": torch.randn(self.batch, self.tokens, channels, generator=generator)}
+    def call(self) -> Call:
+        widths = list(self.qk_widths), list(self.v_widths)
+        more = {"scale": self.scale, "num_queries": self.num_queries}
+        return Maker(SEED).attention(self.batch, self.tokens, *widths, **more)
 
-    def operator(self, tensors: Tensors, backend: str) -> Tensor:
-        layout = (self.qk_widths, self.v_widths, self.scale)
-        return gk.ragged_attention(tensors["qkv"], *layout, num_queries=self.num_queries, backend=backend)
-
-    def plain(self, tensors: Tensors) -> Tensor:
+    def plain(self, call: Call) -> Tensor:
         widths = (*self.qk_widths, *self.qk_widths, *self.v_widths)
         # SDPA's fast path on the CPU wants four dimensions.
-        parts = tensors["qkv"][:, None].split(widths, dim=-1)
+        parts = call.x[:, None].split(widths, dim=-1)
         heads = len(self.qk_widths)
         outputs = [self._head(*parts[head::heads]) for head in range(heads)]
         return torch.cat(outputs, dim=-1)[:, 0]
@@ -158,23 +148,23 @@ def run(settings: Settings) -> list[str]:
 
 def contenders(case: Linear | Attention, native: bool) -> list[ReadyContender]:
     """Return plain PyTorch and gohsp's backends on one case."""
-    tensors = case.tensors(Generator().manual_seed(SEED))
-    expected = case.plain({name: t.double() if t.is_floating_point() else t for name, t in tensors.items()})
+    call = case.call()
+    expected = case.plain(call.to(torch.float64))
     own_version = version_of("gohsp")
 
     def on(backend: str) -> Callable[[], Tensor]:
-        return lambda: case.operator(tensors, backend)
+        return lambda: call.run(backend)
 
     result = [
-        ReadyContender("torch", lambda: case.plain(tensors), expected, torch.__version__),
+        ReadyContender("torch", lambda: case.plain(call), expected, torch.__version__),
         ReadyContender("gohsp-reference", on("reference"), expected, own_version),
     ]
     return [*result, ReadyContender(BASELINE, on("cpu"), expected, own_version)] if native else result
 
 
-def _columns(name: str, size: int, kept: int, generator: Generator) -> Tensors:
-    """A random ascending choice of columns; nothing where all are kept."""
-    return {} if kept == size else {name: torch.randperm(size, generator=generator)[:kept].sort().values}
+def _kept(kept: int, size: int) -> int | None:
+    """So many columns at random; None where all are kept."""
+    return None if kept == size else kept
 
 
 def _widths(widths: tuple[int, ...]) -> str:

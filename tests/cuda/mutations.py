@@ -21,142 +21,163 @@ from tests.faults import ROOT, Mutation, chosen, copy_tree, first_failure, plant
 
 TREE = ROOT / "build" / "native"
 SOURCES = ROOT / "csrc" / "cuda"
-TESTS = Path(__file__).parent / "test_numerics.py"
+TESTS = ROOT / "tests"
 
 LINEAR, ATTENTION, ROWS = "linear.cuh", "attention.cuh", "rows.cuh"
 MUTATIONS = {
     "linear: no barrier in the main loop": Mutation(
-        LINEAR, "    barrier();  // this step has", "    // this step has", "test_every_form_of_input"
+        LINEAR, "    barrier();  // this step has", "    // this step has",
+        "cuda/test_numerics.py::test_every_form_of_input"
     ),
     "linear: no barrier before the way out": Mutation(
-        LINEAR, "  wait_copies<0>();\n  barrier();\n", "  wait_copies<0>();\n", "test_every_form_of_input"
+        LINEAR, "  wait_copies<0>();\n  barrier();\n", "  wait_copies<0>();\n",
+        "cuda/test_numerics.py::test_every_form_of_input"
     ),
     "linear: waits for one copy too few": Mutation(
-        LINEAR, "wait_copies<Tile::STAGES - 2>", "wait_copies<Tile::STAGES - 1>", "test_every_form_of_input"
+        LINEAR, "wait_copies<Tile::STAGES - 2>", "wait_copies<Tile::STAGES - 1>",
+        "cuda/test_numerics.py::test_every_form_of_input"
     ),
     "linear: fills the stage that is being read": Mutation(
         LINEAR, "loader.bring_rows(next, next % Tile::STAGES)", "loader.bring_rows(next, stage)",
-        "test_every_form_of_input",
+        "cuda/test_numerics.py::test_every_form_of_input",
     ),
     "linear: no barrier of the warp after its results": Mutation(
-        LINEAR, "      warp_barrier();\n      leave(", "      leave(", "test_every_form_of_input"
+        LINEAR, "      warp_barrier();\n      leave(", "      leave(", "cuda/test_numerics.py::test_every_form_of_input"
     ),
     "linear: no barrier of the warp before the next results": Mutation(
-        LINEAR, "last_n, lane});\n      warp_barrier();\n", "last_n, lane});\n", "test_more_than_one_tile"
+        LINEAR, "last_n, lane});\n      warp_barrier();\n", "last_n, lane});\n",
+        "cuda/test_numerics.py::test_more_than_one_tile"
     ),
     "linear: no barrier before parts of the depth are added up": Mutation(
-        LINEAR, "    barrier();\n    leave(", "    leave(", "test_every_form_of_input"
+        LINEAR, "    barrier();\n    leave(", "    leave(", "cuda/test_numerics.py::test_every_form_of_input"
     ),
     "linear: the first part of the depth alone": Mutation(
         LINEAR, "for (int part = 1; part < Tile::WARPS_K; ++part)", "for (int part = 1; part < 1; ++part)",
-        "test_every_form_of_input",
+        "cuda/test_numerics.py::test_every_form_of_input",
     ),
     "linear: rows brought before the launch before has ended": Mutation(
-        LINEAR, "  wait_for_launch_before();\n", "", "test_random_chains"
+        LINEAR, "  wait_for_launch_before();\n", "", "cuda/test_numerics.py::test_random_chains"
     ),
     "linear: products read what was not fenced": Mutation(
-        LINEAR, "if constexpr (Tile::WARPGROUPS) fence_for_products();", "", "test_every_form_of_input"
+        LINEAR, "if constexpr (Tile::WARPGROUPS) fence_for_products();", "",
+        "cuda/test_numerics.py::test_every_form_of_input"
     ),
     "linear: no wait for products": Mutation(
-        LINEAR, "      wait_products<Tile::BN>(&acc[0][0][0]);", "      ;", "test_every_form_of_input"
+        LINEAR, "      wait_products<Tile::BN>(&acc[0][0][0]);", "      ;",
+        "cuda/test_numerics.py::test_every_form_of_input"
     ),
     "linear: depth of a product not advanced": Mutation(
-        LINEAR, "base + Tile::BM * 128 + 32 * half", "base + Tile::BM * 128", "test_every_form_of_input"
+        LINEAR, "base + Tile::BM * 128 + 32 * half", "base + Tile::BM * 128",
+        "cuda/test_numerics.py::test_every_form_of_input"
     ),
     "linear: statistics of half of a row": Mutation(
         ROWS, "merge_lanes(static_cast<float>(parts * kPartial), mean, squares, 1);", "",
-        "test_statistics_that_the_writer_of_the_rows_leaves",
+        "cuda/test_numerics.py::test_statistics_that_the_writer_of_the_rows_leaves",
     ),
     "linear: columns' means do not spread": Mutation(
         ROWS, "  squares += kPartial * (spread - sum * from_pivot);\n", "",
-        "test_statistics_that_the_writer_of_the_rows_leaves",
+        "cuda/test_numerics.py::test_statistics_that_the_writer_of_the_rows_leaves",
     ),
     "linear: fragments of the weight shifted": Mutation(
-        LINEAR, "2 * half + lane / 8 % 2", "2 * half + lane / 16", "test_every_form_of_input"
+        LINEAR, "2 * half + lane / 8 % 2", "2 * half + lane / 16", "cuda/test_numerics.py::test_every_form_of_input"
     ),
     "linear: halves of the rows' fragment changed over": Mutation(
         LINEAR, "Tile::row(warp, i) + lane % 16, 2 * half + lane / 16",
         "Tile::row(warp, i) + lane / 2, 2 * half + lane % 2",
-        "test_every_form_of_input",
+        "cuda/test_numerics.py::test_every_form_of_input",
     ),
     "linear: chunks lie in the order of their rows": Mutation(
         LINEAR, "((chunk ^ turn) << 4)", "(chunk << 4)",
-        "test_fragments_are_read_without_bank_conflicts",
+        "cuda/test_numerics.py::test_fragments_are_read_without_bank_conflicts",
     ),
-    "linear: rows past the end are read": Mutation(LINEAR, "a_ok[i] = r < p.rows;", "a_ok[i] = true;", "test_edges"),
-    "linear: weights past the end are read": Mutation(LINEAR, "b_ok[i] = n < p.n;", "b_ok[i] = true;", "test_edges"),
+    "linear: rows past the end are read": Mutation(
+        LINEAR, "a_ok[i] = r < p.rows;", "a_ok[i] = true;", "kernels/test_operators.py::test_edges"
+    ),
+    "linear: weights past the end are read": Mutation(
+        LINEAR, "b_ok[i] = n < p.n;", "b_ok[i] = true;", "kernels/test_operators.py::test_edges"
+    ),
     "linear: depth past the end is read": Mutation(
-        LINEAR, "a[i] + source), inside && a_ok[i])", "a[i] + place), a_ok[i])", "test_edges"
+        LINEAR, "a[i] + source), inside && a_ok[i])", "a[i] + place), a_ok[i])", "kernels/test_operators.py::test_edges"
     ),
     "linear: rows past the end are written": Mutation(
-        LINEAR, "const bool there = inside && row < p.rows;", "const bool there = inside;", "test_edges"
+        LINEAR, "const bool there = inside && row < p.rows;", "const bool there = inside;",
+        "kernels/test_operators.py::test_edges"
     ),
     "linear: the mean is not taken off": Mutation(
         LINEAR, "const float shift = -statistics.x * statistics.y;", "const float shift = 0.0f;",
-        "test_statistics_of_the_rows",
+        "cuda/test_numerics.py::test_statistics_of_the_rows",
     ),
     "linear: residual rows of other tokens": Mutation(
-        LINEAR, "row / p.queries * p.tokens + row % p.queries", "row", "test_edges"
+        LINEAR, "row / p.queries * p.tokens + row % p.queries", "row", "kernels/test_operators.py::test_edges"
     ),
     "attention: no barrier before the scores": Mutation(
-        ATTENTION, "    wait_copies<0>();\n    barrier();\n", "    wait_copies<0>();\n", "test_the_tokens_of_an_image"
+        ATTENTION, "    wait_copies<0>();\n    barrier();\n", "    wait_copies<0>();\n",
+        "kernels/test_operators.py::test_the_tokens_of_an_image"
     ),
     "attention: no wait for keys and values": Mutation(
-        ATTENTION, "    wait_copies<0>();\n    barrier();\n", "    barrier();\n", "test_the_tokens_of_an_image"
+        ATTENTION, "    wait_copies<0>();\n    barrier();\n", "    barrier();\n",
+        "kernels/test_operators.py::test_the_tokens_of_an_image"
     ),
     "attention: no barrier before keys and values are replaced": Mutation(
-        ATTENTION, "if (token > 0) barrier();", "", "test_more_keys_than_fit"
+        ATTENTION, "if (token > 0) barrier();", "", "cuda/test_numerics.py::test_more_keys_than_fit"
     ),
     "attention: no barrier before warps hand over": Mutation(
-        ATTENTION, "    barrier();  // all are done with the keys and values\n", "", "test_the_tokens_of_an_image"
+        ATTENTION, "    barrier();  // all are done with the keys and values\n", "",
+        "kernels/test_operators.py::test_the_tokens_of_an_image"
     ),
     "attention: no barrier before warps merge": Mutation(
         ATTENTION, "merging_place<Tile>(p, tile, part));\n    barrier();\n", "merging_place<Tile>(p, tile, part));\n",
-        "test_the_tokens_of_an_image",
+        "kernels/test_operators.py::test_the_tokens_of_an_image",
     ),
     "attention: totals are merged without their factors": Mutation(
-        ATTENTION, "s.total[r] += factor[r] * load_shared", "s.total[r] += load_shared", "test_the_tokens_of_an_image"
+        ATTENTION, "s.total[r] += factor[r] * load_shared", "s.total[r] += load_shared",
+        "kernels/test_operators.py::test_the_tokens_of_an_image"
     ),
     "attention: rows read before the launch before has ended": Mutation(
-        ATTENTION, "  wait_for_launch_before();\n", "", "test_random_chains"
+        ATTENTION, "  wait_for_launch_before();\n", "", "cuda/test_numerics.py::test_random_chains"
     ),
     "attention: no barrier after the norms of q and k": Mutation(
-        ATTENTION, "p.eps, threads);\n      barrier();\n", "p.eps, threads);\n", "test_random_calls"
+        ATTENTION, "p.eps, threads);\n      barrier();\n", "p.eps, threads);\n",
+        "kernels/test_operators.py::test_random_calls"
     ),
     "attention: keys past the end count": Mutation(
         ATTENTION, "there ? scores[j][i] * scale_log2 : minus_infinity()", "scores[j][i] * scale_log2",
-        "test_edges",
+        "kernels/test_operators.py::test_edges",
     ),
     "attention: rows past the last key are not zeroed": Mutation(
         ATTENTION, "row + v_start, p.qkv_stride, count, 16 * groups", "row + v_start, p.qkv_stride, count, count",
-        "test_edges",
+        "kernels/test_operators.py::test_edges",
     ),
     "attention: channels past the last are not zeroed": Mutation(
         ATTENTION, "chunk >= 2 * fragments(width, 2 * Tile::PER_CHUNK)", "chunk * Tile::PER_CHUNK >= width",
-        "test_edges",
+        "kernels/test_operators.py::test_edges",
     ),
     "attention: channels of the next head are read": Mutation(
         ATTENTION, "row < count && i < inside ?", "row < count ?",
-        "test_tensor_cores_do_not_mix_the_heads_padding_in",
+        "cuda/test_numerics.py::test_tensor_cores_do_not_mix_the_heads_padding_in",
     ),
     "attention: channels past the last are written": Mutation(
-        ATTENTION, "if (channel + 1 < v_width) store", "if (channel < v_width) store", "test_edges"
+        ATTENTION, "if (channel + 1 < v_width) store", "if (channel < v_width) store",
+        "kernels/test_operators.py::test_edges"
     ),
     "attention: both rows of a lane rescaled alike": Mutation(
-        ATTENTION, "acc[j][2] *= rescale.y", "acc[j][2] *= rescale.x", "test_the_tokens_of_an_image"
+        ATTENTION, "acc[j][2] *= rescale.y", "acc[j][2] *= rescale.x",
+        "kernels/test_operators.py::test_the_tokens_of_an_image"
     ),
     "attention: chunks lie in the order of their rows": Mutation(
-        ATTENTION, "((chunk ^ (row & 7)) << 4)", "(chunk << 4)", "test_fragments_are_read_without_bank_conflicts"
+        ATTENTION, "((chunk ^ (row & 7)) << 4)", "(chunk << 4)",
+        "cuda/test_numerics.py::test_fragments_are_read_without_bank_conflicts"
     ),
     "attention: fragments of the weights changed over": Mutation(
         ATTENTION, "pack2<T>(p[0][2], p[0][3]), pack2<T>(p[1][0], p[1][1])",
-        "pack2<T>(p[1][0], p[1][1]), pack2<T>(p[0][2], p[0][3])", "test_edges",
+        "pack2<T>(p[1][0], p[1][1]), pack2<T>(p[0][2], p[0][3])", "kernels/test_operators.py::test_edges",
     ),
     "attention: values of float32 in another order": Mutation(
         ATTENTION, "attention_channel<Tile>(row + 1, channel)", "attention_channel<Tile>(row + 4, channel)",
-        "test_edges",
+        "kernels/test_operators.py::test_edges",
     ),
-    "rows: columns past the last are copied": Mutation(ROWS, "if (c < p.count) {", "{", "test_every_form_of_input"),
+    "rows: columns past the last are copied": Mutation(ROWS, "if (c < p.count) {", "{",
+    "cuda/test_numerics.py::test_every_form_of_input"),
 }  # fmt: skip
 
 
@@ -190,7 +211,7 @@ def find(mutation: Mutation) -> str:
         (module,) = (folder / "gohsp_kernels").glob("_checks_cuda*.so")
         module.unlink()
         build(mutation, folder, module)
-        return first_failure(folder, [f"tests/cuda/test_numerics.py::{mutation.test}", "--hypothesis-seed=0"])
+        return first_failure(folder, [f"tests/{mutation.test}", "-k", "cuda", "--hypothesis-seed=0"])
 
 
 def main(names: list[str]) -> int:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from bench.cli import app
 from bench.gpu import static
 from gohsp_kernels import _native
-from tests.kernels.cases import Maker
+from gohsp_kernels.testing import Maker
 
 pytestmark = [
     pytest.mark.nvcc,

@@ -13,8 +13,8 @@ import torch
 
 import gohsp_kernels as gk
 from gohsp_kernels import _native, cuda, dispatch, info
+from gohsp_kernels.testing import Maker, samples
 from gohsp_kernels.triton import support
-from tests.kernels.cases import Maker, samples
 
 FP16, FP32, BF16 = torch.float16, torch.float32, torch.bfloat16
 GPU = torch.device("cuda", 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel and whole sublayers in emulation against the reference in float64: random calls and every edge.
+"""What only the CUDA kernels have, in emulation: tiles, forms of input, statistics, tensor cores, chains.
 
 A race, an access out of bounds, a read of what nobody wrote: each ends the run with the emulation's Fault.
 """
@@ -7,7 +7,6 @@ A race, an access out of bounds, a read of what nobody wrote: each ends the run 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,45 +18,22 @@ from torch import Tensor
 
 import gohsp_kernels as gk
 from gohsp_kernels import cuda
-from tests.kernels.cases import OPERATORS, Call, Maker, calls, samples
+from gohsp_kernels.testing import TOLERANCE, Call, Maker, poisoned, samples
+from tests.kernels.cases import CHOICES, choosing
 from tests.kernels.test_chain import bound, chains, one_by_one
 from tests.triton.helpers import assert_close
-from tests.triton.test_forward import EDGES
 
-from .helpers import DTYPES, TOLERANCE, check, checks, run
+from .helpers import check, checks, run
 
 HALF = torch.float16
+DTYPES = list(TOLERANCE)
 
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs() -> Iterator[None]:
     """New tensors are filled with NaN, so that an element that is never written, or read too early, shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-# Whether the GPU has wgmma, rows of a linear layer's tile, multiprocessors: of these an attention makes its blocks.
-CHOICES = {
-    "large": (False, 128, 1),
-    "small": (False, 64, 12),
-    "few": (False, 32, 108),
-    "hopper large": (True, 128, 1),
-    "hopper small": (True, 64, 108),
-}
-
-
-@contextmanager
-def choosing(choice: str) -> Iterator[None]:
-    """Every product on one tile, whatever its size."""
-    hopper, rows, processors = CHOICES[choice]
-    before = checks.pretend_hopper(hopper), checks.largest_tile(rows), checks.pretend_processors(processors)
-    try:
+    with poisoned():
         yield
-    finally:
-        checks.pretend_hopper(before[0])
-        checks.largest_tile(before[1])
-        checks.pretend_processors(before[2])
 
 
 @pytest.fixture(params=CHOICES)
@@ -66,36 +42,11 @@ def choice(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("operator", OPERATORS)
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_random_calls(operator: str, dtype: torch.dtype, data: st.DataObject) -> None:
-    with choosing(data.draw(st.sampled_from(sorted(CHOICES)))):
-        check(data.draw(calls(operator)), dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("edge", EDGES)
-@pytest.mark.usefixtures("choice")
-def test_edges(edge: str, dtype: torch.dtype) -> None:
-    method, args, kwargs = EDGES[edge]
-    check(getattr(Maker(7), method)(*args, **kwargs), dtype)
-
-
-def test_the_tokens_of_an_image() -> None:
-    """197 tokens, ragged, in the sizes of DeiT-Tiny: the only call here of full length."""
-    maker = Maker(8)
-    check(maker.attention_sublayer(1, 197, 192, [64, 24, 0], [64, 40, 16], 170, 181))
-    check(maker.mlp_sublayer((1, 197), 192, 400, 170, 181))
-
-
 @pytest.mark.parametrize("processors", ["large", "few"])
 def test_more_keys_than_fit(processors: str) -> None:
     """Keys and values that shared memory has no room for come in turns, to one warp a tile and to several."""
     with choosing(processors):
-        check(Maker(33).attention(1, 270, [24], [40]))
+        check(Maker(33).attention(1, 270, [24], [40]), HALF)
         check(Maker(33).attention(1, 70, [128], [72]), torch.float32)
 
 
@@ -125,8 +76,7 @@ def test_every_form_of_input(form: str, dtype: torch.dtype) -> None:
             "chunks": torch.cat([torch.arange(96), torch.arange(320, 384)]),
             "copy": torch.arange(3, 416, 8),  # one column a chunk
         }[form]
-        call.kwargs["in_cols"] = cols
-        call = Call(call.operator, (call.args[0], maker.weight(72, len(cols)), call.args[2]), call.kwargs)
+        call = call.but(in_cols=cols, weight=maker.weight(72, len(cols)))
     check(call, dtype)
     if dtype == HALF:
         linear, x, _ = call.to(dtype).described()
@@ -150,9 +100,9 @@ def test_statistics_of_the_rows(features: int, dtype: torch.dtype) -> None:
 def test_rows_far_from_zero(dtype: torch.dtype) -> None:
     """LayerNorm on the results cancels; at 8 standard deviations from zero nothing may be lost but a few roundings."""
     call = Maker(18).mlp_sublayer((20,), 64, 32, layer_scale=None)
-    call.args[0].add_(8.0)
-    result, truth = run(call.to(dtype)), call.to(dtype).to(torch.float64).run("reference")
-    x = call.to(dtype).args[0].double()
+    call.x.add_(8.0)
+    result, truth = run(call.to(dtype)), call.to(dtype).truth()
+    x = call.to(dtype).x.double()
     assert_close(result.double() - x, truth - x, 5 * TOLERANCE[dtype])
 
 
@@ -169,66 +119,22 @@ def test_fragments_are_read_without_bank_conflicts(dtype: torch.dtype) -> None:
         assert checks.bank_conflicts() == 0
 
 
-def test_no_bias_no_norm_no_scale() -> None:
-    call = Maker(10).attention_sublayer(2, 7, 16, [4, 4], [4, 4], layer_scale=None)
-    x, _, _, qkv_weight, _, proj_weight, _ = call.args
-    check(Call("attention_sublayer", (x, None, None, qkv_weight, None, proj_weight, None), call.kwargs))
-    call = Maker(10).mlp_sublayer((2, 7), 16, 12, layer_scale=None)
-    x, _, _, fc1_weight, _, fc2_weight, _ = call.args
-    check(Call("mlp_sublayer", (x, None, None, fc1_weight, None, fc2_weight, None), call.kwargs))
-
-
-@pytest.mark.parametrize("name", samples())
-def test_strided_and_unaligned_inputs(name: str) -> None:
-    call = samples()[name].to(HALF)
-    strided = call.args[0].transpose(0, 1).contiguous().transpose(0, 1)
-    assert not strided.is_contiguous()
-    check(Call(call.operator, (strided, *call.args[1:]), call.kwargs))
-    room = torch.zeros(call.args[0].numel() + 1, dtype=HALF)
-    unaligned = room[1:].view(call.args[0].shape)
-    unaligned.copy_(call.args[0])
-    check(Call(call.operator, (unaligned, *call.args[1:]), call.kwargs))
-
-
-def test_nan_in_one_image_stays_there() -> None:
-    call = Maker(11).attention_sublayer(3, 7, 16, [4, 4], [4, 4]).to(HALF)
-    truth = run(call)
-    call.args[0][1, 3] = float("nan")
-    result = run(call)
-    assert result[1].isnan().all()
-    assert torch.equal(result[[0, 2]], truth[[0, 2]])
-
-
-def test_large_scores_do_not_overflow() -> None:
-    call = Maker(13).attention(1, 80, [8], [8])
-    check(Call(call.operator, (call.args[0] * 100, *call.args[1:]), call.kwargs), torch.float32, tolerance=1e-5)
-
-
-def test_tiny_layer_scale_survives_float16() -> None:
-    """1e-5 on weights of 0.1 is below float16's smallest normal number: it must not be folded into them."""
-    call = Maker(14).mlp_sublayer((4, 9), 16, 24)
-    call.kwargs["layer_scale"] *= 1e-5
-    call.args[0].mul_(1e-5)  # so that the residual does not hide the branch; LayerNorm takes the factor out again
-    call.kwargs["eps"] = 1e-20
-    check(call)
-
-
 def test_tf32_rounds_where_torch_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     call = Maker(19).linear((40,), 64, None, 32, None, "identity")
-    truth = call.to(torch.float64).run("reference")
+    truth = call.truth()
     monkeypatch.setattr(cuda, "_uses_tf32", lambda: True)
     result = run(call)
     assert_close(result, truth, 1e-3)
     with pytest.raises(AssertionError):
         assert_close(result, truth, 1e-5)
-    check(Maker(19).attention(1, 40, [24, 8], [16, 24]), torch.float32, tolerance=1e-3)
+    check(Maker(19).attention(1, 40, [24, 8], [16, 24]), torch.float32, limit=1e-3)
 
 
 def test_tensor_cores_do_not_mix_the_heads_padding_in() -> None:
     """Heads that begin anywhere, next to channels of other heads that would spoil them."""
     call = Maker(20).attention(2, 37, [3, 7, 1], [5, 1, 9]).to(HALF)
-    call.args[0][..., 3:11] *= 1e3  # other heads' queries and the first head's keys
-    check(call)
+    call.x[..., 3:11] *= 1e3  # other heads' queries and the first head's keys
+    check(call, HALF)
 
 
 # --- chains -----------------------------------------------------------------------------------------------------------
@@ -282,16 +188,9 @@ def test_chain_follows_its_parameters_and_its_input() -> None:
     with torch.no_grad():
         for call in calls:
             chain._on("cuda", x, 5)
-            call.args[3].mul_(2)
+            call.operator.key.mul_(2)
             assert_close(chain._on("cuda", x, 5), one_by_one(x.double(), calls), 2 * TOLERANCE[HALF])
         assert chain._on("cuda", x.float(), 5).dtype == torch.float32
-
-
-def test_a_sublayer_leaves_its_input_alone() -> None:
-    for call in (Maker(21).mlp_sublayer((1, 9), 24, 16, 17, 20), Maker(21).attention_sublayer(1, 9, 24, [8], [8])):
-        before = call.to(HALF)
-        run(before)
-        assert torch.equal(before.args[0], call.to(HALF).args[0])
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -304,9 +203,8 @@ WRONG: dict[str, Any] = {
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_columns_give_one_clear_error(message: str) -> None:
     call = Maker(22).mlp_sublayer((2, 5), 24, 8, 17, 20)
-    call.kwargs.update(WRONG[message])
     with pytest.raises(ValueError) as error:
-        run(call)
+        run(call.but(**WRONG[message]))
     assert message in str(error.value)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.library import opcheck
 
 from gohsp_kernels import _schemas, cuda
-from tests.kernels.cases import Maker, samples
+from gohsp_kernels.testing import Maker, samples
 
 from . import helpers  # noqa: F401 (registers the operators)
 

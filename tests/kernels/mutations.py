@@ -39,22 +39,22 @@ MUTATIONS = {
         "test_cpu.py::test_batches_and_threads",
     ),
     "product: the last panel gives columns past the end": Mutation(
-        GEMM, "min(N, w.n - p * N), c);", "vectors * W, c);", "test_cpu.py::test_edges"
+        GEMM, "min(N, w.n - p * N), c);", "vectors * W, c);", "test_operators.py::test_edges"
     ),
     "norm: the columns after the last whole vector are not in the mean": Mutation(
-        ROWS, "Vec sum = load_first(x + whole, rest);", "Vec sum = {};", "test_cpu.py::test_edges"
+        ROWS, "Vec sum = load_first(x + whole, rest);", "Vec sum = {};", "test_operators.py::test_edges"
     ),
     "norm: the columns after the last whole vector are not in the variance": Mutation(
         ROWS,
         "  for (int64_t j = 0; j < rest; ++j) squares[j] = (x[whole + j] - mean) * (x[whole + j] - mean);\n", "",
-        "test_cpu.py::test_edges",
+        "test_operators.py::test_edges",
     ),
     "norm: the variance is that of whole vectors' width": Mutation(
         ROWS, "sum_lanes(squares) / static_cast<float>(features)", "sum_lanes(squares) / static_cast<float>(whole)",
-        "test_cpu.py::test_edges",
+        "test_operators.py::test_edges",
     ),
     "norm: no eps": Mutation(
-        ROWS, "static_cast<float>(features) + eps)", "static_cast<float>(features))", "test_cpu.py::test_edges"
+        ROWS, "static_cast<float>(features) + eps)", "static_cast<float>(features))", "test_operators.py::test_edges"
     ),
     "norm: statistics of as many columns as are kept": Mutation(
         CHAIN, "normalise_row(x + i * shape_.features, shape_.features, eps,",
@@ -70,15 +70,15 @@ MUTATIONS = {
     "scatter: the columns after the last whole vector are not written": Mutation(
         ROWS,
         "  if (rest > 0) store_first(y + whole, load_first(x + whole, rest) + expand_vector(packed, *plan), rest);\n",
-        "", "test_cpu.py::test_edges",
+        "", "test_operators.py::test_edges",
     ),
     "scatter: a linear layer does not write the columns after the last whole vector": Mutation(
         PRIMITIVES, "  if (whole < features) store_first(y + whole, expand_vector(packed, *plan), features - whole);\n",
-        "", "test_cpu.py::test_edges",
+        "", "test_operators.py::test_edges",
     ),
     "residual: added twice in the columns after the last whole vector": Mutation(
         ROWS, "load_first(x + whole, rest) + load(c + whole), rest)",
-        "2 * load_first(x + whole, rest) + load(c + whole), rest)", "test_cpu.py::test_edges",
+        "2 * load_first(x + whole, rest) + load(c + whole), rest)", "test_operators.py::test_edges",
     ),
     "residual: the second MLP of a segment reads what the first read": Mutation(
         CHAIN, "for (; layer < end; ++layer, from = to) mlp_rows", "for (; layer < end; ++layer) mlp_rows",
@@ -105,11 +105,12 @@ MUTATIONS = {
         "test_packing.py::test_k_bias_stays_with_qk_norm",
     ),
     "softmax: no maximum": Mutation(
-        ATTENTION, "exp(load(s + j) - highest)", "exp(load(s + j))", "test_cpu.py::test_large_scores_do_not_overflow"
+        ATTENTION, "exp(load(s + j) - highest)", "exp(load(s + j))",
+        "test_operators.py::test_large_scores_do_not_overflow"
     ),
     "softmax: the maximum of the first vector of scores": Mutation(
         ATTENTION, "  for (int64_t j = W; j < padded; j += W) top = larger(load(s + j), top);\n", "",
-        "test_cpu.py::test_large_scores_do_not_overflow",
+        "test_operators.py::test_large_scores_do_not_overflow",
     ),
     "softmax: scores past the last key count": Mutation(
         ATTENTION, "s[j] = -__builtin_inff();", "s[j] = 0.0f;", "test_cpu.py::test_batches_and_threads"

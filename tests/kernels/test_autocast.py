@@ -15,8 +15,7 @@ from torch import Tensor
 import gohsp_kernels as gk
 from gohsp_kernels import cuda, dispatch
 from gohsp_kernels.registry import BACKENDS
-
-from .cases import Maker, relative_error, samples
+from gohsp_kernels.testing import Maker, error, samples
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HEADS, WIDTH, FEATURES, HIDDEN = 2, 8, 24, 32
@@ -78,9 +77,9 @@ def test_a_block_as_in_plain_pytorch(block: Block, dtype: torch.dtype) -> None:
         expected = block.plain(block.x)
         for result in (block.sublayer_by_sublayer(block.x), gk.SublayerChain(block.sublayers())(block.x)):
             assert result.dtype == expected.dtype == FP32
-            assert relative_error(result, expected) < 1e-3  # the same operations in another order
+            assert error(result, expected) < 1e-3  # the same operations in another order
     with torch.no_grad():
-        assert relative_error(expected, block.plain(block.x)) > 1e-4  # autocast did round something
+        assert error(expected, block.plain(block.x)) > 1e-4  # autocast did round something
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
@@ -96,7 +95,7 @@ def test_gradients_are_those_of_plain_pytorch(block: Block, dtype: torch.dtype) 
     expected, got = gradients(block.plain), gradients(block.sublayer_by_sublayer)
     assert all(g.dtype == FP32 for g in got)
     for mine, theirs in zip(got, expected, strict=True):
-        assert relative_error(mine, theirs) < NEAR[dtype]
+        assert error(mine, theirs) < NEAR[dtype]
 
 
 @pytest.mark.parametrize("name", ["packed_linear", "ragged_attention"])
@@ -136,7 +135,7 @@ def test_kernels_run_in_the_dtype_of_autocast(block: Block, dtype: torch.dtype) 
         linear = gk.packed_linear(block.x, *block.qkv, backend="cuda")
     assert result.dtype == whole.dtype == FP32 and linear.dtype == inside.dtype == dtype
     assert torch.equal(result, inside.float()) and torch.equal(whole, inside.float())  # nothing but x is rounded
-    assert 1e-5 < relative_error(result, expected) < NEAR[dtype]
+    assert 1e-5 < error(result, expected) < NEAR[dtype]
 
 
 @pytest.mark.usefixtures("emulated")
@@ -198,5 +197,5 @@ def test_a_graph_node_takes_float32_parameters_in_16_bits(name: str, monkeypatch
             assert node(x, *rest).dtype == FP32  # the fake says so
     for result in results:
         assert result.dtype == BF16
-        assert relative_error(result, expected) < 3e-2
+        assert error(result, expected) < 3e-2
     assert torch.equal(*results)

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import gohsp_kernels as gk
 from gohsp_kernels import _native, chain, cpu, info, reference
+from gohsp_kernels.testing import Call, Maker, error
 
-from .cases import Call, Maker, relative_error
 from .test_chain import FEATURES, bound, chains, one_by_one
 
 needs_native = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
@@ -62,7 +62,7 @@ def test_products(capability: str, rows: int, outputs: int, inputs: int, seed: i
     maker = Maker(seed)
     x, weight, bias = maker.normal(rows, inputs), maker.weight(outputs, inputs), maker.normal(outputs)
     truth = reference.bf16_linear(x.double(), weight, bias)
-    assert relative_error(product(capability, x, weight, bias), truth) < SUMS
+    assert error(product(capability, x, weight, bias), truth) < SUMS
 
 
 @every_capability
@@ -132,7 +132,7 @@ def test_random_chains(calls: list[Call], batch: int, tokens: int, data: st.Data
     queries = data.draw(st.sampled_from([tokens, 1, 0]))
     x = Maker(batch).normal(batch, tokens, FEATURES)
     result = bf16_chain(calls)(x, num_queries=queries)
-    assert relative_error(result, described(x.double(), calls)[:, :queries]) < FLIPPED
+    assert error(result, described(x.double(), calls)[:, :queries]) < FLIPPED
 
 
 def mixed_calls(maker: Maker) -> list[Call]:
@@ -150,9 +150,9 @@ def test_chain_with_qk_norm_and_close_to_float64() -> None:
     calls = mixed_calls(maker)
     x = maker.normal(3, 20, FEATURES)
     result = bf16_chain(calls)(x)
-    assert relative_error(result, described(x.double(), calls)) < FLIPPED
+    assert error(result, described(x.double(), calls)) < FLIPPED
     # The rounding must be there, and must be small.
-    assert 1e-4 < relative_error(result, one_by_one(x.double(), calls)) < 0.01
+    assert 1e-4 < error(result, one_by_one(x.double(), calls)) < 0.01
 
 
 @needs_native
@@ -163,7 +163,7 @@ def test_forms_of_weights_can_be_mixed_in_a_chain() -> None:
     forms = ("bfloat16", "float32", "int8", "bfloat16")
     packed = [cpu.pack_sublayer(chain.descriptor(bound(c)), form) for c, form in zip(calls, forms, strict=True)]
     result = gk.FrozenChain(FEATURES, tuple(packed))(x)
-    assert relative_error(result, one_by_one(x.double(), calls)) < 0.05
+    assert error(result, one_by_one(x.double(), calls)) < 0.05
 
 
 @needs_native
@@ -182,7 +182,9 @@ def test_products_of_torch_between_two_calls_change_nothing() -> None:
 def test_weights_take_half() -> None:
     maker = Maker(9)
     calls = [maker.attention_sublayer(0, 0, 256, [64] * 2, [64] * 2), maker.mlp_sublayer((0,), 256, 512)]
-    weights = sum(call.args[i].numel() for call in calls for i in (3, 5))
+    attention, mlp = (call.operator for call in calls)
+    matrices = (attention.qkv_weight, attention.proj_weight, mlp.fc1_weight, mlp.fc2_weight)
+    weights = sum(matrix.numel() for matrix in matrices)
     size = sum(s.panels.nbytes for s in bf16_chain(calls, 256).sublayers)
     assert 2 * weights < size < 2.1 * weights
 

@@ -13,27 +13,18 @@ from torch import Tensor
 
 import gohsp_kernels as gk
 from gohsp_kernels import _native, chain, cpu
+from gohsp_kernels.testing import Call, Maker, error
 
-from .cases import OPERATORS, Call, Maker, kept, relative_error
+from .cases import kept
 
 needs_native = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
 FEATURES = 40
-NAMES = {
-    "attention_sublayer": ("norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias"),
-    "mlp_sublayer": ("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"),
-}
-
-
-def bound(call: Call) -> partial[Tensor]:
-    """The call as a member of a chain: all but x bound by keyword."""
-    return partial(
-        OPERATORS[call.operator], **dict(zip(NAMES[call.operator], call.args[1:], strict=True)), **call.kwargs
-    )
+bound = Call.bound
 
 
 def one_by_one(x: Tensor, calls: list[Call]) -> Tensor:
     for call in calls:
-        x = Call(call.operator, (x, *call.args[1:]), call.kwargs).to(torch.float64).run("reference")
+        x = call.with_x(x).truth()
     return x
 
 
@@ -59,7 +50,7 @@ def test_random_chains(calls: list[Call], batch: int, tokens: int, data: st.Data
     queries = data.draw(st.sampled_from([tokens, 1, 0]))
     x = Maker(batch).normal(batch, tokens, FEATURES)
     result = gk.SublayerChain(list(map(bound, calls)))(x, num_queries=queries, backend="cpu")
-    assert relative_error(result, one_by_one(x.double(), calls)[:, :queries]) < 2e-6
+    assert error(result, one_by_one(x.double(), calls)[:, :queries]) < 2e-6
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_native)])
@@ -74,7 +65,7 @@ def test_chain_of_a_small_transformer(backend: str) -> None:
     x = maker.normal(3, 20, FEATURES)
     for queries in (None, 2):
         result = gk.SublayerChain(list(map(bound, calls)))(x, num_queries=queries, backend=backend)
-        assert relative_error(result, one_by_one(x.double(), calls)[:, :queries]) < 2e-6
+        assert error(result, one_by_one(x.double(), calls)[:, :queries]) < 2e-6
 
 
 @needs_native
@@ -87,7 +78,7 @@ def test_chain_that_begins_and_ends_with_two_mlps() -> None:
     for part in (calls, calls[:2]):
         for queries in (None, 2):
             result = gk.SublayerChain(list(map(bound, part)))(x, num_queries=queries, backend="cpu")
-            assert relative_error(result, one_by_one(x.double(), part)[:, :queries]) < 2e-6
+            assert error(result, one_by_one(x.double(), part)[:, :queries]) < 2e-6
 
 
 @needs_native
@@ -101,7 +92,7 @@ def test_workers_share_images_and_buffers(batch: int) -> None:
     try:
         for count in (1, 2, 3, 4) * 4:
             torch.set_num_threads(count)
-            assert relative_error(chain(x, backend="cpu"), truth) < 2e-6
+            assert error(chain(x, backend="cpu"), truth) < 2e-6
     finally:
         torch.set_num_threads(threads)
 
@@ -125,9 +116,9 @@ def test_chain_follows_its_parameters_and_its_input() -> None:
     x = maker.normal(2, 5, FEATURES)
     for call in calls:
         gk.SublayerChain(list(map(bound, calls)))(x, backend="cpu")
-        call.args[3].mul_(2)
+        call.operator.key.mul_(2)
         result = gk.SublayerChain(list(map(bound, calls)))(x, backend="cpu")
-        assert relative_error(result, one_by_one(x.double(), calls)) < 2e-6
+        assert error(result, one_by_one(x.double(), calls)) < 2e-6
     with pytest.raises(ValueError, match=r"norm_weight: wanted shape \[39\]; got shape \[40\]"):
         gk.SublayerChain(list(map(bound, calls)))(x[..., :39], backend="cpu")
     packed = [cpu.packed(chain.descriptor(bound(call))) for call in calls]

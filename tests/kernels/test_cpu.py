@@ -1,89 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU kernels against the reference in float64: random calls, every edge, every instruction set of this machine."""
+"""What only the CPU kernels have: threads, embeddings, packed panels, the instruction sets of this machine."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import gohsp_kernels as gk
-from gohsp_kernels import cpu
+from gohsp_kernels import cpu, testing
+from gohsp_kernels.testing import Maker, error, poisoned
 
-from .cases import OPERATORS, Call, Maker, calls, relative_error, run_again, samples
+from . import cases
 
-TOLERANCE = 2e-6
-"""Relative norm of the error in fp32. Sums of a few hundred products leave some 5e-7."""
-
-
-@pytest.fixture(autouse=True)
-def poisoned_outputs() -> Iterator[None]:
-    """New tensors are filled with NaN, so that an element that is never written shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-ACTIVATION_TOLERANCE = 5e-7
-"""Of an activation, relative to its input: the bound of test_native.py. In the tail of GELU, where 1 + erf cancels, the
-result is a hundredth of the input, and the formula in fp32 is no better either."""
-
-
-def check(call: Call) -> None:
-    result = call.run("cpu")
-    exact = call.to(torch.float64)
-    truth = exact.run("reference")
-    assert result.dtype == torch.float32 and result.is_contiguous()
-    allowed = TOLERANCE
-    if call.kwargs.get("activation", "identity") != "identity" and call.operator == "packed_linear":
-        inputs = Call(exact.operator, exact.args, exact.kwargs | {"activation": "identity"}).run("reference")
-        allowed += ACTIVATION_TOLERANCE * float(inputs.norm() / truth.norm().clamp_min(1e-30))
-    assert relative_error(result, truth) < allowed
-
-
-@pytest.mark.parametrize("operator", OPERATORS)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_random_calls(operator: str, data: st.DataObject) -> None:
-    check(data.draw(calls(operator)))
-
-
-EDGES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
-    "no head": ("attention_sublayer", (2, 7, 16, [], []), {}),
-    "a head without QK channels": ("attention_sublayer", (2, 7, 16, [0, 4], [4, 4]), {}),
-    "a head without V channels": ("attention_sublayer", (2, 7, 16, [4, 4], [0, 4]), {}),
-    "no V channel at all": ("attention_sublayer", (2, 7, 16, [4, 4], [0, 0]), {}),
-    "no input column, attention": ("attention_sublayer", (2, 7, 16, [4, 4], [4, 4], 0), {}),
-    "no output column, attention": ("attention_sublayer", (2, 7, 16, [4, 4], [4, 4], None, 0), {}),
-    "no query": ("attention_sublayer", (2, 7, 16, [4], [4]), {"num_queries": 0}),
-    "no image": ("attention_sublayer", (0, 7, 16, [4], [4]), {}),
-    "one token": ("attention_sublayer", (3, 1, 16, [4], [4]), {}),
-    "more tokens than a score row of one panel": ("attention_sublayer", (1, 1025, 32, [16], [16]), {}),
-    "no hidden neuron": ("mlp_sublayer", ((2, 7), 16, 0), {}),
-    "no input column, MLP": ("mlp_sublayer", ((2, 7), 16, 12, 0), {}),
-    "no output column, MLP": ("mlp_sublayer", ((2, 7), 16, 12, None, 0), {}),
-    "no row": ("mlp_sublayer", ((0, 7), 16, 12), {}),
-    "leading dimensions": ("mlp_sublayer", ((2, 3, 2, 5), 16, 12), {}),
-    "a single row": ("mlp_sublayer", ((), 16, 12), {}),
-    "columns after whole vectors, linear": ("linear", ((2, 9), 61, 37, 31, 20, "gelu"), {}),
-    "columns after whole vectors, attention": ("attention_sublayer", (2, 9, 61, [5, 8], [7, 3], 37, 29), {}),
-    "columns after whole vectors, MLP": ("mlp_sublayer", ((2, 9), 61, 33, 37, 29), {}),
-    "all columns, which fill no whole vectors": ("mlp_sublayer", ((2, 9), 61, 33), {}),
-    "an eps that matters": ("mlp_sublayer", ((2, 7), 16, 12), {"eps": 0.5}),
-}
-
-
-@pytest.mark.parametrize("edge", EDGES)
-def test_edges(edge: str) -> None:
-    method, args, kwargs = EDGES[edge]
-    check(getattr(Maker(7), method)(*args, **kwargs))
+TOLERANCE = testing.TOLERANCE[torch.float32]
+check = partial(cases.check, dtype=torch.float32, backend="cpu")
 
 
 @pytest.mark.parametrize("name", ["deit_tiny", "deit_small", "deit_base"])
@@ -92,6 +29,10 @@ def test_real_shapes(name: str) -> None:
     maker = Maker(8)
     check(maker.attention_sublayer(2, 197, features, [64] * heads, [64] * heads))
     check(maker.mlp_sublayer((2, 197), features, features * 5 // 2))
+
+
+def test_more_tokens_than_a_score_row_of_one_panel() -> None:
+    check(Maker(7).attention_sublayer(1, 1025, 32, [16], [16]))
 
 
 @pytest.mark.parametrize(("down", "across", "own"), [(1, 1, 0), (3, 5, 1), (7, 4, 2)])
@@ -103,7 +44,9 @@ def test_embedding(down: int, across: int, own: int) -> None:
     patches = torch.nn.functional.conv2d(images.double(), weight.double(), bias.double(), stride=(3, 5))
     truth = base.double().repeat(3, 1, 1)
     truth[:, own:] += patches.flatten(2).mT
-    assert relative_error(cpu.pack_embedding(weight, bias, base)(images), truth) < TOLERANCE
+    with poisoned():
+        result = cpu.pack_embedding(weight, bias, base)(images)
+    assert error(result, truth) < TOLERANCE
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 16])
@@ -118,52 +61,12 @@ def test_batches_and_threads(batch: int, threads: int) -> None:
         torch.set_num_threads(before)
 
 
-def test_no_bias_no_norm_no_scale() -> None:
-    call = Maker(10).attention_sublayer(2, 7, 16, [4, 4], [4, 4], layer_scale=None)
-    x, _, _, qkv_weight, _, proj_weight, _ = call.args
-    check(Call("attention_sublayer", (x, None, None, qkv_weight, None, proj_weight, None), call.kwargs))
-    call = Maker(10).mlp_sublayer((2, 7), 16, 12, layer_scale=None)
-    x, _, _, fc1_weight, _, fc2_weight, _ = call.args
-    check(Call("mlp_sublayer", (x, None, None, fc1_weight, None, fc2_weight, None), call.kwargs))
-
-
-@pytest.mark.parametrize("name", samples())
-def test_non_contiguous_input(name: str) -> None:
-    call = samples()[name]
-    strided = call.args[0].transpose(0, 1).contiguous().transpose(0, 1)
-    assert not strided.is_contiguous()
-    check(Call(call.operator, (strided, *call.args[1:]), call.kwargs))
-
-
-@pytest.mark.parametrize("name", samples())
-def test_nan_of_an_earlier_call_does_not_leak(name: str) -> None:
-    call = samples()[name]
-    poisoned = Call(call.operator, (torch.full_like(call.args[0], float("nan")), *call.args[1:]), call.kwargs)
-    assert poisoned.run("cpu").isnan().any()
-    check(call)
-
-
-def test_nan_in_one_image_stays_there() -> None:
-    call = Maker(11).attention_sublayer(3, 7, 16, [4, 4], [4, 4])
-    truth = call.run("cpu")
-    x = call.args[0].clone()
-    x[1, 3] = float("nan")
-    result = Call(call.operator, (x, *call.args[1:]), call.kwargs).run("cpu")
-    assert result[1].isnan().all()
-    assert torch.equal(result[[0, 2]], truth[[0, 2]])
-
-
 def test_results_do_not_depend_on_the_batch() -> None:
     call = Maker(12).attention_sublayer(4, 50, 64, [16, 5], [16, 9])
     together = call.run("cpu")
     for i in range(4):
-        alone = Call(call.operator, (call.args[0][i : i + 1], *call.args[1:]), call.kwargs).run("cpu")
-        assert relative_error(alone, together[i : i + 1]) < TOLERANCE
-
-
-def test_large_scores_do_not_overflow() -> None:
-    call = Maker(13).attention(1, 20, [8], [8])
-    check(Call(call.operator, (call.args[0] * 100, *call.args[1:]), call.kwargs))
+        alone = call.with_x(call.x[i : i + 1]).run("cpu")
+        assert error(alone, together[i : i + 1]) < TOLERANCE
 
 
 WRONG_COLUMNS = {
@@ -191,11 +94,12 @@ OTHER_CAPABILITIES = [c for c in ("scalar", "avx2", "avx512", "avx512vnni", "amx
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", OTHER_CAPABILITIES)
 def test_other_instruction_sets(capability: str) -> None:
-    """This file again, in a process that was told to use another instruction set."""
+    """This file and the operators again, in a process that was told to use another instruction set."""
     checks = pytest.importorskip("gohsp_kernels._checks", reason="the checks module is not built")
     if capability not in checks.capabilities():
         pytest.skip(f"this machine or build has no {capability}")
-    run_again([__file__], capability)
+    here = Path(__file__)
+    cases.run_again([here, here.with_name("test_operators.py")], capability)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,8 +18,8 @@ import gohsp_kernels as gk
 from gohsp_kernels import _native, dispatch, info, registry
 from gohsp_kernels.descriptors import Descriptor
 from gohsp_kernels.registry import BACKENDS, Request
+from gohsp_kernels.testing import Maker, error, samples
 
-from .cases import Call, Maker, relative_error, samples
 from .test_chain import bound
 
 
@@ -78,7 +79,7 @@ def test_auto_says_once_why_it_fell_back(caplog: pytest.LogCaptureFixture, monke
 
 def test_auto_is_differentiable_where_gradients_are_needed() -> None:
     call = samples()["mlp_sublayer"]
-    call.args[3].requires_grad_()
+    call.operator.key.requires_grad_()
     assert call.run().requires_grad
     with torch.no_grad():
         assert not call.run().requires_grad
@@ -152,7 +153,7 @@ def test_a_backend_from_outside_is_a_peer(counting: Counting) -> None:
     with pytest.raises(RuntimeError, match="backend 'counting': counts in float32"):
         call.to(torch.float64).run("counting")
     call.to(torch.float64).run()
-    call.args[3].requires_grad_()
+    call.operator.key.requires_grad_()
     assert call.run().requires_grad and len(counting.calls) == 2
     assert call.run("counting").requires_grad and len(counting.calls) == 3
 
@@ -162,7 +163,7 @@ def test_a_backend_without_chains_gets_its_sublayers_one_by_one(counting: Counti
     calls = [maker.attention_sublayer(0, 0, 24, [8], [8]), maker.mlp_sublayer((0,), 24, 16)]
     x = maker.normal(2, 5, 24)
     chain = gk.SublayerChain([bound(call) for call in calls])
-    assert relative_error(chain(x, num_queries=3), chain(x, num_queries=3, backend="reference")) < 1e-6
+    assert error(chain(x, num_queries=3), chain(x, num_queries=3, backend="reference")) < 1e-6
     assert counting.calls == ["attention_sublayer", "mlp_sublayer"]
 
 
@@ -181,37 +182,30 @@ LINEAR, SUBLAYER, MLP = (samples()[n] for n in ("packed_linear", "attention_subl
 ATTENTION = samples()["ragged_attention"]
 
 
-def changed(call: Call, position: int | None = None, value: Any = None, **kwargs: Any) -> Call:
-    args = list(call.args)
-    if position is not None:
-        args[position] = value
-    return Call(call.operator, tuple(args), {**call.kwargs, **kwargs})
-
-
 WRONG = {
-    "activation: wanted one of identity, gelu": changed(LINEAR, activation="tanh"),
-    "weight: wanted shape [20, 17]; got shape [20, 16]": changed(LINEAR, 1, torch.zeros(20, 16)),
-    "bias: wanted shape [20]; got shape [19]": changed(LINEAR, 2, torch.zeros(19)),
-    "in_cols: wanted a 1-D int64 tensor; got 1-D torch.int32": changed(LINEAR, in_cols=torch.zeros(17).int()),
-    "qkv: wanted 3 dimensions": changed(ATTENTION, 0, torch.zeros(9, 53)),
-    "qkv: wanted shape [2, 9, 53]; got shape [2, 9, 52]": changed(ATTENTION, 0, torch.zeros(2, 9, 52)),
-    "v_widths: wanted 3 heads, as in qk_widths; got 2": changed(ATTENTION, 2, [8, 19]),
-    "qk_widths, v_widths: wanted no negative width": changed(ATTENTION, 1, [8, -1, 5]),
-    "qk_widths: wanted one width for all heads": changed(ATTENTION, **Maker(0).qk_norm(8)),
-    "num_queries: wanted 0 to 9 (the number of tokens); got 10": changed(ATTENTION, num_queries=10),
-    "x: wanted at least 1 dimension; got a scalar": changed(MLP, 0, torch.tensor(1.0)),
-    "x: wanted 3 dimensions": changed(SUBLAYER, 0, torch.zeros(9, 24)),
-    "norm_weight: wanted shape [24]": changed(SUBLAYER, 1, torch.zeros(23)),
-    "qkv_weight: wanted shape [53, 17]": changed(SUBLAYER, 3, torch.zeros(53, 24)),
-    "proj_weight: wanted shape [20, 27]": changed(SUBLAYER, 5, torch.zeros(24, 27)),
-    "layer_scale: wanted shape [20]": changed(SUBLAYER, layer_scale=torch.zeros(24)),
-    "fc1_weight: wanted shape [40, 17]": changed(MLP, 3, torch.zeros(40, 24)),
-    "fc2_weight: wanted shape [20, 40]": changed(MLP, 5, torch.zeros(20, 39)),
+    "activation: wanted one of identity, gelu": LINEAR.but(activation="tanh"),
+    "weight: wanted shape [20, 17]; got shape [20, 16]": LINEAR.but(weight=torch.zeros(20, 16)),
+    "bias: wanted shape [20]; got shape [19]": LINEAR.but(bias=torch.zeros(19)),
+    "in_cols: wanted a 1-D int64 tensor; got 1-D torch.int32": LINEAR.but(in_cols=torch.zeros(17).int()),
+    "qkv: wanted 3 dimensions": ATTENTION.with_x(torch.zeros(9, 53)),
+    "qkv: wanted shape [2, 9, 53]; got shape [2, 9, 52]": ATTENTION.with_x(torch.zeros(2, 9, 52)),
+    "v_widths: wanted 3 heads, as in qk_widths; got 2": ATTENTION.but(v_widths=[8, 19]),
+    "qk_widths, v_widths: wanted no negative width": ATTENTION.but(qk_widths=[8, -1, 5]),
+    "qk_widths: wanted one width for all heads": ATTENTION.but(**Maker(0).qk_norm(8)),
+    "num_queries: wanted 0 to 9 (the number of tokens); got 10": replace(ATTENTION, num_queries=10),
+    "x: wanted at least 1 dimension; got a scalar": MLP.with_x(torch.tensor(1.0)),
+    "x: wanted 3 dimensions": SUBLAYER.with_x(torch.zeros(9, 24)),
+    "norm_weight: wanted shape [24]": SUBLAYER.but(norm_weight=torch.zeros(23)),
+    "qkv_weight: wanted shape [53, 17]": SUBLAYER.but(qkv_weight=torch.zeros(53, 24)),
+    "proj_weight: wanted shape [20, 27]": SUBLAYER.but(proj_weight=torch.zeros(24, 27)),
+    "layer_scale: wanted shape [20]": SUBLAYER.but(layer_scale=torch.zeros(24)),
+    "fc1_weight: wanted shape [40, 17]": MLP.but(fc1_weight=torch.zeros(40, 24)),
+    "fc2_weight: wanted shape [20, 40]": MLP.but(fc2_weight=torch.zeros(20, 39)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("message", WRONG)
 def test_wrong_arguments_give_one_clear_error(message: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError) as raised:
         WRONG[message].run()
-    assert message in str(error.value)
+    assert message in str(raised.value)

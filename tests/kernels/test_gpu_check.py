@@ -19,6 +19,7 @@ from gohsp_kernels import _schemas, cuda, gpu_check, tune
 from gohsp_kernels.descriptors import Linear
 from gohsp_kernels.gpu_check import PARTS, Part, Scope
 from gohsp_kernels.registry import BACKENDS
+from gohsp_kernels.testing import Call, Maker
 from tests.kernels.graph_stand_in import StandIn, stand_in
 
 SMALL = Scope(torch.device("cpu"), cases=2, largest=24)
@@ -246,12 +247,12 @@ def test_tuning_takes_the_shapes_of_deit(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_drawn_calls_differ_and_can_be_drawn_again() -> None:
     """Ragged heads, heads without channels, all columns and some, norms and none: each comes up in some dozen draws."""
-    calls = [gpu_check.Draw(seed, 64).arguments("attention_sublayer") for seed in range(24)]
-    again = gpu_check.Draw(3, 64).arguments("attention_sublayer")
-    assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(calls[3], again, strict=True))
-    for i in (8, 9, 10):  # in_cols, out_cols, the norm on q
-        assert {call[i] is None for call in calls} == {True, False}
-    widths = [width for call in calls for width in (*call[14], *call[15])]
+    calls = [Maker(seed, 64).ragged("attention_sublayer") for seed in range(24)]
+    again = zip(calls[3].flat(), Maker(3, 64).ragged("attention_sublayer").flat(), strict=True)
+    assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in again)
+    for name in ("in_cols", "out_cols", "q_norm_weight", "layer_scale"):
+        assert {getattr(call.operator, name) is None for call in calls} == {True, False}
+    widths = [width for call in calls for width in (*call.operator.qk_widths, *call.operator.v_widths)]
     assert 0 in widths and any(width % 8 for width in widths) and len(set(widths)) > 20
 
 
@@ -259,31 +260,30 @@ def test_drawn_calls_differ_and_can_be_drawn_again() -> None:
 def test_explicit_cases_reach_every_form_and_both_ways_out() -> None:
     """At full size, where nothing is computed: what packing makes of them, and how many rows they have."""
     forms, outputs, rows = set(), set(), set()
-    for _, operator, arguments in gpu_check.explicit_cases(Scope(torch.device("cpu"))):
-        if operator == "packed_linear":
-            x, *flat = gpu_check.convert(arguments, torch.device("cpu"), torch.float16)
-            linear, _ = Linear.from_flat(flat)
+    for _, call in gpu_check.explicit_cases(Scope(torch.device("cpu"))):
+        if isinstance(call.operator, Linear):
+            linear, x, _ = call.to(torch.float16).described()
             layout = cuda._pack_linear(linear, x).layout.tolist()
             forms.add(layout[6])
             outputs.add(layout[-1])
-        rows.add(arguments[0].numel() // arguments[0].shape[-1])
+        rows.add(call.x.numel() // call.x.shape[-1])
     assert forms == {0, 1, 2} and outputs == {0, 1}
     assert min(rows) == 1 and {197, 1576, 12608} <= rows
 
 
 def test_a_wrong_element_an_unwritten_one_and_a_second_result_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, operator, arguments = next(gpu_check.explicit_cases(SMALL))
-    run, calls = gpu_check.ops.call, itertools.count()
+    _, call = next(gpu_check.explicit_cases(SMALL))
+    run, calls = Call.run, itertools.count()
 
     def judged(fault: Callable[[torch.Tensor, int], None]) -> gpu_check.Row:
-        def faulty(operator: str, arguments: Any, backend: str) -> torch.Tensor:
-            result = run(operator, arguments, "reference").clone()
+        def faulty(call: Call, backend: str) -> torch.Tensor:
+            result = run(call, "reference").clone()
             if backend != "reference":
                 fault(result, next(calls))
             return result
 
-        monkeypatch.setattr(gpu_check.ops, "call", faulty)
-        return gpu_check.judge_case(operator, "triton", arguments, 1e-5)
+        monkeypatch.setattr(Call, "run", faulty)
+        return gpu_check.judge_case(call, "triton", 1e-5)
 
     assert judged(lambda result, call: None)["ok"]
     assert not judged(lambda result, call: result[0, 0, :1].add_(1e-3))["ok"]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import gohsp_kernels as gk
 from gohsp_kernels import graphed
+from gohsp_kernels.testing import Maker
 from gohsp_kernels.triton import operators
-from tests.kernels.cases import Maker
 from tests.kernels.graph_stand_in import StandIn, stand_in
 
 
@@ -39,8 +39,7 @@ class Sublayers(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         for call in self.sublayers:
-            function = getattr(gk, call.operator)
-            x = function(x, *call.args[1:], **call.kwargs)
+            x = call.bound()(x)
         return x
 
 
@@ -110,7 +109,7 @@ def test_a_parameter_that_is_exchanged_or_changed_unseen_is_noticed(captures: li
 def test_packed_weights_outlive_their_place_in_the_cache(captures: list[StandIn], model: Sublayers) -> None:
     fast, x = gk.GraphedModel(model), images(2)
     result = fast(x)
-    key = model.sublayers[1].args[3]
+    key = model.sublayers[1].operator.key
     packed = weakref.ref(operators._cache._entries[key][1].fc1.weight)
     model(x.half())  # packs anew, in the same place
     gc.collect()

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import gohsp_kernels as gk
 from gohsp_kernels import _native, chain, cpu, reference
+from gohsp_kernels.testing import Call, Maker, error
 
-from .cases import Call, Maker, relative_error
 from .test_chain import FEATURES, bound, chains, one_by_one
 
 needs_native = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
@@ -74,8 +74,8 @@ def test_products_are_exact(capability: str, rows: int, outputs: int, inputs: in
     levels = checks.activation_levels(capability)
     truth = reference.int8_linear(x.double(), weight, bias, levels)
     got, clear = product(capability, x, weight, bias), ~near_a_tie(x, levels)
-    assert relative_error(got[clear], truth[clear]) < tolerance(capability)
-    assert relative_error(got, truth) < tolerance("scalar")
+    assert error(got[clear], truth[clear]) < tolerance(capability)
+    assert error(got, truth) < tolerance("scalar")
 
 
 ROWS = {
@@ -96,7 +96,7 @@ def test_awkward_rows(capability: str, name: str) -> None:
     x, weight, bias = ROWS[name](maker.normal(13, 61)), maker.weight(40, 61), maker.normal(40)
     result = product(capability, x, weight, bias)
     truth = reference.int8_linear(x.double(), weight, bias, checks.activation_levels(capability))
-    assert relative_error(result, truth) < tolerance(capability)
+    assert error(result, truth) < tolerance(capability)
     if name in ("zeros", "tiny"):
         assert torch.equal(result, bias.expand(13, 40))
 
@@ -164,7 +164,7 @@ def test_random_chains(calls: list[Call], batch: int, tokens: int, data: st.Data
     queries = data.draw(st.sampled_from([tokens, 1, 0]))
     x = Maker(batch).normal(batch, tokens, FEATURES)
     result = int8_chain(calls)(x, num_queries=queries)
-    assert relative_error(result, described(x.double(), calls, cpu.activation_levels())[:, :queries]) < FLIPPED
+    assert error(result, described(x.double(), calls, cpu.activation_levels())[:, :queries]) < FLIPPED
 
 
 @needs_native
@@ -178,9 +178,9 @@ def test_chain_with_qk_norm_and_close_to_float64() -> None:
     ]
     x = maker.normal(3, 20, FEATURES)
     result = int8_chain(calls)(x)
-    assert relative_error(result, described(x.double(), calls, cpu.activation_levels())) < FLIPPED
+    assert error(result, described(x.double(), calls, cpu.activation_levels())) < FLIPPED
     # 8 bits are not nothing: the error must be there, and must be small.
-    assert 1e-4 < relative_error(result, one_by_one(x.double(), calls)) < 0.05
+    assert 1e-4 < error(result, one_by_one(x.double(), calls)) < 0.05
 
 
 @needs_native
@@ -191,7 +191,9 @@ def test_weights_take_a_quarter_and_no_cache_holds_them() -> None:
     before = len(cpu._cache._entries)
     frozen = int8_chain(calls, 256)
     assert len(cpu._cache._entries) == before
-    weights = sum(call.args[i].numel() for call in calls for i in (3, 5))
+    attention, mlp = (call.operator for call in calls)
+    matrices = (attention.qkv_weight, attention.proj_weight, mlp.fc1_weight, mlp.fc2_weight)
+    weights = sum(matrix.numel() for matrix in matrices)
     size = sum(s.panels.numel() * s.panels.element_size() for s in frozen.sublayers)
     assert weights < size < 1.1 * weights
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from gohsp_kernels import _native, _packing, cpu
-
-from .cases import Call, Maker, relative_error, samples
+from gohsp_kernels.testing import Call, Maker, error, samples
 
 pytestmark = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
 
@@ -18,7 +17,7 @@ SUBLAYERS = ("packed_linear", "attention_sublayer", "mlp_sublayer")
 
 
 def is_true(call: Call) -> bool:
-    return relative_error(call.run("cpu"), call.to(torch.float64).run("reference")) < 2e-6
+    return error(call.run("cpu"), call.truth()) < 2e-6
 
 
 def count_packings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -52,7 +51,7 @@ def test_packed_once_and_again_after_a_change(name: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", SUBLAYERS)
 def test_replaced_storage_is_noticed(name: str) -> None:
     call = samples()[name]
-    weight = call.args[1 if name == "packed_linear" else 3]
+    weight = call.operator.key
     assert is_true(call)
     weight.data = weight.data.half().float()  # what module.half().float() does
     assert is_true(call)
@@ -63,17 +62,16 @@ def test_replaced_storage_is_noticed(name: str) -> None:
 def test_a_changed_layout_of_the_same_weights_is_noticed() -> None:
     call = Maker(3).attention_sublayer(2, 7, 16, [4, 8], [8, 4])
     assert is_true(call)
-    call.kwargs["qk_widths"] = [8, 4]
+    call = call.but(qk_widths=(8, 4))
     assert is_true(call)
-    call.kwargs["scale"] = 0.5
-    assert is_true(call)
+    assert is_true(call.but(scale=0.5))
 
 
 def test_inference_tensors_are_never_stale() -> None:
     with torch.inference_mode():
         call = samples()["mlp_sublayer"]
         assert is_true(call)
-        call.args[3].mul_(2)
+        call.operator.key.mul_(2)
         assert is_true(call)
 
 
@@ -90,33 +88,31 @@ def test_packed_weights_go_with_their_parameters() -> None:
 
 def folded_attention(call: Call) -> Call:
     """The same sublayer with norm affine, softmax scale, biases and layer scale folded, for the reference."""
-    x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias = call.args
-    k = dict(call.kwargs)
-    cols = k["in_cols"]
-    n_qk = sum(k["qk_widths"])
-    weight, bias = _packing.fold_norm(qkv_weight, qkv_bias, norm_weight, norm_bias, cols)
-    proj_bias = proj_bias + proj_weight @ bias[2 * n_qk :]
+    o = call.operator
+    n_qk = sum(o.qk_widths)
+    weight, bias = _packing.fold_norm(o.qkv_weight, o.qkv_bias, o.norm_weight, o.norm_bias, o.in_cols)
+    proj_bias = o.proj_bias + o.proj_weight @ bias[2 * n_qk :]
     bias[n_qk:] = 0
-    weight[:n_qk] *= k["scale"]
-    bias[:n_qk] *= k["scale"]
-    proj_weight, proj_bias = _packing.fold_layer_scale(proj_weight, proj_bias, k["layer_scale"])
-    k.update(scale=1.0, layer_scale=None)
-    return Call("attention_sublayer", (x, None, None, weight, bias, proj_weight, proj_bias), k)
+    weight[:n_qk] *= o.scale
+    bias[:n_qk] *= o.scale
+    proj_weight, proj_bias = _packing.fold_layer_scale(o.proj_weight, proj_bias, o.layer_scale)
+    layers = {"qkv_weight": weight, "qkv_bias": bias, "proj_weight": proj_weight, "proj_bias": proj_bias}
+    return call.but(norm_weight=None, norm_bias=None, scale=1.0, layer_scale=None, **layers)
 
 
 def test_attention_algebra_is_exact() -> None:
     call = Maker(4).attention_sublayer(2, 9, 24, [8, 0, 5], [8, 3, 16], 17, 20).to(torch.float64)
-    assert relative_error(folded_attention(call).run("reference"), call.run("reference")) < 1e-14
+    assert error(folded_attention(call).run("reference"), call.run("reference")) < 1e-14
 
 
 def test_mlp_algebra_is_exact() -> None:
     call = Maker(5).mlp_sublayer((2, 9), 24, 40, 17, 20).to(torch.float64)
-    x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias = call.args
-    fc1, fc1_constant = _packing.fold_norm(fc1_weight, fc1_bias, norm_weight, norm_bias, call.kwargs["in_cols"])
-    fc2, fc2_constant = _packing.fold_layer_scale(fc2_weight, fc2_bias, call.kwargs["layer_scale"])
-    kwargs = {**call.kwargs, "layer_scale": None}
-    folded = Call("mlp_sublayer", (x, None, None, fc1, fc1_constant, fc2, fc2_constant), kwargs)
-    assert relative_error(folded.run("reference"), call.run("reference")) < 1e-14
+    o = call.operator
+    fc1, fc1_constant = _packing.fold_norm(o.fc1_weight, o.fc1_bias, o.norm_weight, o.norm_bias, o.in_cols)
+    fc2, fc2_constant = _packing.fold_layer_scale(o.fc2_weight, o.fc2_bias, o.layer_scale)
+    layers = {"fc1_weight": fc1, "fc1_bias": fc1_constant, "fc2_weight": fc2, "fc2_bias": fc2_constant}
+    folded = call.but(norm_weight=None, norm_bias=None, layer_scale=None, **layers)
+    assert error(folded.run("reference"), call.run("reference")) < 1e-14
 
 
 def test_k_bias_stays_with_qk_norm() -> None:
@@ -124,8 +120,8 @@ def test_k_bias_stays_with_qk_norm() -> None:
     call = maker.attention_sublayer(2, 9, 24, [8, 8], [8, 8], **maker.qk_norm(8))
     assert is_true(call)
     with_bias = call.run("cpu")
-    call.args[4][16:32] = 0
-    assert relative_error(call.run("cpu"), with_bias) > 1e-3
+    call.operator.qkv_bias[16:32] = 0
+    assert error(call.run("cpu"), with_bias) > 1e-3
     assert is_true(call)
 
 
@@ -140,8 +136,5 @@ def test_panels_hold_every_weight_once_and_their_bias_first() -> None:
 @pytest.mark.parametrize("name", SUBLAYERS)
 def test_weights_of_another_dtype_are_refused(name: str) -> None:
     call = samples()[name]
-    args = list(call.args)
-    weight = 1 if name == "packed_linear" else 3
-    args[weight] = args[weight].double()
     with pytest.raises(ValueError, match=r"weights: wanted float32 on the cpu, as x; got torch\.float64 on cpu"):
-        Call(name, tuple(args), call.kwargs).run("cpu")
+        call.but(**{call.operator.key_name: call.operator.key.double()}).run("cpu")

@@ -10,9 +10,10 @@ import torch
 
 import gohsp_kernels as gk
 from gohsp_kernels import _native, chain, cpu
+from gohsp_kernels.testing import Call, Maker, error
 
 from . import test_bf16, test_int8
-from .cases import Call, Maker, relative_error, run_again
+from .cases import run_again
 from .test_chain import FEATURES, bound
 
 checks = pytest.importorskip("gohsp_kernels._checks", reason="the checks module is not built")
@@ -66,7 +67,7 @@ def test_result_does_not_depend_on_threads_or_batch(form: str, threads: int) -> 
     try:
         together = model(x)
         for i in range(4):
-            assert relative_error(model(x[i : i + 1]), together[i : i + 1].double()) < FLIPPED
+            assert error(model(x[i : i + 1]), together[i : i + 1].double()) < FLIPPED
     finally:
         torch.set_num_threads(before)
 

@@ -12,8 +12,7 @@ from torch.library import opcheck
 
 import gohsp_kernels as gk
 from gohsp_kernels import _native, _schemas, cpu, cuda, reference
-
-from .cases import Call, Maker, relative_error, samples
+from gohsp_kernels.testing import Maker, error, samples
 
 CPU_OPERATORS = [name for name in _schemas.NATIVE if name.startswith("cpu_")]  # the others: tests/cuda
 needs_native = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
@@ -136,26 +135,24 @@ def test_traced_call_is_one_node_and_right(name: str, tokens: int) -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: Call(call.operator, (x, *call.args[1:]), call.kwargs).run(), backend=keep_graph,
-                             fullgraph=True)  # fmt: skip
+    compiled = torch.compile(call.bound(), backend=keep_graph, fullgraph=True)
     with torch.no_grad():
-        result = compiled(call.args[0])
+        result = compiled(call.x)
     assert [n.target for n in graphs[0].graph.nodes if n.op == "call_function"] == [
         getattr(torch.ops.gohsp_kernels, name)
     ]
-    assert relative_error(result, call.to(torch.float64).run("reference")) < 2e-6
+    assert error(result, call.truth()) < 2e-6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", _schemas.PUBLIC)
 def test_traced_training_call_is_differentiable(name: str) -> None:
     call = samples()[name]
-    x = call.args[0].clone().requires_grad_()
+    x = call.x.clone().requires_grad_()
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: Call(call.operator, (x, *call.args[1:]), call.kwargs).run(),
-                             backend="aot_eager", fullgraph=True)  # fmt: skip
+    compiled = torch.compile(call.bound(), backend="aot_eager", fullgraph=True)
     compiled(x).sum().backward()
-    eager = call.args[0].clone().requires_grad_()
-    Call(call.operator, (eager, *call.args[1:]), call.kwargs).run().sum().backward()
+    eager = call.x.clone().requires_grad_()
+    call.with_x(eager).run().sum().backward()
     assert x.grad is not None and eager.grad is not None
-    assert relative_error(x.grad, eager.grad) < 1e-5
+    assert error(x.grad, eager.grad) < 1e-5

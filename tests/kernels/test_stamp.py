@@ -15,8 +15,8 @@ from torch.autograd import forward_ad
 import gohsp_kernels as gk
 from gohsp_kernels import _native, _stamp
 from gohsp_kernels._stamp import Stamp
+from gohsp_kernels.testing import Maker, error, samples
 
-from .cases import Maker, relative_error, samples
 from .test_chain import FEATURES, bound
 
 needs_native = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
@@ -125,7 +125,7 @@ def test_operators_see_what_moves_no_version_counter(name: str, backend: str) ->
         version = tensor._version
         tensor.data.mul_(1.5)
         assert tensor._version == version
-        assert relative_error(call.run(backend), call.to(torch.float64).run("reference")) < 2e-6
+        assert error(call.run(backend), call.truth()) < 2e-6
 
 
 @needs_native
@@ -139,28 +139,28 @@ def test_weights_made_under_inference_mode_are_packed_once(monkeypatch: pytest.M
         first = len(packings)
         call.run("cpu")
         assert first > 0 and len(packings) == first
-        call.args[3].mul_(2)
-        assert relative_error(call.run("cpu"), call.to(torch.float64).run("reference")) < 2e-6
+        call.operator.key.mul_(2)
+        assert error(call.run("cpu"), call.truth()) < 2e-6
 
 
 @needs_native
 def test_a_call_under_fake_mode_gives_a_shape_and_leaves_nothing_behind() -> None:
     call = samples()["attention_sublayer"]
-    wanted = call.to(torch.float64).run("reference")
+    wanted = call.truth()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = mode.from_tensor(call.args[0])
+        fake = mode.from_tensor(call.x)
         assert call.with_x(fake).run(None).shape == wanted.shape
         chain = gk.SublayerChain([bound(call)])
         assert chain(fake).shape == wanted.shape
-    for result in (call.run("cpu"), chain(call.args[0])):
-        assert type(result) is Tensor and relative_error(result, wanted) < 2e-6
+    for result in (call.run("cpu"), chain(call.x)):
+        assert type(result) is Tensor and error(result, wanted) < 2e-6
 
 
 @needs_native
 @pytest.mark.parametrize("name", ["packed_linear", "ragged_attention", "attention_sublayer", "mlp_sublayer"])
 def test_tangents_flow_forwards(name: str) -> None:
     call = samples()[name].to(torch.float64)
-    x = call.args[0]
+    x = call.x
     direction = torch.randn_like(x)
     step = 1e-6
     wanted = (call.with_x(x + step * direction).run(None) - call.with_x(x - step * direction).run(None)) / (2 * step)
@@ -168,7 +168,7 @@ def test_tangents_flow_forwards(name: str) -> None:
     with torch.no_grad(), forward_ad.dual_level():
         result = call.with_x(forward_ad.make_dual(x.float(), direction.float())).run(None)
         tangent = forward_ad.unpack_dual(result).tangent
-    assert tangent is not None and relative_error(tangent, wanted) < 1e-4
+    assert tangent is not None and error(tangent, wanted) < 1e-4
 
 
 @pytest.mark.slow
@@ -180,9 +180,9 @@ def test_training_beside_inference_leaves_nothing_stale(inferring: int) -> None:
     for trial in range(34):
         maker = Maker(trial)
         calls = [maker.attention_sublayer(0, 0, FEATURES, [8, 8], [8, 8]), maker.mlp_sublayer((0,), FEATURES, 50)]
-        weights = [nn.Parameter(call.args[3], requires_grad=False) for call in calls]
+        weights = [nn.Parameter(call.operator.key, requires_grad=False) for call in calls]
         for call, weight in zip(calls, weights, strict=True):
-            call.args[3].set_(weight.data)
+            call.operator.key.set_(weight.data)
         chain, x = gk.SublayerChain(list(map(bound, calls))), maker.normal(1, 5, FEATURES)
         done = threading.Event()
 
@@ -202,7 +202,7 @@ def test_training_beside_inference_leaves_nothing_stale(inferring: int) -> None:
         wanted = x.double()
         for call in calls:
             wanted = call.to(torch.float64).with_x(wanted).run("reference")
-        stale += relative_error(chain(x, backend="cpu"), wanted) > 2e-6
+        stale += error(chain(x, backend="cpu"), wanted) > 2e-6
     assert stale == 0
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from tests.faults import ROOT, Run, planted, run_pytest
 
-FORWARD = ("test_forward.py", "test_norm_algebra.py", "test_bounds.py")
-BACKWARD = ("test_backward.py", "test_bounds.py")
+OPERATORS, BOUNDS = "kernels/test_operators.py", "triton/test_bounds.py"
+FORWARD = (OPERATORS, "triton/test_forward.py", "triton/test_norm_algebra.py", BOUNDS)
+BACKWARD = ("triton/test_backward.py", BOUNDS)
 
 
 @dataclass(frozen=True)
@@ -183,15 +184,15 @@ def killer(mutation: Mutation, folder: Path) -> str:
         run = pytest(folder, mutation.tests)
         died = run.status < 0
         if died:  # it wrote where it should not; the test of that stops it before
-            run = pytest(folder, ("test_bounds.py",))
+            run = pytest(folder, (BOUNDS,))
     assert run.status in (0, 1), run.text[-4000:]
-    failed = re.findall(r"^FAILED tests/triton/\S+::(\w+)", run.text, re.MULTILINE)
+    failed = re.findall(r"^FAILED tests/\S+::(\w+)", run.text, re.MULTILINE)
     return failed[0] if failed else "the interpreter dies of it" if died else ""
 
 
 def pytest(folder: Path, files: tuple[str, ...]) -> Run:
     """Run the tests with fixed inputs in ``files`` up to the first that fails."""
-    return run_pytest(folder, ["-k", "not random_calls", *(f"tests/triton/{name}" for name in files)])
+    return run_pytest(folder, ["-k", "triton and not random_calls", *(f"tests/{name}" for name in files)])
 
 
 def main(words: list[str]) -> int:

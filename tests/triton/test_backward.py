@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -12,11 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gohsp_kernels.descriptors import OPERATORS
+from gohsp_kernels.testing import EDGES, Call, Maker, poisoned, samples
 from gohsp_kernels.triton import config
-from tests.kernels.cases import OPERATORS, Call, Maker, calls, samples
+from tests.kernels.cases import calls
 
-from .helpers import assert_close, run
-from .test_forward import EDGES
+from .helpers import assert_close
 
 pytestmark = pytest.mark.interpreter
 
@@ -26,9 +26,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 6e-3}
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with poisoned():
+        yield
 
 
 def gradients(call: Call, backend: str) -> list[Tensor]:
@@ -36,7 +35,7 @@ def gradients(call: Call, backend: str) -> list[Tensor]:
     leaves = call.tensors()
     for leaf in leaves:
         leaf.requires_grad_()
-    result = run(call) if backend == "triton" else call.run("reference")
+    result = call.run(backend)
     if not result.requires_grad:  # the reference of a call without any head
         return [torch.zeros_like(leaf) for leaf in leaves]
     grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(5)).to(result.dtype)
@@ -45,12 +44,7 @@ def gradients(call: Call, backend: str) -> list[Tensor]:
 
 def clone(call: Call, dtype: torch.dtype) -> Call:
     """A copy in another dtype that shares no tensor."""
-
-    def copy(value: Any) -> Any:
-        return value.detach().clone() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    call = Call(call.operator, tuple(map(copy, call.args)), {k: copy(v) for k, v in call.kwargs.items()})
-    return call.to(dtype)
+    return call.mapped(lambda tensor: tensor.detach().clone()).to(dtype)
 
 
 def check(call: Call, dtype: torch.dtype, tolerance: float | None = None) -> None:
@@ -73,19 +67,18 @@ DTYPES = [torch.float32, torch.float16]
 @given(data=st.data())
 def test_random_calls(operator: str, dtype: torch.dtype, data: st.DataObject) -> None:
     call = data.draw(calls(operator))
-    norm = call.kwargs.get("q_norm_weight")
+    norm = getattr(call.operator, "q_norm_weight", None)
     if norm is not None and norm.numel() == 1:
         # Over one channel the gradient is zero, and PyTorch's layer_norm, which is that of training, multiplies the
         # rounding of that zero by 1 / sqrt(eps): by 1000 with the default.
-        call.kwargs["eps" if operator == "ragged_attention" else "qk_eps"] = 1.0
+        call = call.but(**{"eps" if operator == "ragged_attention" else "qk_eps": 1.0})
     check(call, dtype)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("edge", EDGES)
 def test_edges(edge: str) -> None:
-    method, args, kwargs = EDGES[edge]
-    check(getattr(Maker(7), method)(*args, **kwargs), torch.float32)
+    check(EDGES[edge](Maker(7)), torch.float32)
 
 
 def test_each_gradient_alone_is_right() -> None:
@@ -101,23 +94,22 @@ def test_each_gradient_alone_is_right() -> None:
 
 def test_scores_far_below_zero() -> None:
     """Below -128 a key past the last, whose score of 0 is far above the others, must be masked before it overflows."""
-    call = Maker(9).attention(1, 20, [8], [8])
-    qkv = call.args[0]
+    call = Maker(9).attention(1, 20, [8], [8], num_queries=3)
+    qkv = call.x
     qkv[..., :8] = qkv[..., :8] * 0.1 + 20
     qkv[..., 8:16] = qkv[..., 8:16] * 0.1 - 20
-    call.kwargs["num_queries"] = 3
     check(call, torch.float32, tolerance=1e-4)  # scores of -800 carry errors of 1e-4
 
 
 def test_only_what_is_asked_for_is_computed() -> None:
     call = samples()["packed_linear"]
-    call.args[0].requires_grad_()
-    run(call).sum().backward()
-    assert call.args[0].grad is not None and call.args[1].grad is None
+    call.x.requires_grad_()
+    call.run("triton").sum().backward()
+    assert call.x.grad is not None and call.operator.key.grad is None
     call = samples()["packed_linear"]
-    call.args[1].requires_grad_()
-    run(call).sum().backward()
-    assert call.args[0].grad is None and call.args[1].grad is not None
+    call.operator.key.requires_grad_()
+    call.run("triton").sum().backward()
+    assert call.x.grad is None and call.operator.key.grad is not None
 
 
 @pytest.mark.slow
@@ -129,8 +121,8 @@ def test_gradients_are_the_same_at_each_run() -> None:
 
 def test_float32_weights_train_float16_activations() -> None:
     call = samples()["mlp_sublayer"]
-    x = call.args[0].half()
-    mixed = Call(call.operator, (x, *call.args[1:]), call.kwargs)
+    x = call.x.half()
+    mixed = call.with_x(x)
     grads = gradients(mixed, "triton")
     assert [g.dtype for g in grads] == [torch.float16, *[torch.float32] * (len(grads) - 1)]
 
@@ -152,8 +144,8 @@ def test_autocast_trains_float32_parameters(operator: str) -> None:
 
 def test_second_derivative_is_refused() -> None:
     call = samples()["packed_linear"]
-    call.args[0].requires_grad_()
-    (grad,) = torch.autograd.grad(run(call).square().sum(), call.args[0], create_graph=True)
+    call.x.requires_grad_()
+    (grad,) = torch.autograd.grad(call.run("triton").square().sum(), call.x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
+from gohsp_kernels.testing import Maker
 from gohsp_kernels.triton import config
 from gohsp_kernels.triton.attention import HeadLayout, attention
 from gohsp_kernels.triton.attention_backward import attention_gradient
@@ -25,7 +26,6 @@ from gohsp_kernels.triton.linear import PackedLinear
 from gohsp_kernels.triton.linear_backward import epilogue_gradient, norm_gradient, weight_gradient
 from gohsp_kernels.triton.mlp import PackedMlp
 from gohsp_kernels.triton.packing import column_order
-from tests.kernels.cases import Maker
 
 pytestmark = pytest.mark.interpreter
 

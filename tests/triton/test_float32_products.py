@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gohsp_kernels.gpu_check import PRECISIONS, tf32
+from gohsp_kernels.gpu_check import tf32
+from gohsp_kernels.testing import PRECISIONS
 from gohsp_kernels.triton import _launch, config
 from gohsp_kernels.triton._launch import dot_precision
 

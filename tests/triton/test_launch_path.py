@@ -14,11 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import gohsp_kernels as gk
+from gohsp_kernels.testing import Call, Maker, samples
 from gohsp_kernels.triton import attention, config, linear, mlp
 from gohsp_kernels.triton.attention_sublayer import pack_attention
 from gohsp_kernels.triton.linear import PackedLinear
 from gohsp_kernels.triton.mlp import PackedMlp, pack_mlp
-from tests.kernels.cases import Call, Maker, samples
 
 pytestmark = pytest.mark.interpreter
 
@@ -85,7 +85,7 @@ def test_the_guard_objects_to_a_read_back() -> None:
     with OnlyRoom(set()):
         for wrong in (lambda x: x.sum(), lambda x: x[0].item(), lambda x: torch.tensor([1])):
             with pytest.raises(AssertionError, match="in the launch path"):
-                wrong(CALLS["packed_linear"].args[0])
+                wrong(CALLS["packed_linear"].x)
 
 
 def on_gpu(mode: FakeTensorMode, value: Any) -> Any:
@@ -131,7 +131,7 @@ def test_packed_parts_are_all_replaced() -> None:
 
 @pytest.mark.slow
 def test_compile_sees_one_node_a_sublayer() -> None:
-    attend, feed = CALLS["attention_sublayer"], CALLS["mlp_sublayer"]
+    attend, feed = (CALLS[name].bound() for name in ("attention_sublayer", "mlp_sublayer"))
     graphs: list[torch.fx.Graph] = []
 
     def backend(module: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -139,10 +139,9 @@ def test_compile_sees_one_node_a_sublayer() -> None:
         return module.forward
 
     def model(x: Tensor) -> Tensor:
-        x = gk.attention_sublayer(x, *attend.args[1:], **attend.kwargs)
-        return gk.mlp_sublayer(x, *feed.args[1:], **feed.kwargs)
+        return feed(attend(x))
 
-    x = attend.args[0]
+    x = CALLS["attention_sublayer"].x
     torch.compiler.reset()
     with gk.use_backend("triton"), torch.no_grad():
         result = torch.compile(model, backend=backend, fullgraph=True)(x)

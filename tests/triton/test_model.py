@@ -18,8 +18,8 @@ from torch.library import opcheck
 import gohsp
 import gohsp_kernels as gk
 from gohsp_kernels import _schemas
+from gohsp_kernels.testing import error, samples
 from gohsp_kernels.triton import config
-from tests.kernels.cases import relative_error, samples
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def test_deit_small_agrees_with_the_cpu_backend(
         with gk.use_backend("triton"):
             result = rounded(images.to(dtype))
     assert result.dtype == dtype
-    assert relative_error(result, expected) < tolerance
+    assert error(result, expected) < tolerance
 
 
 @pytest.mark.slow

@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from gohsp_kernels import dispatch
+from gohsp_kernels.testing import TOLERANCE, Call, Maker, poisoned
 from gohsp_kernels.triton.rows import as_rows
-from tests.kernels.cases import Call, Maker
 
-from .helpers import TOLERANCE, assert_close, run
+from .helpers import assert_close
 from .test_backward import TOLERANCE as GRADIENT_TOLERANCE
 
 pytestmark = pytest.mark.interpreter
@@ -22,9 +21,8 @@ pytestmark = pytest.mark.interpreter
 
 @pytest.fixture(autouse=True)
 def poisoned_outputs() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with poisoned():
+        yield
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -89,19 +87,18 @@ CALLS = calls()
 def in_form(call: Call, form: Callable[[Tensor], Tensor], *, x: bool) -> Call:
     """``call`` with ``x``, or all float tensors but it, laid out by ``form``; leaves that share no tensor with it."""
 
-    def lay(value: Any, chosen: bool) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        return form(value) if chosen else value.clone()
+    def lay(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        return form(tensor) if x == (tensor is call.x) else tensor.clone()
 
-    args = tuple(lay(value, x == (i == 0)) for i, value in enumerate(call.args))
-    return Call(call.operator, args, {name: lay(value, not x) for name, value in call.kwargs.items()})
+    return call.mapped(lay)
 
 
 def gradients(call: Call, backend: str, lay_grad: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Gradient of each float argument under a gradient of the result that ``lay_grad`` laid out."""
     leaves = [leaf.requires_grad_() for leaf in call.tensors()]
-    result = run(call) if backend == "triton" else call.run(backend)
+    result = call.run(backend)
     grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(5)).to(result.dtype)
     return list(torch.autograd.grad(result, leaves, lay_grad(grad), materialize_grads=True))
 
@@ -125,8 +122,8 @@ def as_it_is(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", CALLS)
 def test_any_layout_of_an_argument(name: str, form: str, of_x: bool) -> None:
     call = in_form(CALLS[name], FORMS[form], x=of_x)
-    truth = call.to(torch.float64).run("reference")
-    result = run(call)
+    truth = call.truth()
+    result = call.run("triton")
     assert result.is_contiguous()
     assert_close(result, truth, TOLERANCE[torch.float32])
     if dispatch.can_run("cpu"):
@@ -146,8 +143,8 @@ def test_any_layout_of_the_gradient_of_the_result(name: str, form: str) -> None:
 def test_the_gradient_of_a_sum_is_one_number_without_strides(name: str) -> None:
     call = CALLS[name]
     exact, single = call.to(torch.float64), in_form(call, as_it_is, x=True)
-    x, truth = single.args[0].requires_grad_(), exact.args[0].requires_grad_()
-    run(single).sum().backward()
+    x, truth = single.x.requires_grad_(), exact.x.requires_grad_()
+    single.run("triton").sum().backward()
     exact.run("reference").sum().backward()
     assert_close(x.grad, truth.grad, GRADIENT_TOLERANCE[torch.float32])
 
@@ -156,10 +153,10 @@ def test_the_gradient_of_a_sum_is_one_number_without_strides(name: str) -> None:
 def test_images_of_one_token_that_lie_as_tokens_of_one_image() -> None:
     """PyTorch calls such a tensor contiguous although the stride of its tokens is that of all images together."""
     for call in (Maker(4).attention(1, 6, [8, 8], [8, 16]), Maker(4).attention_sublayer(1, 6, 24, [8, 8], [8, 8])):
-        x = call.args[0].transpose(0, 1)
+        x = call.x.transpose(0, 1)
         assert x.is_contiguous() and x.stride(1) != x.shape[2]
-        turned = Call(call.operator, (x, *call.args[1:]), call.kwargs)
-        assert_close(run(turned), turned.to(torch.float64).run("reference"), TOLERANCE[torch.float32])
+        turned = call.with_x(x)
+        assert_close(turned.run("triton"), turned.truth(), TOLERANCE[torch.float32])
         check_gradients(turned, lambda grad: grad.flatten(0, 1)[None].transpose(0, 1))
 
 

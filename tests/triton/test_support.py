@@ -13,7 +13,7 @@ import torch
 
 import gohsp_kernels as gk
 from gohsp_kernels import _native, dispatch
-from tests.kernels.cases import Maker, samples
+from gohsp_kernels.testing import Maker, samples
 
 FP16, FP32, BF16 = torch.float16, torch.float32, torch.bfloat16
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GPUs that kernels of Triton are compiled for; tests/cuda/test_budgets.py judges what is read from the CUDA library."""
+"""GPUs that Triton compiles for; tests/cuda/test_budgets.py judges what is read from the CUDA library."""
 
 from __future__ import annotations
 
