@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The example of the README runs as printed, in a folder of its own."""
+"""The examples of the README and of docs/extending.md run as printed, in a folder of their own."""
 
 from __future__ import annotations
 
@@ -11,8 +11,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def python_blocks() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+PREPARED = """
+import timm, torch
+model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32)
+batches = [torch.randn(4, 3, 32, 32)]
+"""
+
+
+def python_blocks(page: str = "README.md") -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def run(code: str, folder: Path) -> str:
@@ -28,3 +35,9 @@ def test_examples_run_as_printed(tmp_path: Path) -> None:
         run(example if "import" in example else "import timm, gohsp\n" + example, tmp_path)
     for folder in ("deit-pruned", "deit-pruned-and-tuned"):
         assert {p.name for p in (tmp_path / folder).iterdir()} == {"plan.json", "model.safetensors"}
+
+
+def test_the_criterion_of_the_page_on_extending_prunes(tmp_path: Path) -> None:
+    (example,) = python_blocks("docs/extending.md")
+    shown = "print(result.report.method, result.report.pruned.params <= 0.65 * result.report.dense.params)"
+    assert run(PREPARED + example + shown, tmp_path) == "weight-times-deviation True\n"
