@@ -30,7 +30,7 @@ SHARED_BYTES = {  # of a multiprocessor
     "sm_120": 100 * KIB,
 }
 TRITON_TARGETS = ("sm_80", "sm_90", "sm_100")
-"""GPUs that tests/triton/aot.py compiles for; the others are variants that only the CUDA library has."""
+"""GPUs that tests/triton/aot.py compiles Triton's kernels for; the others are in the CUDA library alone."""
 
 FINISHES = ("identity", "gelu", "other")
 """Activations that a linear kernel is compiled for, in the order of Finish (csrc/cuda/linear.cuh)."""
