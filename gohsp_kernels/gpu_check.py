@@ -75,7 +75,6 @@ class Part:
 
 
 error_of = partial(testing.error, floor=1.0)
-Draw = Maker  # its name in bench.gpu_race
 
 
 @contextmanager

@@ -25,7 +25,8 @@ import gohsp_kernels as gk
 from bench.gpu.models_check import with_attention
 from bench.harness import cases
 from gohsp_kernels import ops
-from gohsp_kernels.gpu_check import OPERATORS, Draw, Sublayer, error_of, first_line
+from gohsp_kernels.gpu_check import OPERATORS, Sublayer, error_of, first_line
+from gohsp_kernels.testing import Maker
 
 Run = Callable[[], object]
 Row = dict[str, Any]
@@ -164,7 +165,7 @@ def ceilings(options: argparse.Namespace) -> Iterator[Row]:
 @torch.no_grad()
 def kernels(options: argparse.Namespace) -> Iterator[Row]:
     """Ceilings, then linear layers, attention and sublayers of a cut DeiT-Small in float16 beside libraries."""
-    device, half, draw = torch.device(DEVICE), torch.float16, Draw(0, 512)
+    device, half, draw = torch.device(DEVICE), torch.float16, Maker(0)
     wake(device)
     yield from ceilings(options)
     backends = [name for name in ("cuda", "triton") if gk.can_run(name, device, half)]

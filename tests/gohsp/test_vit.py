@@ -21,6 +21,7 @@ from gohsp.mask import ModelMask
 from gohsp.models import timm_vit
 from gohsp.models.base import Geometry
 from gohsp.models.registry import family_of, geometry_of, open_model
+from gohsp.training.losses import watch
 
 
 def small(**arguments: Any) -> VisionTransformer:
@@ -290,3 +291,18 @@ def test_attention_pool_is_timms_own(make_model: Callable[..., Any]) -> None:
     model = make_model(global_pool="map")
     compact = gohsp.compress(model, ModelMask.random(model))
     assert type(compact.attn_pool) is AttentionPoolLatent
+
+
+def test_what_a_tool_makes_of_the_class_is_of_the_family_still() -> None:
+    """As FSDP does, which derives a class of its own from that of the model that it shards."""
+    model = small().eval()
+    compact: Any = gohsp.compress(model, ModelMask.keep_first(model, heads=2))
+    wanted = gohsp.count(compact)
+    compact.__class__ = type("Sharded", (type(compact),), {})
+    assert gohsp.count(compact) == wanted
+    teacher: Any = type("Teacher", (VisionTransformer,), {})(img_size=32, embed_dim=24, depth=2, num_heads=3)
+    with watch(teacher) as stream:
+        teacher(torch.zeros(1, 3, 32, 32))
+    assert len(stream) == 3
+    with pytest.raises(TypeError, match=r"not a subclass\), got .*Teacher"):
+        gohsp.prune(teacher, [torch.zeros(1, 3, 32, 32)])

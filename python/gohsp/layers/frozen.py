@@ -27,7 +27,7 @@ class FrozenEmbedding(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, base: Tensor, img_size: tuple[int, int]) -> None:
         super().__init__()
-        self.channels, self.img_size, self.patch = weight.shape[1], img_size, tuple(weight.shape[2:])
+        self.channels, self.img_size = weight.shape[1], img_size
         self.packed = gk.pack_embedding(weight, bias, base)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,10 +36,6 @@ class FrozenEmbedding(nn.Module):
             wanted = [self.channels, *self.img_size]
             raise ValueError(f"x: wanted float32 images [B, {str(wanted)[1:]}, got {x.dtype} {list(x.shape)}")
         return self.packed(x.detach())
-
-    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
-        """Return how many patches lie below and beside each other; timm asks for it."""
-        return img_size[0] // self.patch[0], img_size[1] // self.patch[1]
 
 
 class FrozenLinear(nn.Module):

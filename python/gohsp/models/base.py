@@ -372,13 +372,18 @@ class Family(ABC):
 
     @abstractmethod
     def claims(self, model: nn.Module) -> bool:
-        """Return whether a model, dense or compressed, is of this family; judged by its class alone."""
+        """Return whether a model is of this family; judged by its class alone.
+
+        Subclasses count: tools that shard a model put one in the place of its class. :meth:`open_blocks` may refuse
+        them.
+        """
 
     @abstractmethod
     def open_blocks(self, model: nn.Module) -> tuple[OpenBlock, ...]:
         """Return the blocks of a dense model.
 
         Raises:
+            TypeError: The model is of a class that may compute something else.
             ValueError: A block holds something that cannot be pruned exactly; the message names it and the reason.
         """
 
@@ -441,6 +446,11 @@ class Family(ABC):
         Raises:
             ValueError: It does not describe one.
         """
+
+
+def wrong_kind(wanted: str, model: nn.Module) -> TypeError:
+    """Return the error for a model that is not what is wanted."""
+    return TypeError(f"model: wanted {wanted}, got {type(model).__module__}.{type(model).__name__}")
 
 
 def count_parameters(*modules: nn.Module) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from gohsp.models.base import CompactBlock, CompressedModel, Family, Geometry, OpenModel
+from gohsp.models.base import CompactBlock, CompressedModel, Family, Geometry, OpenModel, wrong_kind
 
 FAMILIES: list[Family] = []
 """In the order in which they are asked."""
@@ -27,8 +27,7 @@ def family_of(model: nn.Module) -> Family:
     for family in FAMILIES:
         if family.claims(model):
             return family
-    wanted = " or ".join(family.wanted for family in FAMILIES)
-    raise TypeError(f"model: wanted {wanted}, got {type(model).__module__}.{type(model).__name__}")
+    raise wrong_kind(" or ".join(family.wanted for family in FAMILIES), model)
 
 
 def open_model(model: nn.Module) -> OpenModel:
@@ -40,7 +39,7 @@ def open_model(model: nn.Module) -> OpenModel:
             names the block and the reason.
     """
     if is_compressed(model):
-        raise ValueError("model: it is already compressed; wanted the dense timm model that the mask is made for")
+        raise ValueError("model: it is already compressed; wanted the dense model that the mask is made for")
     family = family_of(model)
     return OpenModel(model, family, family.open_blocks(model))
 

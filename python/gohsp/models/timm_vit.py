@@ -48,6 +48,7 @@ from gohsp.models.base import (
     Mlp,
     OpenBlock,
     Projection,
+    wrong_kind,
 )
 from gohsp.models.registry import register
 
@@ -240,9 +241,11 @@ class TimmVit(Family):
     wanted = "a timm VisionTransformer or VisionTransformerDistilled (not a subclass)"
 
     def claims(self, model: nn.Module) -> bool:
-        return type(model) in COMPRESSED_CLASS or type(model) in DENSE_CLASS
+        return isinstance(model, VisionTransformer)
 
     def open_blocks(self, model: Any) -> tuple[OpenBlock, ...]:
+        if type(model) not in COMPRESSED_CLASS:
+            raise wrong_kind(self.wanted, model)
         if not len(model.blocks):
             raise ValueError("model: it has no transformer blocks")
         for index, block in enumerate(model.blocks):
@@ -324,7 +327,7 @@ class TimmVit(Family):
         result.blocks = blocks
         result.eval()
         if _embeds_plainly(model):
-            result.patch_embed = _frozen_embedding(result)
+            result.patch_embed = FrozenPatchEmbed(result)
             result._pos_embed = _as_it_is
         for name in ("head", "head_dist"):
             layer = getattr(model, name, None)
@@ -492,16 +495,25 @@ def _embeds_plainly(model: Any) -> bool:
     return embed.img_size is not None and embed.strict_img_size and not embed.dynamic_img_pad
 
 
-def _frozen_embedding(model: Any) -> FrozenEmbedding:
-    embed = model.patch_embed
-    weight = embed.proj.weight
-    # What timm adds to patches of which nothing is left: the tokens in front of them, and all positions.
-    with torch.no_grad():
-        base = model._pos_embed(weight.new_zeros(1, embed.num_patches, weight.shape[0]))[0]
-    frozen = FrozenEmbedding(weight, embed.proj.bias, base, embed.img_size)
-    # timm asks these of a patch embedding.
-    frozen.patch_size, frozen.grid_size, frozen.num_patches = embed.patch_size, embed.grid_size, embed.num_patches
-    return frozen
+class FrozenPatchEmbed(FrozenEmbedding):
+    """Patch embedding, class token and positions, packed; in place of timm's ``PatchEmbed``, with what timm asks of it.
+
+    Args:
+        model: The model whose patch embedding and ``_pos_embed`` it does the work of. It is not changed, and not held.
+    """
+
+    def __init__(self, model: Any) -> None:
+        embed = model.patch_embed
+        weight = embed.proj.weight
+        # What timm adds to patches of which nothing is left: the tokens in front of them, and all positions.
+        with torch.no_grad():
+            base = model._pos_embed(weight.new_zeros(1, embed.num_patches, weight.shape[0]))[0]
+        super().__init__(weight, embed.proj.bias, base, embed.img_size)
+        self.patch_size, self.grid_size, self.num_patches = embed.patch_size, embed.grid_size, embed.num_patches
+
+    def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:
+        """Return how many patches lie below and beside each other."""
+        return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
 
 def _as_it_is(x: Tensor) -> Tensor:
