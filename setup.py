@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 BUILD_TREE = ROOT / "build" / "native"  # one tree for every kind of build, so that each of them is incremental
-OLDEST_TORCH = Version("2.10")
+# Built for what the package asks for at run time. CMakeLists.txt and tools/check_torch.py read the same line.
+OLDEST_TORCH = Version(re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[0])
 CUDA_LEFT_OUT = """
 gohsp: WARNING: the CUDA kernels did not compile and are LEFT OUT; the first error stands above.
 gohsp: The rest is built. On a GPU the backends 'triton' and 'reference' remain.

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -45,3 +47,32 @@ def _open(name: str, needs: str) -> Library:
     except OSError as error:
         return Library(None, f"the native library {path.name} does not load: {error}")
     return Library(path)
+
+
+def function(name: str, result: Any) -> Any:
+    """A plain C function of the CPU library.
+
+    Args:
+        name: as it is exported.
+        result: ctypes type of what it returns.
+
+    Raises:
+        RuntimeError: if the library cannot be loaded.
+    """
+    library = load()
+    if not library:
+        raise RuntimeError(library.reason)
+    found = getattr(ctypes.CDLL(str(library.path)), name)
+    found.restype = result
+    return found
+
+
+@functools.cache
+def numbers(of: str) -> dict[str, int]:
+    """The numbers of one list of csrc/common/wire.h by name, for what Python writes and C++ reads.
+
+    Raises:
+        RuntimeError: if the library cannot be loaded.
+    """
+    names = function("gohsp_names", ctypes.c_char_p)(of.encode())
+    return {name: number for number, name in enumerate(names.decode().split())}

@@ -21,19 +21,14 @@ NAMESPACE = "gohsp_kernels"
 PUBLIC = {name: kind.schema() for name, kind in OPERATORS.items()}
 """Schemas of the public operators, by name."""
 
-# packing is what gohsp_cpu_packing() said where the panels were packed; elsewhere they are refused. Layouts begin
-# with it.
-# Panels are float32, or int8 or bfloat16 for what matrices of those hold, scales and biases included.
+# Panels are the words of packed matrices, int32. A layout is int64 and begins with what gohsp_cpu_packing() said where
+# the panels were packed; elsewhere it is refused. csrc/torch/cpu_ops.cpp has the order of its other numbers.
 # widths is int64 [2, heads]: QK widths, then V widths. qk_norm is [4, head width]: weight and bias of q, then of k.
 NATIVE = {
-    "cpu_pack": "(Tensor weight, Tensor? bias) -> Tensor",
-    "cpu_pack_int8": "(Tensor weight, Tensor scales, Tensor? bias) -> Tensor",
-    "cpu_pack_bf16": "(Tensor weight, Tensor? bias) -> Tensor",
-    "cpu_embed": "(Tensor images, Tensor panels, int packing, Tensor base, int[] patch) -> Tensor",
-    "cpu_linear": (
-        "(Tensor x, Tensor panels, int packing, Tensor? in_cols, Tensor? out_cols, int kept_outputs, "
-        "int out_features, int activation) -> Tensor"
-    ),
+    "cpu_pack": "(Tensor weight, Tensor? scales, Tensor? bias, int format) -> Tensor",
+    "cpu_plan": "(Tensor columns, int features, bool scatter) -> Tensor",
+    "cpu_embed": "(Tensor images, Tensor panels, Tensor layout, Tensor base, int[] patch) -> Tensor",
+    "cpu_linear": "(Tensor x, Tensor panels, Tensor layout, int out_features) -> Tensor",
     "cpu_attention": (
         "(Tensor qkv, Tensor widths, Tensor? qk_norm, float scale, float eps, int v_total, int num_queries) -> Tensor"
     ),
@@ -83,13 +78,18 @@ def _cpu_sublayers(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], rest[-1], x.shape[2])
 
 
-@_fake("cpu_linear", "cuda_linear")
+@_fake("cpu_linear")
 def _cpu_linear(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rest[-1])
+
+
+@_fake("cuda_linear")
+def _cuda_linear(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], rest[-2])
 
 
 @_fake("cpu_embed")
-def _cpu_embed(images: Tensor, panels: Tensor, packing: int, base: Tensor, patch: object) -> Tensor:
+def _cpu_embed(images: Tensor, panels: Tensor, layout: Tensor, base: Tensor, patch: object) -> Tensor:
     return images.new_empty(images.shape[0], *base.shape)
 
 
@@ -110,15 +110,15 @@ def _cuda_checksum(pieces: Tensor) -> Tensor:
     return pieces.new_empty(pieces.shape[0])
 
 
-@_fake("cpu_pack", "cpu_pack_bf16")
-def _cpu_pack(weight: Tensor, bias: Tensor | None) -> Tensor:
-    # The true size depends on the instruction set that the library picked; nothing that is traced packs weights.
-    return weight.new_empty(weight.shape[0] * (weight.shape[1] + 1))
+# The true sizes depend on the instruction set that the library picked; nothing that is traced packs weights.
+@_fake("cpu_pack")
+def _cpu_pack(weight: Tensor, scales: Tensor | None, bias: Tensor | None, format: int) -> Tensor:
+    return weight.new_empty(weight.shape[0] * (weight.shape[1] + 1), dtype=torch.int32)
 
 
-@_fake("cpu_pack_int8")
-def _cpu_pack_int8(weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    return weight.new_empty(weight.shape[0] * (weight.shape[1] + 12))
+@_fake("cpu_plan")
+def _cpu_plan(columns: Tensor, features: int, scatter: bool) -> Tensor:
+    return columns.new_empty(1 + features)
 
 
 def register(implementations: dict[str, Callable[..., Tensor]]) -> torch.library.Library:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The activation functions that the operators know, by name and by number."""
+"""The activation functions that the operators know, by name."""
 
 from __future__ import annotations
 
@@ -18,6 +18,3 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 """Activations that the operators know, by name."""
-
-ACTIVATION_IDS = {name: number for number, name in enumerate(ACTIVATIONS)}
-"""Their numbers in native code: those of csrc/cpu/kernels.h, in this order."""

@@ -98,9 +98,9 @@ class SublayerChain:
         for sublayer in self._sublayers:
             sublayer.check(features)
         if weights == "float32":
-            return FrozenChain(features, tuple(map(cpu.packed, self._sublayers)))
+            return FrozenChain(features, tuple(cpu.packed(s, features) for s in self._sublayers))
         # Not through the cache, which would hold what only the frozen chain needs.
-        return FrozenChain(features, tuple(cpu.pack_sublayer(s, weights) for s in self._sublayers))
+        return FrozenChain(features, tuple(cpu.pack_sublayer(s, features, weights) for s in self._sublayers))
 
     def _on(self, backend: str, x: Tensor, queries: int) -> Tensor:
         packed = self._packed.get(backend)

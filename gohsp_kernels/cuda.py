@@ -23,6 +23,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,17 +32,12 @@ from torch import Tensor
 from . import _gpu, _native
 from ._cache import PackedCache
 from ._packing import double, fold_norm, kept_first, qk_norm_table, round_up
-from .activations import ACTIVATION_IDS
 from .descriptors import Attention, AttentionSublayer, Descriptor, Linear, MlpSublayer, Sublayer
 from .registry import PackedChain, Request, register
 
 CHUNK_BYTES = 16
 CHANNELS = 8  # heads begin at multiples of so many channels, and hidden neurons are padded to it
 MANY_ROWS = 16384
-
-_ATTENTION, _MLP = 0, 1  # kinds of sublayer in a layout
-_DIRECT, _CHUNKS, _COPY = 0, 1, 2  # forms of an input
-_BIAS, _ROW_SUM, _SCALE = 1, 2, 4  # parts of a matrix
 
 
 def goes_first(device: torch.device, rows: int, capability: tuple[int, int] | None = None) -> bool:
@@ -98,11 +94,13 @@ class _Parts:
         stored = weight.new_zeros(rows, round_up(columns, per_chunk), dtype=self.dtype)
         stored[:, :columns] = weight.detach()
         self.weights.append(stored.flatten())
-        parts = (_BIAS if bias is not None else 0) | (_ROW_SUM if row_sum else 0) | (_SCALE if scale is not None else 0)
-        self.layout += [rows, stored.shape[1] // per_chunk, parts]
         # Sums of the weights as they are rounded: only those cancel against the product.
         sums = stored.double().sum(1) if row_sum else None
-        self.vectors += [v.detach().float() for v in (bias, sums, scale) if v is not None]
+        vectors: dict[str, Any] = {"bias": bias, "row_sum": sums, "scale": scale}
+        there = [name for name in _native.numbers("cuda_vectors") if vectors[name] is not None]
+        parts = sum(1 << _native.numbers("cuda_vectors")[name] for name in there)
+        self.layout += [rows, stored.shape[1] // per_chunk, parts]
+        self.vectors += [vectors[name].detach().float() for name in there]
 
     def table(self, numbers: Tensor | None) -> None:
         """A list that the layout says is there or not."""
@@ -127,7 +125,7 @@ class _Parts:
 class _Input:
     """How a product reads its input, and the weight that fits: see the head of the file."""
 
-    form: int
+    form: str
     count: int
     table: Tensor | None
     weight: Tensor
@@ -137,17 +135,17 @@ def _arrange(weight: Tensor, in_cols: Tensor | None, features: int, dtype: torch
     per_chunk = CHUNK_BYTES // dtype.itemsize
     kept = weight.shape[1]
     if features % per_chunk or (norm and dtype == torch.float32):
-        return _Input(_COPY, kept, in_cols, weight)
+        return _Input("copy", kept, in_cols, weight)
     if in_cols is None:
-        return _Input(_DIRECT, kept, None, weight)
+        return _Input("direct", kept, None, weight)
     chunks = torch.unique(in_cols // per_chunk)
     if len(chunks) * per_chunk > 2 * kept:
-        return _Input(_COPY, kept, in_cols, weight)
+        return _Input("copy", kept, in_cols, weight)
     places = torch.searchsorted(chunks, in_cols // per_chunk) * per_chunk + in_cols % per_chunk
     spread = weight.new_zeros(weight.shape[0], len(chunks) * per_chunk).index_copy(1, places, weight)
     if len(chunks) * per_chunk == features:
-        return _Input(_DIRECT, features, None, spread)
-    return _Input(_CHUNKS, spread.shape[1], chunks, spread)
+        return _Input("direct", features, None, spread)
+    return _Input("chunks", spread.shape[1], chunks, spread)
 
 
 @dataclass(frozen=True)
@@ -188,11 +186,11 @@ def _check_weights(x: Tensor, tensors: Sequence[Tensor | None]) -> None:
 def _pack_linear(linear: Linear, x: Tensor) -> Packed:
     features, out_features = x.shape[-1], linear.out_features
     _check_weights(x, linear.tensors)
-    parts = _Parts(x.dtype, x.device, [features, out_features, ACTIVATION_IDS[linear.activation]])
+    parts = _Parts(x.dtype, x.device, [features, out_features, _native.numbers("activations")[linear.activation]])
     target = _spread(linear.weight.detach(), linear.bias, None, linear.out_cols, out_features, x.dtype)
     source = _arrange(target.weight, linear.in_cols, features, x.dtype, norm=False)
     parts.matrix(source.weight, target.bias, None)
-    parts.layout += [source.form, source.count]
+    parts.layout += [_native.numbers("cuda_inputs")[source.form], source.count]
     parts.table(source.table)
     parts.table(target.table)
     return parts.packed()
@@ -275,12 +273,16 @@ def pack_attention(sublayer: AttentionSublayer, x: Tensor) -> Packed:
     source = _arrange(qkv, sublayer.in_cols, features, x.dtype, norm=True)
     norm = qk_norm_table(*sublayer.norms) if heads.table else None
     norm_width = 0 if norm is None else norm.shape[1]
-    parts = _Parts(x.dtype, x.device, [_ATTENTION, features, len(heads.table), heads.widest, norm_width])
-    parts.matrix(source.weight, bias, None, row_sum=source.form != _COPY)
+    parts = _Parts(
+        x.dtype,
+        x.device,
+        [features, len(heads.table), heads.widest, norm_width],
+    )
+    parts.matrix(source.weight, bias, None, row_sum=source.form != "copy")
     proj = _moved(double(sublayer.proj_weight), 1, heads.columns, heads.out_channels)
     target = _spread(proj, sublayer.proj_bias, sublayer.layer_scale, sublayer.out_cols, features, x.dtype)
     parts.matrix(target.weight, target.bias, target.scale)
-    parts.layout += [source.form, source.count]
+    parts.layout += [_native.numbers("cuda_inputs")[source.form], source.count]
     parts.table(source.table)
     parts.table(target.table)
     parts.tables.append(torch.tensor(heads.table, dtype=torch.int32, device=x.device).flatten())
@@ -298,12 +300,16 @@ def pack_mlp(sublayer: MlpSublayer, x: Tensor) -> Packed:
     added = -fc1.shape[0] % CHANNELS  # neurons of zero: every activation keeps zero
     fc1, bias = (torch.cat([t, t.new_zeros(added, *t.shape[1:])]) for t in (fc1, bias))
     source = _arrange(fc1, sublayer.in_cols, features, x.dtype, norm=True)
-    parts = _Parts(x.dtype, x.device, [_MLP, features, ACTIVATION_IDS[sublayer.activation]])
-    parts.matrix(source.weight, bias, None, row_sum=source.form != _COPY)
+    parts = _Parts(
+        x.dtype,
+        x.device,
+        [features, _native.numbers("activations")[sublayer.activation]],
+    )
+    parts.matrix(source.weight, bias, None, row_sum=source.form != "copy")
     fc2 = F.pad(sublayer.fc2_weight, (0, added))
     target = _spread(fc2, sublayer.fc2_bias, sublayer.layer_scale, sublayer.out_cols, features, x.dtype)
     parts.matrix(target.weight, target.bias, target.scale)
-    parts.layout += [source.form, source.count]
+    parts.layout += [_native.numbers("cuda_inputs")[source.form], source.count]
     parts.table(source.table)
     parts.table(target.table)
     return parts.packed(sublayer.eps)

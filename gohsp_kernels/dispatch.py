@@ -18,14 +18,14 @@ from dataclasses import dataclass
 import torch
 
 from . import cpu, cuda, reference  # noqa: F401 (they register themselves)
+from .formats import FORMATS
 from .registry import BACKENDS, Request
 from .triton import support  # noqa: F401
 
 log = logging.getLogger("gohsp_kernels")
 
-WEIGHTS = ("float32", "bfloat16", "int8")
-"""Forms that the weights of a frozen chain can have: see :func:`gohsp_kernels.reference.bf16_linear` and
-:func:`gohsp_kernels.reference.int8_linear`."""
+WEIGHTS = tuple(FORMATS)
+"""Names of the formats that the weights of a frozen chain can have: see :data:`gohsp_kernels.formats.FORMATS`."""
 
 ENVIRONMENT_VARIABLE = "GOHSP_BACKEND"
 

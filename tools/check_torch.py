@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exits 0 where this Python has a torch that serves (2.10 or newer) and a torchvision that loads beside it."""
+"""Exits 0 where this Python has the torch that pyproject.toml asks for and a torchvision that loads beside it."""
 
+import re
 import sys
+from pathlib import Path
 
 try:
     import torch
@@ -11,6 +13,8 @@ try:
 except (ImportError, RuntimeError) as error:
     sys.exit(f"{type(error).__name__}: {error}")
 
-if tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 10):
-    sys.exit(f"torch {torch.__version__} is older than 2.10")
+project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+oldest = re.findall(r'"torch>=([\d.]+)"', project)[0]
+if [*map(int, torch.__version__.split("+")[0].split(".")[:2])] < [*map(int, oldest.split("."))]:
+    sys.exit(f"torch {torch.__version__} is older than {oldest}")
 print(f"torch {torch.__version__}, torchvision {torchvision.__version__}")

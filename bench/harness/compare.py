@@ -26,12 +26,6 @@ BASELINE = "gohsp"
 TOLERANCE = 1e-5
 """Largest relative norm of the difference to the float64 result that is still the same result in fp32."""
 
-INT8_TOLERANCE = 0.05
-"""The same for int8 weights and 8-bit activations: some 2 % of 12 blocks is rounding, a mistake is far more."""
-
-BF16_TOLERANCE = 0.03
-"""The same for bfloat16: products of factors with 8 bits of mantissa, and whatever else a library computes in them."""
-
 
 @dataclass(frozen=True)
 class ReadyContender:

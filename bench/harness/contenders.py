@@ -28,13 +28,14 @@ from torch import Tensor, nn
 import gohsp
 import gohsp_kernels as gk
 from bench.harness.cases import Workload
-from bench.harness.compare import BASELINE, BF16_TOLERANCE, INT8_TOLERANCE, TOLERANCE, ReadyContender
+from bench.harness.compare import BASELINE, TOLERANCE, ReadyContender
 from bench.harness.environment import Settings, version_of
+from gohsp_kernels.formats import FORMATS, ROUNDED
 
 Forward = Callable[[Tensor], Tensor]
 
-INT8 = "gohsp-int8"
-BF16 = "gohsp-bf16"
+OWN = {f"{BASELINE}-{FORMATS[name].short}": name for name in ROUNDED} | {BASELINE: "float32"}
+"""gohsp's contenders that are frozen, and the formats of their weights."""
 
 REFERENCE_CHUNK = 8
 """Images that go through the float64 model at once: its activations are large."""
@@ -118,8 +119,8 @@ def ready(names: Sequence[str], work: Workload, images: Tensor, settings: Settin
 
 def why_not(name: str) -> str:
     """Return why a contender cannot run on this machine, whatever the model; empty where it can."""
-    if name in _WEIGHTS:
-        return gk.can_run("cpu", weights=_WEIGHTS[name]).reason
+    if name in OWN:
+        return gk.can_run("cpu", weights=OWN[name]).reason
     try:
         for module in _MODULES.get(name, ()):
             _import(module)
@@ -270,7 +271,7 @@ def _prune_from(pruning: Any, graph: Any, layer: nn.Module, first: int, end: int
         graph.get_pruning_group(layer, pruning.prune_linear_out_channels, idxs=list(range(first, end))).prune()
 
 
-_BF16: dict[str, Any] = {"dtype": "bfloat16", "tolerance": BF16_TOLERANCE}
+_BF16: dict[str, Any] = {"dtype": "bfloat16", "tolerance": FORMATS["bfloat16"].tolerance}
 
 CONTENDERS: dict[str, Contender] = {
     "dense": Contender(lambda job: eager(job.work.dense), pruned=False),
@@ -284,17 +285,16 @@ CONTENDERS: dict[str, Contender] = {
     "gohsp-reference": Contender(_reference, "gohsp"),
     "compile-bf16": Contender(_compiled_bf16, optional=True, **_BF16),
     "openvino-bf16": Contender(lambda job: _openvino(job, "bf16"), "openvino", optional=True, **_BF16),
-    INT8: Contender(_frozen("int8"), "gohsp", dtype="int8", tolerance=INT8_TOLERANCE),
-    BF16: Contender(_frozen("bfloat16"), "gohsp", **_BF16),
-    BASELINE: Contender(_frozen("float32"), "gohsp"),
+    **{
+        name: Contender(_frozen(weights), "gohsp", dtype=weights, tolerance=FORMATS[weights].tolerance)
+        for name, weights in OWN.items()
+    },
 }
 """All contenders. dense: unpruned, eager. masked: the dense model with pruned entries zero, eager. sliced: the pruned
 model as plain PyTorch, eager; compile, openvino and onnxruntime run that too. gohsp-reference: the compressed model on
 gohsp's own PyTorch backend. gohsp: frozen, on its kernels. gohsp-int8, gohsp-bf16: frozen with such weights.
 openvino-bf16: with that inference precision. compile-bf16: compile-freezing under autocast. What runs in another
 precision is checked against the same float64 result with a tolerance of its own."""
-
-_WEIGHTS = {BASELINE: "float32", INT8: "int8", BF16: "bfloat16"}
 
 _EXPORTER = ("onnx", "onnxscript")
 _MODULES = {

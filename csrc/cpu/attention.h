@@ -3,7 +3,7 @@
 //
 // For M queries of one head at a time: their scores against all keys (M x tokens, some 10 to 50 KB, in cache and never
 // in memory as a whole), softmax in place, product with the values. Keys are held transposed, a row of tokens for each
-// channel, so that both products are the row-times-panel kernel of gemm.h: any number of QK channels is just its loop
+// channel, so that both products are the row-times-panel kernel of formats/float32.h: any number of QK channels is just its loop
 // count, and zero of them leaves scores of zero, whose softmax is the mean. Values keep all heads side by side in a row;
 // lanes past a head's width compute on its neighbour's values and are overwritten by that neighbour.
 #pragma once
@@ -42,13 +42,14 @@ inline void attend_tile(const float* q, const HeadBuffers& from, const float* k_
                         int64_t ldo) {
   for (int64_t j = 0; j < tokens; j += N) {
     const int64_t vectors = min(NV, ceil_div(tokens - j, W));
-    kTiles.of[rows][vectors](q, from.ldq, k_t + j, from.ldk, kZeros, qk_width, scores + j, ld_scores, {k_t + j, 0});
+    kTiles<Float32>.of[rows][vectors](q, from.ldq, k_t + j, from.ldk, kZeros, qk_width, scores + j, ld_scores,
+                                      {k_t + j, 0});
   }
   float inverse[M];
   for (int64_t i = 0; i < rows; ++i) inverse[i] = softmax_row(scores + i * ld_scores, tokens);
   for (int64_t c = 0; c < v_width; c += N) {
     const int64_t vectors = min(NV, ceil_div(v_width - c, W));
-    kTiles.of[rows][vectors](scores, ld_scores, v + c, from.ldv, kZeros, tokens, out + c, ldo, {v + c, 0});
+    kTiles<Float32>.of[rows][vectors](scores, ld_scores, v + c, from.ldv, kZeros, tokens, out + c, ldo, {v + c, 0});
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = c; j < c + vectors * W; j += W) store(out + i * ldo + j, load(out + i * ldo + j) * inverse[i]);
   }
@@ -56,32 +57,32 @@ inline void attend_tile(const float* q, const HeadBuffers& from, const float* k_
 
 // What attention by tiles needs beside the heads: for 32 queries of one head at a time.
 struct TiledScratch {
-  float* row;     // a query
-  Bytes left;     // [32, ld] queries, then what the softmax made of their scores
-  float* keys;    // [qk width / 2, ld_keys] pairs of channels
-  float* values;  // [tokens / 2, ld_values] pairs of tokens
-  float* scores;  // [32, ld_keys]
+  float* row;        // a query
+  RoundedRows left;  // [32, ld] queries, then what the softmax made of their scores
+  float* keys;       // [qk width / 2, ld_keys] pairs of channels
+  float* values;     // [tokens / 2, ld_values] pairs of tokens
+  float* scores;     // [32, ld_keys]
   int64_t ld_keys, ld_values;
 
-  template <class Carver>
-  void carve(Carver& carver, int64_t widest_qk, int64_t widest_v, int64_t tokens) {
+  template <class Arena>
+  void lay_out(Arena& arena, int64_t widest_qk, int64_t widest_v, int64_t tokens) {
     ld_keys = row_stride(tokens);
     ld_values = row_stride(widest_v);
     const int64_t inputs = padded_inputs(max(widest_qk, tokens)), ld = (ceil_div(2 * inputs, 64) | 1) * 64;
-    row = carver.template take<float>(row_stride(widest_qk));
-    left = {carver.template take<uint8_t>(kBlockRows * ld), nullptr, nullptr, ld};
-    keys = carver.template take<float>(padded_inputs(widest_qk) / 2 * ld_keys);
-    values = carver.template take<float>(padded_inputs(tokens) / 2 * ld_values);
-    scores = carver.template take<float>(kBlockRows * ld_keys);
+    row = arena.template take<float>(row_stride(widest_qk));
+    left = {arena.template take<uint8_t>(kBlockRows * ld), nullptr, nullptr, ld};
+    keys = arena.template take<float>(padded_inputs(widest_qk) / 2 * ld_keys);
+    values = arena.template take<float>(padded_inputs(tokens) / 2 * ld_values);
+    scores = arena.template take<float>(kBlockRows * ld_keys);
   }
 };
 
 // c[0:32, 0:columns] = left b, b in pairs. c may overrun by less than a vector.
-inline void multiply_pairs(const Bytes& left, int64_t inputs, const float* b, int64_t ldb, int64_t columns, float* c,
-                           int64_t ldc) {
+inline void multiply_pairs(const RoundedRows& left, int64_t inputs, const float* b, int64_t ldb, int64_t columns,
+                           float* c, int64_t ldc) {
   for (int64_t j = 0; j < columns; j += N)
-    block(left.values, left.ld, b + j, ldb, kZeros, min(NV, ceil_div(columns - j, W)), padded_inputs(inputs) / (2 * W),
-          c + j, ldc, [](int64_t) {});
+    amx_block(left.values, left.ld, b + j, ldb, kZeros, min(NV, ceil_div(columns - j, W)),
+              padded_inputs(inputs) / (2 * W), c + j, ldc, [](int64_t) {});
 }
 
 // Attention of query rows [r0, r1) into out[r1 - r0, ldo], all heads side by side.
@@ -101,7 +102,7 @@ inline void attend(const Heads& heads, const HeadBuffers& from, int64_t tokens, 
   }
 }
 
-// The same with the products of block() in bf16.h. Keys and values become pairs once a head and block of queries, which
+// The same with the products of amx_block() in formats/bfloat16.h. Keys and values become pairs once a head and block of queries, which
 // costs less than a hundredth of what follows; softmax stays in fp32.
 inline void attend_tiled(const Heads& heads, const HeadBuffers& from, int64_t tokens, int64_t r0, int64_t r1,
                          const TiledScratch& s, float* out, int64_t ldo) {

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Picks the instruction set, and keeps the workspace of each thread. Compiled for the baseline.
 #include <sched.h>
-#if defined(GOHSP_HAS_AMX)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -15,72 +17,48 @@
 #include <string>
 #include <vector>
 
-#include "crew.h"
 #include "kernels.h"
+#include "throttle.h"
 
 namespace gohsp {
 
-namespace scalar {
-extern const KernelTable table;
-}
-#if defined(__x86_64__)
-namespace avx2 {
-extern const KernelTable table;
-}
-namespace avx512 {
-extern const KernelTable table;
-}
-namespace avx512vnni {
-extern const KernelTable table;
-}
-#if defined(GOHSP_HAS_AMX)
-namespace amx {
-extern const KernelTable table;
-}
-#endif
-#elif defined(__aarch64__)
-namespace neon {
-extern const KernelTable table;
-}
-#endif
+// isa_built.def, written by CMake, is isa.def without the sets that this build does not have.
+#define GOHSP_ISA_SET(name, processor, runs_here, options) \
+  namespace name {                                         \
+  extern const KernelTable table;                          \
+  }
+#include "isa_built.def"
+#undef GOHSP_ISA_SET
 
 namespace {
 
-struct Choice {
-  const KernelTable* table;
-  bool runs_here;
-};
-
-#if defined(GOHSP_HAS_AMX)
 // Whether the CPU has tiles and bfloat16, and Linux lets this process use them, which it has to be asked for.
-bool allowed_amx() {
+[[maybe_unused]] bool may_use_amx() {
+#if defined(__x86_64__) && defined(__linux__)
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kAvx512Bf16 = 1u << 5;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBf16) == 0 || (d & kTile) == 0) return false;
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d) == 0 || (a & kAvx512Bf16) == 0) return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
+#else
+  return false;
 #endif
+}
+
+struct Choice {
+  const KernelTable* table;
+  bool runs_here;
+};
 
 const std::vector<Choice>& choices() {
-  // Best first.
-#if defined(__x86_64__)
-  const bool avx512 = __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0;
-  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni") != 0;
-#endif
+#define HAS(feature) (__builtin_cpu_supports(feature) != 0)
+#define GOHSP_ISA_SET(name, processor, runs_here, options) {&name::table, runs_here},
   static const std::vector<Choice> list = {
-#if defined(GOHSP_HAS_AMX)
-      {&amx::table, vnni && allowed_amx()},
-#endif
-#if defined(__x86_64__)
-      {&avx512vnni::table, vnni},
-      {&avx512::table, avx512},
-      {&avx2::table, __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0},
-#elif defined(__aarch64__)
-      {&neon::table, true},
-#endif
-      {&scalar::table, true}};
+#include "isa_built.def"
+  };
+#undef GOHSP_ISA_SET
+#undef HAS
   return list;
 }
 
@@ -90,13 +68,10 @@ const KernelTable& pick() {
     for (const Choice& choice : choices())
       if (choice.runs_here) return *choice.table;
   }
-  const KernelTable* table = kernels(wanted);
-  if (table == nullptr)
-    throw std::runtime_error(
-        "GOHSP_CPU_CAPABILITY: wanted an instruction set that this build and this machine have "
-        "(scalar, avx2, avx512, avx512vnni, amx or neon); got '" +
-        std::string(wanted) + "'");
-  return *table;
+  if (const KernelTable* table = kernels(wanted)) return *table;
+  std::string message = "GOHSP_CPU_CAPABILITY: wanted an instruction set that this build and this machine have, of";
+  for (const char* const* name = instruction_sets(); *name != nullptr; ++name) message += std::string(" ") + *name;
+  throw std::runtime_error(message + "; got '" + wanted + "'");
 }
 
 struct Free {
@@ -104,6 +79,15 @@ struct Free {
 };
 
 }  // namespace
+
+const char* const* instruction_sets() {
+#define GOHSP_ISA_SET(name, processor, runs_here, options) #name,
+  static const char* const names[] = {
+#include "isa/isa.def"
+      nullptr};
+#undef GOHSP_ISA_SET
+  return names;
+}
 
 const KernelTable* kernels(const char* name) {
   for (const Choice& choice : choices())
@@ -132,8 +116,8 @@ void* workspace(size_t bytes) {
 
 void give_way() { sched_yield(); }
 
-Crew& crew() {
-  static thread_local Crew own;
+WorkerThrottle& worker_throttle() {
+  static thread_local WorkerThrottle own;
   return own;
 }
 

@@ -5,41 +5,47 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/wire.h"
+
 namespace gohsp {
 
-// The numbers are those of ACTIVATION_IDS in gohsp_kernels/cpu.py.
-enum class Activation : int64_t { identity, gelu, gelu_tanh, relu, silu, quick_gelu };
-constexpr int64_t kActivations = 6;
+// Raise this when packed weights or columns are arranged in another way than before.
+constexpr uint64_t kPackingVersion = 2;
 
-enum class Weights : int64_t { fp32, int8, bf16 };
-
-// Raise this when packed weights are arranged in another way than before.
-constexpr uint64_t kPackingFormat = 1;
-
-// A number for the arrangement of weights that the kernels of this name read (FNV-1a of the name and the format). Not
-// negative.
-constexpr int64_t packing_of(const char* name) {
-  uint64_t hash = 0xcbf29ce484222325u ^ kPackingFormat;
+// A number for the arrangement of weights of this format, and of columns, that the kernels of this name read (FNV-1a of
+// name, format and version). Packed layouts begin with it. Not negative.
+constexpr int64_t packing_of(const char* name, Format format) {
+  uint64_t hash = 0xcbf29ce484222325u ^ (kPackingVersion << 8 | static_cast<uint64_t>(format));
   for (; *name != '\0'; ++name) hash = (hash ^ static_cast<uint8_t>(*name)) * 0x100000001b3u;
   return static_cast<int64_t>(hash >> 1);
 }
 
-// A weight matrix [n, k] with its bias, packed into panels by KernelTable::pack, pack_int8 or pack_bf16.
+// A weight matrix [n, k] with its bias, packed into panels by KernelTable::pack.
 struct Matrix {
   const void* panels;
   int64_t n;  // outputs
   int64_t k;  // inputs
-  Weights weights = Weights::fp32;
+  Format format = Format::float32;
+};
+
+// What is packed: weights [n, k] as the numbers of their format (float, int8_t, or uint16_t that hold the bits of a
+// bfloat16).
+struct Unpacked {
+  const void* weight;
+  const float* scales;  // [n], of int8
+  const float* bias;    // [n], or nullptr
+  int64_t n, k;
 };
 
 // Inputs of an int8 matrix at most: 255 * 127 * k must not leave an int32.
 constexpr int64_t kMostInt8Inputs = 65536;
 
+enum class Direction { gather, scatter };
+
 // Kept columns of the residual stream.
 struct Columns {
   int64_t count;
-  const int64_t* kept;  // [count], ascending; not read where all are kept
-  bool all;
+  const void* plan;  // by KernelTable::plan; nullptr: all are kept
 };
 
 struct Heads {
@@ -98,19 +104,19 @@ struct Parallel {
 };
 
 struct KernelTable {
-  const char* name;  // scalar, avx2, avx512, avx512vnni, amx or neon
+  const char* name;  // one of instruction_sets()
 
-  // Floats that a packed [n, k] matrix takes, and the packing. bias may be nullptr.
-  int64_t (*packed_size)(int64_t n, int64_t k);
-  void (*pack)(const float* weight, const float* bias, int64_t n, int64_t k, float* panels);
+  // Bytes that a packed [n, k] matrix takes, and the packing. Panels lie on a multiple of 4. AMX has tiles for bfloat16;
+  // elsewhere it is slow and for tests only.
+  int64_t (*packed_bytes)(Format format, int64_t n, int64_t k);
+  void (*pack)(Format format, const Unpacked& from, void* panels);
 
-  // The same for int8 weights [n, k] with one scale an output. The size is in bytes; panels lie on a multiple of 4.
-  int64_t (*packed_size_int8)(int64_t n, int64_t k);
-  void (*pack_int8)(const int8_t* weight, const float* scales, const float* bias, int64_t n, int64_t k, void* panels);
+  // Bytes that a plan of kept columns takes, a multiple of 8, and the plan of `count` ascending ones in [0, features).
+  int64_t (*plan_bytes)(int64_t features);
+  void (*plan)(const int64_t* kept, int64_t count, int64_t features, Direction direction, void* plan);
 
-  // The same for bfloat16 weights [n, k], as bits. AMX has tiles for them; elsewhere they are slow and for tests only.
-  int64_t (*packed_size_bf16)(int64_t n, int64_t k);
-  void (*pack_bf16)(const uint16_t* weight, const float* bias, int64_t n, int64_t k, void* panels);
+  // Whether a plan has `count` columns of `features` and keeps reads and writes within them, whatever is in it.
+  bool (*plan_fits)(const Columns& columns, int64_t features);
 
   // Activations that meet int8 weights become integers from 0 to this, row by row.
   int64_t activation_levels;
@@ -132,7 +138,7 @@ struct KernelTable {
   // Attention proper. qkv: [batch, tokens, sum of widths], y: [batch, queries, sum of v widths].
   void (*attention)(const Heads& heads, const float* qkv, const Shape& shape, float* y, const Parallel& parallel);
 
-  // y = x W^T + b with int8 or bf16 weights, for tests of its arithmetic. x: [rows, k], y: [rows, n].
+  // y = x W^T + b with rounded weights, for tests of its arithmetic. x: [rows, k], y: [rows, n].
   void (*rounded_product)(const Matrix& weight, const float* x, int64_t rows, float* y);
 
   // y[i] = activation(x[i]) and exp(x[i]), for tests of their accuracy.
@@ -142,6 +148,10 @@ struct KernelTable {
   // A number that changes with the bytes; see checksum.h.
   uint64_t (*checksum)(const void* data, int64_t bytes);
 };
+
+// The names of all instruction sets there are, whether this build and this machine have them or not; best first, and
+// nullptr behind the last.
+const char* const* instruction_sets();
 
 // The table for this machine: the widest instruction set that it has, or the one that the environment variable
 // GOHSP_CPU_CAPABILITY names. Throws std::runtime_error where that one is unknown or cannot run here.

@@ -25,16 +25,13 @@ inline void for_each_number(const Parallel& parallel, int64_t total, const Body&
 }
 
 struct LinearBuffers {
-  int64_t workers, rows, ld_in, ld_out, features, out_features;
-  ColumnVector *gather = nullptr, *scatter = nullptr;
+  int64_t workers, rows, ld_in, ld_out, features;
   float *in = nullptr, *out = nullptr, *row = nullptr;
 
-  void carve(Carver& carver) {
-    gather = carver.take<ColumnVector>(ceil_div(features, W));
-    scatter = carver.take<ColumnVector>(ceil_div(out_features, W));
-    in = carver.take<float>(workers * rows * ld_in + N);
-    out = carver.take<float>(workers * rows * ld_out + N);
-    row = carver.take<float>(workers * row_stride(features));
+  void lay_out(Arena& arena) {
+    in = arena.take<float>(workers * rows * ld_in + N);
+    out = arena.take<float>(workers * rows * ld_out + N);
+    row = arena.take<float>(workers * row_stride(features));
   }
 };
 
@@ -51,19 +48,13 @@ inline void linear(const Matrix& weight, const Columns& gather, const Columns& s
                    const float* x, int64_t rows, int64_t features, float* y, int64_t out_features,
                    const Parallel& parallel) {
   if (rows == 0 || out_features == 0) return;
-  const bool gathers = !gather.all, scatters = !scatter.all;
+  const bool gathers = gather.plan != nullptr, scatters = scatter.plan != nullptr;
   const int64_t blocks = ceil_div(rows, 8 * M), panels = panel_count(weight.n);
   const int64_t groups = scatters ? 1 : min(panels, ceil_div(4 * parallel.workers, blocks));
 
-  LinearBuffers buffers{parallel.workers,
-                        ceil_div(rows, blocks),
-                        gathers ? row_stride(gather.count) : 0,
-                        scatters ? row_stride(weight.n) : 0,
-                        features,
-                        out_features};
+  LinearBuffers buffers{parallel.workers, ceil_div(rows, blocks), gathers ? row_stride(gather.count) : 0,
+                        scatters ? row_stride(weight.n) : 0, features};
   place(buffers);
-  if (gathers) plan_columns(gather, features, Direction::compress, buffers.gather);
-  if (scatters) plan_columns(scatter, out_features, Direction::expand, buffers.scatter);
 
   for_each_number(parallel, blocks * groups, [&](int64_t number, int64_t worker) {
     const int64_t block = number / groups, group = number % groups;
@@ -75,24 +66,25 @@ inline void linear(const Matrix& weight, const Columns& gather, const Columns& s
       float* row = buffers.row + worker * row_stride(features);
       for (int64_t i = 0; i < count; ++i) {
         copy_row(in + i * features, features, row);
-        compress_row(row, features, buffers.gather, own + i * buffers.ld_in);
+        compress_row(row, features, plan_of(gather), own + i * buffers.ld_in);
       }
       in = own;
       ld_in = buffers.ld_in;
     }
     if (scatters) {
       float* own = buffers.out + worker * buffers.rows * buffers.ld_out;
-      store_product(Left(in, ld_in), count, weight, activation, own, buffers.ld_out);
+      store_product(Lhs(in, ld_in), count, weight, activation, own, buffers.ld_out);
       for (int64_t i = 0; i < count; ++i)
-        spread_row(own + i * buffers.ld_out, buffers.scatter, out_features, y + (r0 + i) * out_features);
+        spread_row(own + i * buffers.ld_out, plan_of(scatter), out_features, y + (r0 + i) * out_features);
       return;
     }
-    multiply(in, ld_in, count, weight, part_begin(panels, groups, group), part_begin(panels, groups, group + 1),
-             [=](int64_t r, int64_t tile_rows, int64_t n, int64_t columns, float* c) {
-               activate(activation, c, N, tile_rows, columns);
-               for (int64_t i = 0; i < tile_rows; ++i)
-                 copy_row(c + i * N, columns, y + (r0 + r + i) * out_features + n);
-             });
+    multiply<Float32>({in, ld_in}, count, weight, part_begin(panels, groups, group),
+                      part_begin(panels, groups, group + 1),
+                      [=](int64_t r, int64_t tile_rows, int64_t n, int64_t columns, float* c) {
+                        activate(activation, c, N, tile_rows, columns);
+                        for (int64_t i = 0; i < tile_rows; ++i)
+                          copy_row(c + i * N, columns, y + (r0 + r + i) * out_features + n);
+                      });
   });
 }
 
@@ -100,7 +92,7 @@ struct EmbedBuffers {
   int64_t workers, rows, ld;
   float* patches = nullptr;
 
-  void carve(Carver& carver) { patches = carver.take<float>(workers * rows * ld + N); }
+  void lay_out(Arena& arena) { patches = arena.take<float>(workers * rows * ld + N); }
 };
 
 // Row of pixels of patch number q of an image.
@@ -129,13 +121,13 @@ inline void embed(const Matrix& weight, const Patches& p, const float* images, i
     for (int64_t i = 0; i < rows; ++i)
       read_patch(images + image * p.channels * p.height * p.width, p, q0 + i, patches + i * buffers.ld);
     const int64_t offset = (own + q0) * n;
-    multiply(patches, buffers.ld, rows, weight, 0, panel_count(n),
-             [=](int64_t r, int64_t tile_rows, int64_t column, int64_t columns, float* c) {
-               for (int64_t i = 0; i < tile_rows; ++i) {
-                 const int64_t place = offset + (r + i) * n + column;
-                 add_vectors(base + place, c + i * N, columns, to + place);
-               }
-             });
+    multiply<Float32>({patches, buffers.ld}, rows, weight, 0, panel_count(n),
+                      [=](int64_t r, int64_t tile_rows, int64_t column, int64_t columns, float* c) {
+                        for (int64_t i = 0; i < tile_rows; ++i) {
+                          const int64_t place = offset + (r + i) * n + column;
+                          add_vectors(base + place, c + i * N, columns, to + place);
+                        }
+                      });
   });
 }
 
@@ -144,16 +136,16 @@ struct AttentionBuffers {
   int64_t ld_qk = 0, ld_v = 0, ld_tokens = 0;
   float *q = nullptr, *k_t = nullptr, *v = nullptr, *keys = nullptr, *out = nullptr, *scores = nullptr;
 
-  void carve(Carver& carver) {
+  void lay_out(Arena& arena) {
     ld_qk = row_stride(qk_total);
     ld_v = row_stride(v_total);
     ld_tokens = row_stride(tokens);
-    q = carver.take<float>(batch * tokens * ld_qk + N);
-    k_t = carver.take<float>(batch * qk_total * ld_tokens + N);
-    v = carver.take<float>(batch * tokens * ld_v + N);
-    keys = carver.take<float>(workers * rows * ld_qk + N);
-    out = carver.take<float>(workers * rows * ld_v + N);
-    scores = carver.take<float>(workers * M * ld_tokens);
+    q = arena.take<float>(batch * tokens * ld_qk + N);
+    k_t = arena.take<float>(batch * qk_total * ld_tokens + N);
+    v = arena.take<float>(batch * tokens * ld_v + N);
+    keys = arena.take<float>(workers * rows * ld_qk + N);
+    out = arena.take<float>(workers * rows * ld_v + N);
+    scores = arena.take<float>(workers * M * ld_tokens);
   }
 
   HeadBuffers of(int64_t image) const {

@@ -2,8 +2,8 @@
 // Work on rows: LayerNorm, the gather of kept columns, the scatter of kept outputs, activations, transposition.
 //
 // Kept columns ascend, so a gather is a compression and a scatter an expansion of whole vectors: the lanes of one vector
-// stay in order and only close up or spread. Both become one permutation a vector, by indices that are prepared once a
-// call, instead of one scalar move an element.
+// stay in order and only close up or spread. Both become one permutation a vector, by indices that are prepared once,
+// when weights are packed, instead of one scalar move an element.
 #pragma once
 
 #include "product.h"
@@ -19,17 +19,19 @@ struct ColumnVector {
   int64_t kept;
 };
 
-enum class Direction { compress, expand };
+inline int64_t plan_bytes(int64_t features) {
+  return ceil_div(features, W) * static_cast<int64_t>(sizeof(ColumnVector));
+}
 
-// Fills plan[ceil(features / W)].
-inline void plan_columns(const Columns& columns, int64_t features, Direction direction, ColumnVector* plan) {
+inline void plan_columns(const int64_t* kept, int64_t count, int64_t features, Direction direction, void* to) {
+  ColumnVector* plan = static_cast<ColumnVector*>(to);
   int64_t next = 0;
   for (int64_t first = 0; first < features; first += W, ++plan) {
     plan->base = next;
     for (int64_t j = 0; j < W; ++j) plan->lanes[j] = plan->mask[j] = 0;
-    while (next < columns.count && columns.kept[next] < first + W) {
-      const int64_t lane = columns.kept[next] - first, place = next - plan->base;
-      if (direction == Direction::compress) {
+    while (next < count && kept[next] < first + W) {
+      const int64_t lane = kept[next] - first, place = next - plan->base;
+      if (direction == Direction::gather) {
         plan->lanes[place] = static_cast<int32_t>(lane);
       } else {
         plan->lanes[lane] = static_cast<int32_t>(place);
@@ -40,6 +42,19 @@ inline void plan_columns(const Columns& columns, int64_t features, Direction dir
     plan->kept = next - plan->base;
   }
 }
+
+// Lanes choose within a vector, so only the bases lead anywhere.
+inline bool plan_fits(const Columns& columns, int64_t features) {
+  const ColumnVector* plan = static_cast<const ColumnVector*>(columns.plan);
+  int64_t next = 0;
+  for (int64_t first = 0; first < features; first += W, ++plan) {
+    if (plan->base != next || plan->kept < 0 || plan->kept > W) return false;
+    next += plan->kept;
+  }
+  return next == columns.count;
+}
+
+inline const ColumnVector* plan_of(const Columns& columns) { return static_cast<const ColumnVector*>(columns.plan); }
 
 // Closes up the kept columns of a row. x and y may overrun their ends by one vector.
 inline void compress_row(const float* x, int64_t features, const ColumnVector* plan, float* y) {
@@ -97,7 +112,7 @@ inline void activate(Activation activation, float* x, int64_t ldx, int64_t rows,
 }
 
 // y[0:rows, 0:n] = activation(a W^T + b). y may overrun a row by less than a vector.
-inline void store_product(const Left& a, int64_t rows, const Matrix& w, Activation activation, float* y, int64_t ldy) {
+inline void store_product(const Lhs& a, int64_t rows, const Matrix& w, Activation activation, float* y, int64_t ldy) {
   multiply(a, rows, w, [=](int64_t r, int64_t count, int64_t n, int64_t columns, float* c) {
     activate(activation, c, N, count, columns);
     for (int64_t i = 0; i < count; ++i)

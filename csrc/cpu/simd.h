@@ -19,7 +19,7 @@
 #endif
 
 #ifndef GOHSP_LANES
-#error "include this from one of the isa_*.cpp files, which set GOHSP_ISA and GOHSP_LANES"
+#error "include this from one of the files in isa, which set GOHSP_ISA and GOHSP_LANES"
 #endif
 
 namespace gohsp::GOHSP_ISA {

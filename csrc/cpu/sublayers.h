@@ -16,32 +16,11 @@
 // workers already hold, so any number of workers makes progress, one included.
 #pragma once
 
+#include "arena.h"
 #include "attention.h"
-#include "crew.h"
+#include "throttle.h"
 
 namespace gohsp::GOHSP_ISA {
-
-// Hands out pieces of one block of memory. With a null base it only adds up the sizes.
-struct Carver {
-  char* base;
-  size_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    T* place = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
-    used += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
-    return place;
-  }
-};
-
-// Lays out a struct of buffers by its own `carve`, sized first and then placed in the thread's workspace.
-template <class Buffers>
-inline void place(Buffers& buffers) {
-  Carver sizing{nullptr};
-  buffers.carve(sizing);
-  Carver placing{static_cast<char*>(workspace(sizing.used))};
-  buffers.carve(placing);
-}
 
 inline int64_t take_number(int64_t* counter) { return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED); }
 
@@ -49,29 +28,23 @@ inline bool has_come(const int32_t* counter, int32_t wanted) {
   return __atomic_load_n(counter, __ATOMIC_ACQUIRE) >= wanted;
 }
 
-inline void wait_for(const int32_t* counter, int32_t wanted, Absences& absences) {
+inline void wait_for(const int32_t* counter, int32_t wanted, LostTime& lost_time) {
   for (int spins = 0; spins < 200; ++spins)
     if (has_come(counter, wanted)) return;
   while (!has_come(counter, wanted)) give_way();
-  absences.wait_until(nanoseconds());
+  lost_time.wait_until(nanoseconds());
 }
-
-// The permutations of a sublayer's gather and scatter; null where all columns are kept.
-struct Plans {
-  const ColumnVector* gather;
-  const ColumnVector* scatter;
-};
 
 // What one worker needs for a block of rows.
 struct Scratch {
-  float* normed;  // [rows, ld_in]       normalised, gathered rows: the left side of qkv and fc1; a row if rounded
-  float* inner;   // [rows, ld_inner]    hidden activations, attention output or fresh keys
-  float* packed;  // [rows, ld_packed]   outputs before their scatter
-  float* scores;  // [M, ld_scores]
-  float* row;     // [features + W]
-  Bytes bytes;    // [rows, ld_bytes]    the left side of a product with rounded weights
+  float* normed;        // [rows, ld_in]       normalised, gathered rows: the left side of qkv and fc1; a row if rounded
+  float* inner;         // [rows, ld_inner]    hidden activations, attention output or fresh keys
+  float* packed;        // [rows, ld_packed]   outputs before their scatter
+  float* scores;        // [M, ld_scores]
+  float* row;           // [features + W]
+  RoundedRows rounded;  // [rows, ld_bytes] the left side of a product with rounded weights
   TiledScratch tiled;
-  Absences absences;
+  LostTime lost_time;
 };
 
 class Chain {
@@ -84,41 +57,38 @@ class Chain {
   }
 
   // Called by `place`.
-  void carve(Carver& carver) {
-    attentions_ = carver.take<int64_t>(segments_);
-    plans_ = carver.take<Plans>(count_);
-    const int64_t vectors = ceil_div(shape_.features, W);
-    plan_store_ = carver.take<ColumnVector>(2 * count_ * vectors);
-    done_ = carver.take<int32_t>(shape_.batch * segments_);
-    slot_of_ = carver.take<int32_t>(shape_.batch);
-    next_task_ = carver.take<int64_t>(shape_.batch);
-    scratch_ = carver.take<Scratch>(workers_);
-    buffers_ = carver.take<HeadBuffers>(2 * slots_);
+  void lay_out(Arena& arena) {
+    attentions_ = arena.take<int64_t>(segments_);
+    done_ = arena.take<int32_t>(shape_.batch * segments_);
+    slot_of_ = arena.take<int32_t>(shape_.batch);
+    next_task_ = arena.take<int64_t>(shape_.batch);
+    scratch_ = arena.take<Scratch>(workers_);
+    buffers_ = arena.take<HeadBuffers>(2 * slots_);
     // A vector is read past the last kept column when a row closes up or spreads.
     const int64_t slack = N;
     for (int64_t s = 0; s < slots_; ++s) {
-      float* q = carver.take<float>(shape_.tokens * ld_qk_ + slack);
+      float* q = arena.take<float>(shape_.tokens * ld_qk_ + slack);
       for (int64_t parity = 0; parity < 2; ++parity) {
-        float* k_t = carver.take<float>(max_qk_ * ld_tokens_ + slack);
-        float* v = carver.take<float>(shape_.tokens * ld_v_ + slack);
-        if (carver.base != nullptr) buffers_[2 * s + parity] = {q, k_t, v, ld_qk_, ld_tokens_, ld_v_};
+        float* k_t = arena.take<float>(max_qk_ * ld_tokens_ + slack);
+        float* v = arena.take<float>(shape_.tokens * ld_v_ + slack);
+        if (arena.base != nullptr) buffers_[2 * s + parity] = {q, k_t, v, ld_qk_, ld_tokens_, ld_v_};
       }
     }
     state_ = y_;
     if (shape_.queries < shape_.tokens)
-      state_ = carver.take<float>(shape_.batch * shape_.tokens * shape_.features + slack);
+      state_ = arena.take<float>(shape_.batch * shape_.tokens * shape_.features + slack);
     for (int64_t w = 0; w < workers_; ++w) {
       Scratch s;
-      s.normed = carver.take<float>(max_rows_ * ld_in_ + slack);
-      s.inner = carver.take<float>(max_rows_ * ld_inner_ + slack);
-      s.packed = carver.take<float>(max_rows_ * ld_packed_ + slack);
-      s.scores = carver.take<float>(M * ld_tokens_);
-      s.row = carver.take<float>(shape_.features + 2 * W);
+      s.normed = arena.take<float>(max_rows_ * ld_in_ + slack);
+      s.inner = arena.take<float>(max_rows_ * ld_inner_ + slack);
+      s.packed = arena.take<float>(max_rows_ * ld_packed_ + slack);
+      s.scores = arena.take<float>(M * ld_tokens_);
+      s.row = arena.take<float>(shape_.features + 2 * W);
       const int64_t byte_rows = ld_bytes_ > 0 ? round_up(max_rows_, kBlockRows) : 0;
-      s.bytes = {carver.take<uint8_t>(byte_rows * ld_bytes_), carver.take<float>(byte_rows),
-                 carver.take<int32_t>(byte_rows), ld_bytes_};
-      if (tiled_) s.tiled.carve(carver, widest_qk_, widest_v_, shape_.tokens);
-      if (carver.base != nullptr) scratch_[w] = s;
+      s.rounded = {arena.take<uint8_t>(byte_rows * ld_bytes_), arena.take<float>(byte_rows),
+                   arena.take<int32_t>(byte_rows), ld_bytes_};
+      if (tiled_) s.tiled.lay_out(arena, widest_qk_, widest_v_, shape_.tokens);
+      if (arena.base != nullptr) scratch_[w] = s;
     }
   }
 
@@ -128,14 +98,14 @@ class Chain {
         workers_,
         [](void* self, int64_t worker) {
           Chain& chain = *static_cast<Chain*>(self);
-          const Tiles tiles(chain.tiled_);
+          const AmxTiles tiles(chain.tiled_);
           chain.work(worker);
         },
         this);
     const int64_t ended = nanoseconds();
     int64_t lost = 0;
-    for (int64_t w = 0; w < workers_; ++w) lost = max(lost, scratch_[w].absences.lost_until(ended));
-    crew().report(ended - begun, lost);
+    for (int64_t w = 0; w < workers_; ++w) lost = max(lost, scratch_[w].lost_time.lost_until(ended));
+    worker_throttle().report(ended - begun, lost);
   }
 
  private:
@@ -147,11 +117,10 @@ class Chain {
       segments_ += a != nullptr;
       const Columns &in = a != nullptr ? a->in : m->in, &out = a != nullptr ? a->out : m->out;
       ld_in_ = max(ld_in_, row_stride(in.count));
-      if (!out.all) ld_packed_ = max(ld_packed_, row_stride(out.count));
+      if (out.plan != nullptr) ld_packed_ = max(ld_packed_, row_stride(out.count));
       const Matrix &first = a != nullptr ? a->q : m->fc1, &second = a != nullptr ? a->proj : m->fc2;
-      if (first.weights != Weights::fp32)
-        ld_bytes_ = max(ld_bytes_, rounded_stride(first.weights, max(first.k, second.k)));
-      tiled_ = tiled_ || first.weights == Weights::bf16;
+      for (const Matrix* w : {&first, &second}) ld_bytes_ = max(ld_bytes_, rounded_stride(w->format, w->k));
+      tiled_ = tiled_ || first.format == Format::bfloat16;
       if (a != nullptr) {
         for (int64_t h = 0; h < a->heads.count; ++h) {
           widest_qk_ = max(widest_qk_, a->heads.qk_widths[h]);
@@ -182,18 +151,9 @@ class Chain {
   }
 
   void prepare() {
-    const int64_t vectors = ceil_div(shape_.features, W);
-    ColumnVector* plan = plan_store_;
     int64_t attention = 0;
-    for (int64_t i = 0; i < count_; ++i) {
-      const Attention* a = layers_[i].attention;
-      if (a != nullptr) attentions_[attention++] = i;
-      const Columns &in = a != nullptr ? a->in : layers_[i].mlp->in, &out = a != nullptr ? a->out : layers_[i].mlp->out;
-      plans_[i] = {in.all ? nullptr : plan, out.all ? nullptr : plan + vectors};
-      if (!in.all) plan_columns(in, shape_.features, Direction::compress, plan);
-      if (!out.all) plan_columns(out, shape_.features, Direction::expand, plan + vectors);
-      plan += 2 * vectors;
-    }
+    for (int64_t i = 0; i < count_; ++i)
+      if (layers_[i].attention != nullptr) attentions_[attention++] = i;
     for (int64_t i = 0; i < shape_.batch * segments_; ++i) done_[i] = 0;
     for (int64_t i = 0; i < shape_.batch; ++i) slot_of_[i] = next_task_[i] = 0;
     next_image_ = 0;
@@ -211,7 +171,7 @@ class Chain {
     }
     for (int64_t i = 0; i < shape_.batch; ++i) {
       const int64_t image = (worker + i) % shape_.batch;  // helpers spread over the images
-      wait_for(slot_of_ + image, 1, scratch.absences);
+      wait_for(slot_of_ + image, 1, scratch.lost_time);
       run_image(image, scratch);
     }
   }
@@ -227,12 +187,12 @@ class Chain {
 
   void run_task(int64_t segment, int64_t image, int64_t block, Scratch& scratch) {
     int32_t* done = done_ + image * segments_;
-    if (segment > 0) wait_for(done + segment - 1, static_cast<int32_t>(blocks_of(segment - 1)), scratch.absences);
-    scratch.absences.begin_task(nanoseconds());
+    if (segment > 0) wait_for(done + segment - 1, static_cast<int32_t>(blocks_of(segment - 1)), scratch.lost_time);
+    scratch.lost_time.begin_task(nanoseconds());
     const int64_t rows = segment == segments_ - 1 ? shape_.queries : shape_.tokens;
     run_rows(segment, image, part_begin(rows, blocks_of(segment), block),
              part_begin(rows, blocks_of(segment), block + 1), scratch);
-    scratch.absences.end_task(nanoseconds());
+    scratch.lost_time.end_task(nanoseconds());
     __atomic_fetch_add(done + segment, 1, __ATOMIC_RELEASE);
   }
 
@@ -257,30 +217,31 @@ class Chain {
     return buffers_[2 * (slot_of_[image] - 1) + attention % 2];
   }
 
-  // Normalised, gathered rows, as the left side of a product with weights of the kind of w.
-  Left normalise(const float* x, int64_t rows, float eps, const ColumnVector* gather, const Matrix& w,
-                 const Scratch& scratch) const {
-    const bool rounded = w.weights != Weights::fp32;
+  // Normalised, gathered rows, as the left side of a product with weights of the format of w.
+  Lhs normalise(const float* x, int64_t rows, float eps, const Columns& in, const Matrix& w,
+                const Scratch& scratch) const {
+    const bool rounded = w.format != Format::float32;
+    const ColumnVector* gather = plan_of(in);
     for (int64_t i = 0; i < rows; ++i) {
       float* to = scratch.normed + (rounded ? 0 : i * ld_in_);
       normalise_row(x + i * shape_.features, shape_.features, eps, gather == nullptr ? to : scratch.row);
       if (gather != nullptr) compress_row(scratch.row, shape_.features, gather, to);
-      if (rounded) round_row(w.weights, to, w.k, scratch.bytes, i);
+      if (rounded) round_row(w.format, to, w.k, scratch.rounded, i);
     }
-    return rounded ? Left(scratch.bytes) : Left(scratch.normed, ld_in_);
+    return rounded ? Lhs(scratch.rounded) : Lhs(scratch.normed, ld_in_);
   }
 
   // scratch.inner, as the left side of a product with w.
-  Left inner(int64_t rows, const Matrix& w, const Scratch& scratch) const {
-    if (w.weights == Weights::fp32) return Left(scratch.inner, ld_inner_);
-    for (int64_t i = 0; i < rows; ++i) round_row(w.weights, scratch.inner + i * ld_inner_, w.k, scratch.bytes, i);
-    return Left(scratch.bytes);
+  Lhs inner(int64_t rows, const Matrix& w, const Scratch& scratch) const {
+    if (w.format == Format::float32) return Lhs(scratch.inner, ld_inner_);
+    for (int64_t i = 0; i < rows; ++i) round_row(w.format, scratch.inner + i * ld_inner_, w.k, scratch.rounded, i);
+    return Lhs(scratch.rounded);
   }
 
   void project_rows(int64_t layer, const HeadBuffers& into, int64_t r0, int64_t rows, bool only_queries_wanted,
                     const float* x, const Scratch& scratch) const {
     const Attention& a = *layers_[layer].attention;
-    const Left normed = normalise(x, rows, a.eps, plans_[layer].gather, a.q, scratch);
+    const Lhs normed = normalise(x, rows, a.eps, a.in, a.q, scratch);
     const int64_t query_rows = only_queries_wanted ? max(0, min(rows, shape_.queries - r0)) : rows;
     store_product(normed, query_rows, a.q, Activation::identity, into.q + r0 * into.ldq, into.ldq);
     store_product(normed, rows, a.k, Activation::identity, scratch.inner, ld_inner_);
@@ -292,26 +253,27 @@ class Chain {
   void attend_rows(int64_t layer, const HeadBuffers& heads, int64_t r0, int64_t r1, const float* x, float* y,
                    const Scratch& scratch) const {
     const Attention& a = *layers_[layer].attention;
-    if (a.proj.weights == Weights::bf16) {
+    if (a.proj.format == Format::bfloat16) {
       attend_tiled(a.heads, heads, shape_.tokens, r0, r1, scratch.tiled, scratch.inner, ld_inner_);
     } else {
       attend(a.heads, heads, shape_.tokens, r0, r1, scratch.scores, ld_tokens_, scratch.inner, ld_inner_);
     }
-    add_product(r1 - r0, a.proj, plans_[layer].scatter, x, y, scratch);
+    add_product(r1 - r0, a.proj, a.out, x, y, scratch);
   }
 
   void mlp_rows(int64_t layer, int64_t rows, const float* x, float* y, const Scratch& scratch) const {
     const Mlp& m = *layers_[layer].mlp;
-    const Left normed = normalise(x, rows, m.eps, plans_[layer].gather, m.fc1, scratch);
+    const Lhs normed = normalise(x, rows, m.eps, m.in, m.fc1, scratch);
     store_product(normed, rows, m.fc1, m.activation, scratch.inner, ld_inner_);
-    add_product(rows, m.fc2, plans_[layer].scatter, x, y, scratch);
+    add_product(rows, m.fc2, m.out, x, y, scratch);
   }
 
   // y = x + scatter(inner W^T + b); y may be x.
-  void add_product(int64_t rows, const Matrix& w, const ColumnVector* scatter, const float* x, float* y,
+  void add_product(int64_t rows, const Matrix& w, const Columns& out, const float* x, float* y,
                    const Scratch& scratch) const {
     const int64_t features = shape_.features;
-    const Left left = inner(rows, w, scratch);
+    const ColumnVector* scatter = plan_of(out);
+    const Lhs left = inner(rows, w, scratch);
     if (scatter == nullptr) {
       multiply(left, rows, w, [=](int64_t r, int64_t count, int64_t n, int64_t columns, float* c) {
         for (int64_t i = 0; i < count; ++i)
@@ -334,11 +296,9 @@ class Chain {
   int64_t segments_ = 0, blocks_ = 0, last_blocks_ = 0, max_rows_ = 0, slots_ = 0, max_qk_ = 0;
   int64_t ld_in_ = 0, ld_inner_ = 0, ld_packed_ = 0, ld_qk_ = 0, ld_v_ = 0, ld_tokens_ = 0, ld_bytes_ = 0;
   int64_t widest_qk_ = 0, widest_v_ = 0;
-  bool tiled_ = false;  // whether any weights are bf16
+  bool tiled_ = false;  // whether any weights are bfloat16
 
-  int64_t* attentions_ = nullptr;  // [segments - 1] index of each attention in layers_
-  Plans* plans_ = nullptr;         // [count]
-  ColumnVector* plan_store_ = nullptr;
+  int64_t* attentions_ = nullptr;   // [segments - 1] index of each attention in layers_
   int32_t* done_ = nullptr;         // [batch, segments] blocks finished
   HeadBuffers* buffers_ = nullptr;  // [slots, 2]
   Scratch* scratch_ = nullptr;      // [workers]

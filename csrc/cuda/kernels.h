@@ -6,7 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../cpu/kernels.h"
+#include "../common/wire.h"
 #include "types.h"
 
 namespace gohsp::cuda {
@@ -101,15 +101,8 @@ void launch_attention(Precision precision, int64_t widest, const AttentionParams
 void launch_checksum(const ChecksumParams& params, int64_t count, Stream stream);
 
 // --- sublayers -------------------------------------------------------------------------------------------------------
-// How a product reads the columns of its input.
-enum class Form : int64_t {
-  direct,  // as they lie
-  chunks,  // 16 bytes at a time, by a list
-  copy,    // from a copy without the others, normalised where there is a norm
-};
-
 struct Input {
-  Form form;
+  InputForm form;
   const int32_t* list;  // of chunks, or of columns to copy; nullptr: all
   int64_t count;        // columns, for the copy
 };

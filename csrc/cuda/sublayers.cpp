@@ -51,7 +51,7 @@ class Workspace {
 
 // Memory for the rows that a product reads, where it needs a copy.
 void* room_for_rows(Workspace& w, const Input& in, const Matrix& weight, int64_t rows) {
-  return in.form == Form::copy ? w.take(rows * weight.chunks * kChunkBytes) : nullptr;
+  return in.form == InputForm::copy ? w.take(rows * weight.chunks * kChunkBytes) : nullptr;
 }
 
 struct Run {
@@ -92,7 +92,7 @@ struct Run {
     r.features = static_cast<int32_t>(features);
     r.aligned = rows_aligned(x, features * element_bytes(precision));
     r.eps = eps;
-    if (in.form == Form::copy) {
+    if (in.form == InputForm::copy) {
       r.copy = copy;
       r.copy_stride = static_cast<int32_t>(weight.chunks * per_chunk());
       r.columns = in.list;
@@ -103,7 +103,7 @@ struct Run {
     }
     if (!r.aligned && weight.chunks > 0) throw std::runtime_error("x: wanted rows that begin at multiples of 16 bytes");
     LinearParams p = product(weight, x, features, rows);
-    p.in_chunks = in.form == Form::chunks ? in.list : nullptr;
+    p.in_chunks = in.form == InputForm::chunks ? in.list : nullptr;
     p.partials = left ? partials : nullptr;
     p.features = r.features;
     p.eps = eps;

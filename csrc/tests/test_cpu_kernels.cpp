@@ -11,46 +11,52 @@
 #include <thread>
 #include <vector>
 
-#include "../cpu/crew.h"
 #include "../cpu/kernels.h"
+#include "../cpu/throttle.h"
 
 #ifdef GOHSP_PORTABLE_TEST
 // Built a second time with all x86 texts compiled for the baseline: the wide code is then tested where the wide
 // instructions are missing.
-namespace gohsp {
-namespace avx2 {
-extern const KernelTable table;
-}
-namespace avx512 {
-extern const KernelTable table;
-}
-namespace avx512vnni {
-extern const KernelTable table;
-}
-namespace amx {
-extern const KernelTable table;
-}
-}  // namespace gohsp
+#define GOHSP_ISA_SET(name, processor, runs_here, options) GOHSP_DECLARE_##processor(name)
+#define GOHSP_DECLARE_x86_64(name) \
+  namespace gohsp::name {          \
+  extern const KernelTable table;  \
+  }
+#define GOHSP_DECLARE_aarch64(name)
+#define GOHSP_DECLARE_any(name)
+#include "../cpu/isa/isa.def"
+#undef GOHSP_ISA_SET
 #endif
 
 namespace {
 
 const gohsp::KernelTable* table(const char* name) {
 #ifdef GOHSP_PORTABLE_TEST
-  if (std::strcmp(name, "avx2") == 0) return &gohsp::avx2::table;
-  if (std::strcmp(name, "avx512") == 0) return &gohsp::avx512::table;
-  if (std::strcmp(name, "avx512vnni") == 0) return &gohsp::avx512vnni::table;
-  if (std::strcmp(name, "amx") == 0) return &gohsp::amx::table;
+#define GOHSP_ISA_SET(name, processor, runs_here, options) GOHSP_FIND_##processor(name)
+#define GOHSP_FIND_x86_64(set) \
+  if (std::strcmp(name, #set) == 0) return &gohsp::set::table;
+#define GOHSP_FIND_aarch64(set)
+#define GOHSP_FIND_any(set)
+#include "../cpu/isa/isa.def"
+#undef GOHSP_ISA_SET
 #endif
   return gohsp::kernels(name);
 }
 
 using gohsp::Columns;
+using gohsp::Direction;
+using gohsp::Format;
 using gohsp::Matrix;
 using Floats = std::vector<float>;
 using Indices = std::vector<int64_t>;
 
 int failures = 0;
+
+void expect(bool holds, const char* what) {
+  if (holds) return;
+  std::printf("FAILED %s\n", what);
+  ++failures;
+}
 
 void expect_close(const Floats& result, const std::vector<double>& truth, const std::string& what,
                   double tolerance = 2e-6) {
@@ -112,33 +118,33 @@ float in_bf16(float x) {
   return x;
 }
 
-// A weight matrix, its bias, and both packed, in any form.
+// A weight matrix, its bias, and both packed, in any format.
 struct Linear {
   int64_t n, k;
-  gohsp::Weights form;
+  Format format;
   double levels;
-  Floats weight, bias, panels;
-  Linear(const gohsp::KernelTable& kernels, Random& random, int64_t n, int64_t k, gohsp::Weights form)
+  Floats weight, bias, panels, scales;
+  Linear(const gohsp::KernelTable& kernels, Random& random, int64_t n, int64_t k, Format format)
       : n(n),
         k(k),
-        form(form),
+        format(format),
         levels(static_cast<double>(kernels.activation_levels)),
         weight(random.normal(n * k, 1.0 / std::sqrt(k + 1.0))),
         bias(random.normal(n)) {
-    if (form == gohsp::Weights::int8) {
-      pack_int8(kernels);
-      return;
+    if (format == Format::int8) {
+      pack(kernels, in_int8().data());
+    } else if (format == Format::bfloat16) {
+      pack(kernels, in_bfloat16().data());
+    } else {
+      pack(kernels, weight.data());
     }
-    if (form == gohsp::Weights::bf16) {
-      pack_bf16(kernels);
-      return;
-    }
-    panels.resize(static_cast<size_t>(kernels.packed_size(n, k)));
-    kernels.pack(weight.data(), bias.data(), n, k, panels.data());
   }
-  // Rounds the weights, so that they are what the kernel reads.
-  void pack_int8(const gohsp::KernelTable& kernels) {
-    Floats scales;
+  void pack(const gohsp::KernelTable& kernels, const void* values) {
+    panels.resize(static_cast<size_t>(kernels.packed_bytes(format, n, k)) / sizeof(float));
+    kernels.pack(format, {values, scales.data(), bias.data(), n, k}, panels.data());
+  }
+  // The weights as numbers of a format. They become rounded themselves, so that they are what the kernel reads.
+  std::vector<int8_t> in_int8() {
     std::vector<int8_t> values;
     for (int64_t i = 0; i < n; ++i) {
       float largest = 0;
@@ -149,23 +155,21 @@ struct Linear {
         weight[i * k + j] = values.back() * scales.back();
       }
     }
-    panels.resize(static_cast<size_t>(kernels.packed_size_int8(n, k)) / sizeof(float));
-    kernels.pack_int8(values.data(), scales.data(), bias.data(), n, k, panels.data());
+    return values;
   }
-  void pack_bf16(const gohsp::KernelTable& kernels) {
+  std::vector<uint16_t> in_bfloat16() {
     std::vector<uint16_t> values;
     for (float& w : weight) {
       values.push_back(bf16_bits(w));
       w = in_bf16(w);
     }
-    panels.resize(static_cast<size_t>(kernels.packed_size_bf16(n, k)) / sizeof(float));
-    kernels.pack_bf16(values.data(), bias.data(), n, k, panels.data());
+    return values;
   }
-  Matrix matrix() const { return {panels.data(), n, k, form}; }
+  Matrix matrix() const { return {panels.data(), n, k, format}; }
   std::vector<double> operator()(std::vector<double> x) const {
     std::vector<double> y(static_cast<size_t>(n));
-    if (form == gohsp::Weights::int8) x = in_levels(x, levels);
-    if (form == gohsp::Weights::bf16)
+    if (format == Format::int8) x = in_levels(x, levels);
+    if (format == Format::bfloat16)
       for (double& v : x) v = in_bf16(static_cast<float>(v));
     for (int64_t i = 0; i < n; ++i) {
       y[i] = bias[i];
@@ -204,35 +208,49 @@ struct Block {
   const Sizes& s;
   Indices attention_in, attention_out, mlp_in, mlp_out;
   Linear q, k, v, proj, fc1, fc2;
+  std::vector<Indices> plans;
   gohsp::Attention attention{};
   gohsp::Mlp mlp{};
 
-  Block(const gohsp::KernelTable& kernels, Random& random, const Sizes& s, gohsp::Weights form)
+  Block(const gohsp::KernelTable& kernels, Random& random, const Sizes& s, Format format)
       : s(s),
         attention_in(random.columns(s.features, s.keep)),
         attention_out(random.columns(s.features, s.keep)),
         mlp_in(random.columns(s.features, s.keep)),
         mlp_out(random.columns(s.features, s.keep)),
-        q(kernels, random, sum(s.qk), size(attention_in), form),
-        k(kernels, random, sum(s.qk), size(attention_in), form),
-        v(kernels, random, sum(s.v), size(attention_in), form),
-        proj(kernels, random, size(attention_out), sum(s.v), form),
-        fc1(kernels, random, s.hidden, size(mlp_in), form),
-        fc2(kernels, random, size(mlp_out), s.hidden, form) {
+        q(kernels, random, sum(s.qk), size(attention_in), format),
+        k(kernels, random, sum(s.qk), size(attention_in), format),
+        v(kernels, random, sum(s.v), size(attention_in), format),
+        proj(kernels, random, size(attention_out), sum(s.v), format),
+        fc1(kernels, random, s.hidden, size(mlp_in), format),
+        fc2(kernels, random, size(mlp_out), s.hidden, format) {
     attention = {q.matrix(),
                  k.matrix(),
                  v.matrix(),
                  proj.matrix(),
                  {size(s.qk), s.qk.data(), s.v.data(), nullptr, 0.0f, 1.0f},
-                 columns(attention_in),
-                 columns(attention_out),
+                 columns(kernels, attention_in, Direction::gather),
+                 columns(kernels, attention_out, Direction::scatter),
                  1e-6f};
-    mlp = {fc1.matrix(), fc2.matrix(), columns(mlp_in), columns(mlp_out), gohsp::Activation::gelu, 1e-6f};
+    mlp = {fc1.matrix(),
+           fc2.matrix(),
+           columns(kernels, mlp_in, Direction::gather),
+           columns(kernels, mlp_out, Direction::scatter),
+           gohsp::Activation::gelu,
+           1e-6f};
   }
 
   static int64_t size(const Indices& i) { return static_cast<int64_t>(i.size()); }
-  // All columns are given as "all" rather than as a list, so that both forms are run.
-  Columns columns(const Indices& kept) const { return {size(kept), kept.data(), size(kept) == s.features}; }
+  // All columns are given without a plan, so that both ways are run.
+  Columns columns(const gohsp::KernelTable& kernels, const Indices& kept, Direction direction) {
+    if (size(kept) == s.features) return {s.features, nullptr};
+    plans.emplace_back(static_cast<size_t>(kernels.plan_bytes(s.features)) / sizeof(int64_t));
+    kernels.plan(kept.data(), size(kept), s.features, direction, plans.back().data());
+    const Columns planned{size(kept), plans.back().data()};
+    expect(kernels.plan_fits(planned, s.features), "a plan fits");
+    expect(!kernels.plan_fits({size(kept) + 1, planned.plan}, s.features), "a plan of other columns does not fit");
+    return planned;
+  }
 
   void truth(std::vector<double>& x) const {
     const std::vector<double> before = x;
@@ -259,7 +277,7 @@ struct Block {
   std::vector<double> attend(const std::vector<double>& query, const std::vector<std::vector<double>>& ks,
                              const std::vector<std::vector<double>>& vs) const {
     // Beside bfloat16 weights the factors of attention's products are rounded too.
-    const auto factor = [&](double x) { return q.form == gohsp::Weights::bf16 ? in_bf16(static_cast<float>(x)) : x; };
+    const auto factor = [&](double x) { return q.format == Format::bfloat16 ? in_bf16(static_cast<float>(x)) : x; };
     std::vector<double> out;
     int64_t qk_start = 0, v_start = 0;
     for (size_t h = 0; h < s.qk.size(); ++h) {
@@ -297,18 +315,18 @@ void run_at_once(int64_t workers, void (*body)(void*, int64_t), void* context) {
   for (std::thread& t : threads) t.join();
 }
 
-std::string name_of(gohsp::Weights form) {
-  return form == gohsp::Weights::fp32 ? "fp32" : form == gohsp::Weights::int8 ? "int8" : "bf16";
+std::string name_of(Format format) {
+  return format == Format::float32 ? "float32" : format == Format::int8 ? "int8" : "bfloat16";
 }
 
-// `forms`: of the weights of three blocks.
+// `formats`: of the weights of three blocks.
 void test_chain(const gohsp::KernelTable& kernels, const Sizes& s, const std::string& what,
-                const std::vector<gohsp::Weights>& forms) {
+                const std::vector<Format>& formats) {
   Random random{std::mt19937(7)};
-  const Block first(kernels, random, s, forms[0]), second(kernels, random, s, forms[1]),
-      third(kernels, random, s, forms[2]);
+  const Block first(kernels, random, s, formats[0]), second(kernels, random, s, formats[1]),
+      third(kernels, random, s, formats[2]);
   // A value that lies between two integers may go to the other one here than in double.
-  const double tolerance = forms[0] == gohsp::Weights::fp32 ? 2e-6 : 2e-3;
+  const double tolerance = formats[0] == Format::float32 ? 2e-6 : 2e-3;
   const gohsp::Sublayer layers[] = {{&first.attention, nullptr},  {nullptr, &first.mlp},
                                     {&second.attention, nullptr}, {nullptr, &second.mlp},
                                     {&third.attention, nullptr},  {nullptr, &third.mlp}};
@@ -336,7 +354,7 @@ void test_embed(const gohsp::KernelTable& kernels, int64_t batch, int64_t down, 
                 const std::string& isa) {
   Random random{std::mt19937(5)};
   const gohsp::Patches p{3, 5 * down, 4 * across, 5, 4};
-  const Linear linear(kernels, random, n, p.size(), gohsp::Weights::fp32);
+  const Linear linear(kernels, random, n, p.size(), Format::float32);
   const int64_t tokens = own + p.count();
   const Floats images = random.normal(batch * p.channels * p.height * p.width), base = random.normal(tokens * n);
   std::vector<double> truth;
@@ -359,63 +377,57 @@ void test_embed(const gohsp::KernelTable& kernels, int64_t batch, int64_t down, 
   }
 }
 
-void expect(bool holds, const char* what) {
-  if (holds) return;
-  std::printf("FAILED %s\n", what);
-  ++failures;
-}
-
 constexpr int64_t kMillisecond = 1000000;
 
-void test_absences() {
-  gohsp::Absences absences;
-  expect(absences.lost_until(1000) == 0, "nothing is held up before the first task");
-  absences.begin_task(100);
-  absences.end_task(110);
-  absences.wait_until(120);
-  expect(absences.lost_until(120) == 0, "a wait as long as a task is natural");
-  absences.begin_task(120);
-  absences.end_task(130);
-  absences.wait_until(170);
-  expect(absences.lost_until(170) == 30, "what exceeds it is lost");
-  absences.begin_task(170);
-  absences.end_task(180);
-  expect(absences.lost_until(195) == 35, "the wait for the last ones counts as well");
+void test_lost_time() {
+  gohsp::LostTime lost_time;
+  expect(lost_time.lost_until(1000) == 0, "nothing is held up before the first task");
+  lost_time.begin_task(100);
+  lost_time.end_task(110);
+  lost_time.wait_until(120);
+  expect(lost_time.lost_until(120) == 0, "a wait as long as a task is natural");
+  lost_time.begin_task(120);
+  lost_time.end_task(130);
+  lost_time.wait_until(170);
+  expect(lost_time.lost_until(170) == 30, "what exceeds it is lost");
+  lost_time.begin_task(170);
+  lost_time.end_task(180);
+  expect(lost_time.lost_until(195) == 35, "the wait for the last ones counts as well");
 }
 
 // Calls of 100 milliseconds until all four workers are tried again.
-int64_t calls_with_fewer(gohsp::Crew& crew) {
+int64_t calls_with_fewer(gohsp::WorkerThrottle& throttle) {
   int64_t calls = 0;
-  for (; crew.next_size(4) < 4; ++calls) crew.report(100 * kMillisecond, 0);
+  for (; throttle.next_size(4) < 4; ++calls) throttle.report(100 * kMillisecond, 0);
   return calls;
 }
 
-void test_crew() {
-  gohsp::Crew crew;
-  crew.report(100 * kMillisecond, 12 * kMillisecond);
-  expect(crew.next_size(4) == 4, "less than an eighth is nobody's absence");
-  crew.report(100 * kMillisecond, 13 * kMillisecond);
-  expect(crew.next_size(4) == 3, "one worker is left out");
-  expect(calls_with_fewer(crew) == 1, "a single hiccup costs one call");
+void test_throttle() {
+  gohsp::WorkerThrottle throttle;
+  throttle.report(100 * kMillisecond, 12 * kMillisecond);
+  expect(throttle.next_size(4) == 4, "less than an eighth is nobody's absence");
+  throttle.report(100 * kMillisecond, 13 * kMillisecond);
+  expect(throttle.next_size(4) == 3, "one worker is left out");
+  expect(calls_with_fewer(throttle) == 1, "a single hiccup costs one call");
   for (int64_t calls : {2, 4, 8, 10, 10}) {
-    crew.report(100 * kMillisecond, 90 * kMillisecond);
-    expect(calls_with_fewer(crew) == calls, "each absence doubles the pause, up to the longest");
+    throttle.report(100 * kMillisecond, 90 * kMillisecond);
+    expect(calls_with_fewer(throttle) == calls, "each absence doubles the pause, up to the longest");
   }
-  for (int64_t i = 0; i < 9; ++i) crew.report(100 * kMillisecond, 0);
-  crew.report(100 * kMillisecond, 90 * kMillisecond);
-  expect(calls_with_fewer(crew) == 2, "calls without an absence shorten the pause by their time");
-  crew.report(100 * kMillisecond, 90 * kMillisecond);
-  crew.report(100 * kMillisecond, 90 * kMillisecond);
-  expect(crew.next_size(4) == 2, "two are left out where three were held up as well");
-  expect(crew.next_size(2) == 1 && crew.next_size(1) == 1, "one is always left");
-  crew.report(2000 * kMillisecond, 0);
-  expect(crew.next_size(4) == 4, "a long call is a long pause");
+  for (int64_t i = 0; i < 9; ++i) throttle.report(100 * kMillisecond, 0);
+  throttle.report(100 * kMillisecond, 90 * kMillisecond);
+  expect(calls_with_fewer(throttle) == 2, "calls without an absence shorten the pause by their time");
+  throttle.report(100 * kMillisecond, 90 * kMillisecond);
+  throttle.report(100 * kMillisecond, 90 * kMillisecond);
+  expect(throttle.next_size(4) == 2, "two are left out where three were held up as well");
+  expect(throttle.next_size(2) == 1 && throttle.next_size(1) == 1, "one is always left");
+  throttle.report(2000 * kMillisecond, 0);
+  expect(throttle.next_size(4) == 4, "a long call is a long pause");
 }
 
-void test_rounded_product(const gohsp::KernelTable& kernels, gohsp::Weights form, int64_t rows, int64_t n, int64_t k,
+void test_rounded_product(const gohsp::KernelTable& kernels, Format format, int64_t rows, int64_t n, int64_t k,
                           const std::string& isa) {
   Random random{std::mt19937(3)};
-  const Linear linear(kernels, random, n, k, form);
+  const Linear linear(kernels, random, n, k, format);
   Floats x = random.normal(rows * k);
   for (int64_t j = 0; j < k && rows > 1; ++j) x[k + j] = 0;                            // a row of zeros
   for (int64_t j = 0; j < k && rows > 2; ++j) x[2 * k + j] = std::fabs(x[2 * k + j]);  // a one-sided row
@@ -427,7 +439,7 @@ void test_rounded_product(const gohsp::KernelTable& kernels, gohsp::Weights form
   kernels.rounded_product(linear.matrix(), x.data(), rows, y.data());
   // Exact but for the scaling; without a fused multiply-add the product is rounded once more before it is an integer.
   expect_close(y, truth,
-               isa + name_of(form) + " product of " + std::to_string(rows) + " x " + std::to_string(n) + " x " +
+               isa + name_of(format) + " product of " + std::to_string(rows) + " x " + std::to_string(n) + " x " +
                    std::to_string(k),
                2e-4);
 }
@@ -435,10 +447,11 @@ void test_rounded_product(const gohsp::KernelTable& kernels, gohsp::Weights form
 }  // namespace
 
 int main() {
-  test_absences();
-  test_crew();
+  test_lost_time();
+  test_throttle();
   int tested = 0;
-  for (const char* name : {"scalar", "avx2", "avx512", "avx512vnni", "amx", "neon"}) {
+  for (const char* const* next = gohsp::instruction_sets(); *next != nullptr; ++next) {
+    const char* name = *next;
     const gohsp::KernelTable* kernels = table(name);
     if (kernels == nullptr) continue;
     ++tested;
@@ -447,21 +460,21 @@ int main() {
     test_embed(*kernels, 3, 2, 5, 0, 1, isa);
     test_embed(*kernels, 2, 1, 1, 3, 33, isa);
     test_embed(*kernels, 0, 3, 3, 1, 8, isa);
-    constexpr auto kFp32 = gohsp::Weights::fp32, kInt8 = gohsp::Weights::int8, kBf16 = gohsp::Weights::bf16;
-    for (gohsp::Weights form : {kInt8, kBf16}) {
+    constexpr auto kFp32 = Format::float32, kInt8 = Format::int8, kBf16 = Format::bfloat16;
+    for (Format format : {kInt8, kBf16}) {
       for (int64_t k : {0, 1, 3, 4, 5, 64, 383})
-        for (int64_t n : {1, 31, 100}) test_rounded_product(*kernels, form, 29, n, k, isa);
-      test_rounded_product(*kernels, form, 0, 5, 7, isa);
-      test_rounded_product(*kernels, form, 1, 40, 1536, isa);
+        for (int64_t n : {1, 31, 100}) test_rounded_product(*kernels, format, 29, n, k, isa);
+      test_rounded_product(*kernels, format, 0, 5, 7, isa);
+      test_rounded_product(*kernels, format, 1, 40, 1536, isa);
     }
-    for (const auto& forms :
+    for (const auto& formats :
          {std::vector{kFp32, kFp32, kFp32}, {kInt8, kInt8, kInt8}, {kBf16, kBf16, kBf16}, {kInt8, kFp32, kBf16}}) {
-      const std::string in = isa + name_of(forms[0]) + ", " + name_of(forms[1]) + ", " + name_of(forms[2]) + ": ";
-      test_chain(*kernels, {1, 50, 64, 100, {16, 16}, {16, 16}, 1.0, 50}, in + "nothing pruned", forms);
-      test_chain(*kernels, {3, 37, 61, 45, {16, 0, 7}, {9, 5, 30}, 0.6, 37}, in + "ragged", forms);
-      test_chain(*kernels, {9, 13, 40, 33, {4, 8}, {8, 0}, 0.5, 1}, in + "one query, more images than slots", forms);
-      test_chain(*kernels, {2, 7, 24, 0, {}, {}, 0.5, 7}, in + "no head, no neuron", forms);
-      test_chain(*kernels, {2, 7, 24, 16, {4}, {4}, 0.0, 7}, in + "no column", forms);
+      const std::string in = isa + name_of(formats[0]) + ", " + name_of(formats[1]) + ", " + name_of(formats[2]) + ": ";
+      test_chain(*kernels, {1, 50, 64, 100, {16, 16}, {16, 16}, 1.0, 50}, in + "nothing pruned", formats);
+      test_chain(*kernels, {3, 37, 61, 45, {16, 0, 7}, {9, 5, 30}, 0.6, 37}, in + "ragged", formats);
+      test_chain(*kernels, {9, 13, 40, 33, {4, 8}, {8, 0}, 0.5, 1}, in + "one query, more images than slots", formats);
+      test_chain(*kernels, {2, 7, 24, 0, {}, {}, 0.5, 7}, in + "no head, no neuron", formats);
+      test_chain(*kernels, {2, 7, 24, 16, {4}, {4}, 0.0, 7}, in + "no column", formats);
     }
     std::printf("%s done\n", name);
   }

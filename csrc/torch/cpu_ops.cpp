@@ -1,53 +1,43 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checks of arguments and registration of the native CPU operators, on the LibTorch stable ABI: one binary serves
-// torch 2.10 and newer. The schemas are in gohsp_kernels/_schemas.py.
+// torch 2.10 and newer. The schemas are in gohsp_kernels/_schemas.py; gohsp_kernels/cpu.py writes what is read here.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <optional>
-#include <vector>
 
-#include "../cpu/crew.h"
 #include "../cpu/kernels.h"
+#include "../cpu/throttle.h"
+#include "reading.h"
 
 namespace {
 
 using gohsp::Columns;
+using gohsp::Format;
 using gohsp::Matrix;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using gohsp::new_tensor;
+using gohsp::Reader;
+using gohsp::ScalarType;
+using gohsp::Tensor;
+
+template <class T>
+const T* contents(const Tensor& t, ScalarType dtype, const char* name, const char* wanted) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": wanted ", wanted, "; got another dtype");
+  STD_TORCH_CHECK(t.is_contiguous(), name, ": wanted a contiguous tensor");
+  return static_cast<const T*>(t.const_data_ptr());
+}
 
 const float* floats(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, ": wanted float32; got another dtype");
-  STD_TORCH_CHECK(t.is_contiguous(), name, ": wanted a contiguous tensor");
-  return static_cast<const float*>(t.const_data_ptr());
+  return contents<float>(t, ScalarType::Float, name, "float32");
 }
 
 const int64_t* indices(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long, name, ": wanted int64; got another dtype");
-  STD_TORCH_CHECK(t.is_contiguous(), name, ": wanted a contiguous tensor");
-  return static_cast<const int64_t*>(t.const_data_ptr());
+  return contents<int64_t>(t, ScalarType::Long, name, "int64");
 }
 
-// Kernels trust the column lists, so their order and range are checked here, in time proportional to their length.
-Columns checked(const Columns& c, int64_t features, const char* name) {
-  for (int64_t i = 0; i < c.count; ++i) {
-    const int64_t lowest = i == 0 ? 0 : c.kept[i - 1] + 1;
-    STD_TORCH_CHECK(c.kept[i] >= lowest && c.kept[i] < features, name, ": wanted ascending columns in [0, ", features,
-                    "); got ", c.kept[i], " at position ", i);
-  }
-  return c;
-}
-
-Columns columns(const std::optional<Tensor>& t, int64_t features, const char* name) {
-  if (!t.has_value()) return {features, nullptr, true};
-  return checked({t->numel(), indices(*t, name), false}, features, name);
-}
+float* data(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 void run_in_torch_pool(int64_t workers, void (*body)(void*, int64_t), void* context) {
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
@@ -57,14 +47,81 @@ void run_in_torch_pool(int64_t workers, void (*body)(void*, int64_t), void* cont
 
 // Torch's threads, as many as are present.
 gohsp::Parallel pool() {
-  return {gohsp::crew().next_size(static_cast<int64_t>(torch::stable::get_num_threads())), run_in_torch_pool};
+  return {gohsp::worker_throttle().next_size(static_cast<int64_t>(torch::stable::get_num_threads())),
+          run_in_torch_pool};
 }
 
-gohsp::Activation activation_of(int64_t id) {
-  STD_TORCH_CHECK(id >= 0 && id < gohsp::kActivations, "activation: wanted 0 to ", gohsp::kActivations - 1, "; got ",
-                  id);
-  return static_cast<gohsp::Activation>(id);
+// --- packing ---------------------------------------------------------------------------------------------------------
+
+// What the weights of a format come as.
+struct FormatOf {
+  const char* name;
+  ScalarType dtype;
+  bool scales;
+};
+
+#define GOHSP_FORMAT(name, type, dtype, scales) {#name, ScalarType::dtype, scales},
+constexpr FormatOf kFormatOf[] = {GOHSP_FORMATS(GOHSP_FORMAT)};
+#undef GOHSP_FORMAT
+
+Tensor cpu_pack(Tensor weight, std::optional<Tensor> scales, std::optional<Tensor> bias, int64_t format_number) {
+  STD_TORCH_CHECK(format_number >= 0 && format_number < gohsp::kFormats, "format: wanted 0 to ", gohsp::kFormats - 1);
+  const Format format = static_cast<Format>(format_number);
+  const FormatOf& wanted = kFormatOf[format_number];
+  STD_TORCH_CHECK(weight.dim() == 2, "weight: wanted 2 dimensions; got ", weight.dim());
+  const int64_t n = weight.size(0), k = weight.size(1);
+  STD_TORCH_CHECK(!bias.has_value() || bias->numel() == n, "bias: wanted ", n, " elements");
+  STD_TORCH_CHECK(scales.has_value() == wanted.scales && (!scales.has_value() || scales->numel() == n),
+                  "scales: wanted ", wanted.scales ? n : 0, " elements for ", wanted.name);
+  STD_TORCH_CHECK(format != Format::int8 || k <= gohsp::kMostInt8Inputs, "weight: wanted at most ",
+                  gohsp::kMostInt8Inputs, " inputs; got ", k);
+  const gohsp::Unpacked from{contents<void>(weight, wanted.dtype, "weight", wanted.name),
+                             scales.has_value() ? floats(*scales, "scales") : nullptr,
+                             bias.has_value() ? floats(*bias, "bias") : nullptr, n, k};
+  const std::vector<int64_t> words{gohsp::kernels().packed_bytes(format, n, k) / static_cast<int64_t>(sizeof(int32_t))};
+  Tensor panels = torch::stable::new_empty(weight, {words.data(), words.size()}, ScalarType::Int);
+  gohsp::kernels().pack(format, from, panels.mutable_data_ptr());
+  return panels;
 }
+
+// The columns of a gather or scatter as a layout holds them: their number and their plan. Kernels trust a plan, so the
+// order and range of the columns are checked here.
+Tensor cpu_plan(Tensor columns, int64_t features, bool scatter) {
+  const int64_t* kept = indices(columns, "columns");
+  const int64_t count = columns.numel();
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t lowest = i == 0 ? 0 : kept[i - 1] + 1;
+    STD_TORCH_CHECK(kept[i] >= lowest && kept[i] < features, "columns: wanted ascending ones in [0, ", features,
+                    "); got ", kept[i], " at position ", i);
+  }
+  const int64_t words = gohsp::kernels().plan_bytes(features) / static_cast<int64_t>(sizeof(int64_t));
+  Tensor plan = new_tensor(columns, {1 + words});
+  int64_t* to = static_cast<int64_t*>(plan.mutable_data_ptr());
+  *to = count;
+  gohsp::kernels().plan(kept, count, features, scatter ? gohsp::Direction::scatter : gohsp::Direction::gather, to + 1);
+  return plan;
+}
+
+// The format whose packing number this is. Panels go with pickled and exported models to machines whose kernels arrange
+// weights in another way. They would read them without complaint where the sizes happen to agree.
+Format format_of(int64_t packing) {
+  const auto packed_by = [packing](const char* name) {
+    int64_t format = 0;
+    while (format < gohsp::kFormats && packing != gohsp::packing_of(name, static_cast<Format>(format))) ++format;
+    return format;
+  };
+  const char* here = gohsp::kernels().name;
+  const int64_t format = packed_by(here);
+  if (format < gohsp::kFormats) return static_cast<Format>(format);
+  const char* there = "another version of gohsp";
+  for (const char* const* name = gohsp::instruction_sets(); *name != nullptr; ++name)
+    if (packed_by(*name) < gohsp::kFormats) there = *name;
+  STD_TORCH_CHECK(false, "panels: wanted weights that were packed for ", here,
+                  ", the instruction set of this process; got some that were packed for ", there,
+                  ". Save the compressed model instead, and freeze it here");
+}
+
+// --- what is packed, read in the order in which gohsp_kernels/cpu.py wrote it ------------------------------------------
 
 struct Totals {
   int64_t qk = 0, v = 0;
@@ -80,101 +137,118 @@ Totals totals_of(const gohsp::Heads& heads) {
   return totals;
 }
 
-Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()});
+// A layout, and the packed matrices that it describes, which stand one behind the other.
+class Packed {
+ public:
+  Packed(const Tensor& panels, const Tensor& layout)
+      : numbers_(indices(layout, "layouts"), layout.numel(), "layouts"),
+        words_(contents<int32_t>(panels, ScalarType::Int, "panels", "int32"), panels.numel(), "panels"),
+        format_(format_of(numbers_.number())) {}
+
+  Format format() const { return format_; }
+  int64_t number() { return numbers_.number(); }
+  const int64_t* numbers(int64_t count) { return numbers_.take(count); }
+
+  // A count and a plan, or -1 for all columns.
+  Columns columns(int64_t features) {
+    const int64_t count = number();
+    if (count < 0) return {features, nullptr};
+    const int64_t words = gohsp::kernels().plan_bytes(features) / static_cast<int64_t>(sizeof(int64_t));
+    const Columns columns{count, numbers(words)};
+    STD_TORCH_CHECK(gohsp::kernels().plan_fits(columns, features), "layouts: columns do not fit ", features,
+                    " features");
+    return columns;
+  }
+
+  Matrix matrix(int64_t n, int64_t k) {
+    const int64_t bytes = gohsp::kernels().packed_bytes(format_, n, k);
+    return {words_.take(bytes / static_cast<int64_t>(sizeof(int32_t))), n, k, format_};
+  }
+
+  const float* floats(int64_t count) { return reinterpret_cast<const float*>(words_.take(count)); }
+
+  bool empty() const { return numbers_.empty() && words_.empty(); }
+
+ private:
+  Reader<int64_t> numbers_;
+  Reader<int32_t> words_;
+  Format format_;
+};
+
+// Order of the numbers: heads, whether q and k are normalised, columns in, columns out, QK widths, V widths.
+gohsp::Attention read_attention(Packed& packed, const double* constants, int64_t features) {
+  gohsp::Attention a{};
+  const int64_t count = packed.number();
+  const bool normalised = packed.number() != 0;
+  a.in = packed.columns(features);
+  a.out = packed.columns(features);
+  a.heads = {count,
+             packed.numbers(count),
+             packed.numbers(count),
+             nullptr,
+             static_cast<float>(constants[1]),
+             static_cast<float>(constants[2])};
+  const Totals totals = totals_of(a.heads);
+  a.q = packed.matrix(totals.qk, a.in.count);
+  a.k = packed.matrix(totals.qk, a.in.count);
+  a.v = packed.matrix(totals.v, a.in.count);
+  a.proj = packed.matrix(a.out.count, totals.v);
+  if (normalised) a.heads.qk_norm = packed.floats(count > 0 ? 4 * a.heads.qk_widths[0] : 0);
+  a.eps = static_cast<float>(constants[0]);
+  return a;
 }
 
-std::vector<int64_t> shape_of(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return {sizes.begin(), sizes.end()};
+// Order of the numbers: hidden neurons, activation, columns in, columns out.
+gohsp::Mlp read_mlp(Packed& packed, const double* constants, int64_t features) {
+  gohsp::Mlp m{};
+  const int64_t hidden = packed.number();
+  m.activation = gohsp::activation_of(packed.number());
+  m.in = packed.columns(features);
+  m.out = packed.columns(features);
+  m.fc1 = packed.matrix(hidden, m.in.count);
+  m.fc2 = packed.matrix(m.out.count, hidden);
+  m.eps = static_cast<float>(constants[0]);
+  return m;
 }
 
-float* data(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+// --- operators -------------------------------------------------------------------------------------------------------
 
-Tensor cpu_pack(Tensor weight, std::optional<Tensor> bias) {
-  STD_TORCH_CHECK(weight.dim() == 2, "weight: wanted 2 dimensions; got ", weight.dim());
-  const int64_t n = weight.size(0), k = weight.size(1);
-  STD_TORCH_CHECK(!bias.has_value() || bias->numel() == n, "bias: wanted ", n, " elements");
-  Tensor panels = new_tensor(weight, {gohsp::kernels().packed_size(n, k)});
-  gohsp::kernels().pack(floats(weight, "weight"), bias.has_value() ? floats(*bias, "bias") : nullptr, n, k,
-                        data(panels));
-  return panels;
-}
-
-Tensor cpu_pack_int8(Tensor weight, Tensor scales, std::optional<Tensor> bias) {
-  STD_TORCH_CHECK(weight.dim() == 2, "weight: wanted 2 dimensions; got ", weight.dim());
-  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Char, "weight: wanted int8; got another dtype");
-  STD_TORCH_CHECK(weight.is_contiguous(), "weight: wanted a contiguous tensor");
-  const int64_t n = weight.size(0), k = weight.size(1);
-  STD_TORCH_CHECK(k <= gohsp::kMostInt8Inputs, "weight: wanted at most ", gohsp::kMostInt8Inputs, " inputs; got ", k);
-  STD_TORCH_CHECK(scales.numel() == n, "scales: wanted ", n, " elements");
-  STD_TORCH_CHECK(!bias.has_value() || bias->numel() == n, "bias: wanted ", n, " elements");
-  Tensor panels = new_tensor(weight, {gohsp::kernels().packed_size_int8(n, k)});
-  gohsp::kernels().pack_int8(static_cast<const int8_t*>(weight.const_data_ptr()), floats(scales, "scales"),
-                             bias.has_value() ? floats(*bias, "bias") : nullptr, n, k, panels.mutable_data_ptr());
-  return panels;
-}
-
-Tensor cpu_pack_bf16(Tensor weight, std::optional<Tensor> bias) {
-  STD_TORCH_CHECK(weight.dim() == 2, "weight: wanted 2 dimensions; got ", weight.dim());
-  STD_TORCH_CHECK(weight.scalar_type() == ScalarType::BFloat16, "weight: wanted bfloat16; got another dtype");
-  STD_TORCH_CHECK(weight.is_contiguous(), "weight: wanted a contiguous tensor");
-  const int64_t n = weight.size(0), k = weight.size(1);
-  STD_TORCH_CHECK(!bias.has_value() || bias->numel() == n, "bias: wanted ", n, " elements");
-  Tensor panels = new_tensor(weight, {gohsp::kernels().packed_size_bf16(n, k) / 2});
-  gohsp::kernels().pack_bf16(static_cast<const uint16_t*>(weight.const_data_ptr()),
-                             bias.has_value() ? floats(*bias, "bias") : nullptr, n, k, panels.mutable_data_ptr());
-  return panels;
-}
-
-// Panels go with pickled and exported models to machines whose kernels arrange weights in another way. They would read
-// them without complaint where the sizes happen to agree.
-void check_packing(int64_t packing) {
-  const char* here = gohsp::kernels().name;
-  if (packing == gohsp::packing_of(here)) return;
-  const char* there = "another version of gohsp";
-  for (const char* name : {"scalar", "avx2", "avx512", "avx512vnni", "amx", "neon"})
-    if (packing == gohsp::packing_of(name)) there = name;
-  STD_TORCH_CHECK(false, "panels: wanted weights that were packed for ", here,
-                  ", the instruction set of this process; ", "got some that were packed for ", there,
-                  ". Save the compressed model instead, and freeze it here");
-}
-
-Tensor cpu_embed(Tensor images, Tensor panels, int64_t packing, Tensor base, std::vector<int64_t> patch) {
-  check_packing(packing);
+// Order of the layout's numbers: outputs.
+Tensor cpu_embed(Tensor images, Tensor panels, Tensor layout, Tensor base, std::vector<int64_t> patch) {
   images = torch::stable::contiguous(images);
   STD_TORCH_CHECK(images.dim() == 4, "images: wanted 4 dimensions; got ", images.dim());
   STD_TORCH_CHECK(base.dim() == 2, "base: wanted 2 dimensions; got ", base.dim());
   STD_TORCH_CHECK(patch.size() == 2 && patch[0] > 0 && patch[1] > 0, "patch: wanted a height and a width");
   const gohsp::Patches patches{images.size(1), images.size(2), images.size(3), patch[0], patch[1]};
   const int64_t tokens = base.size(0);
-  const Matrix weight{floats(panels, "panels"), base.size(1), patches.size()};
   STD_TORCH_CHECK(patches.height % patch[0] == 0 && patches.width % patch[1] == 0 && patches.count() <= tokens,
                   "images: wanted whole patches, at most ", tokens);
-  STD_TORCH_CHECK(gohsp::kernels().packed_size(weight.n, weight.k) == panels.numel(), "panels: wanted the weights of ",
-                  weight.n, " outputs and ", weight.k, " inputs");
+  Packed packed(panels, layout);
+  STD_TORCH_CHECK(packed.format() == Format::float32, "panels: wanted weights in float32");
+  const Matrix weight = packed.matrix(base.size(1), patches.size());
+  STD_TORCH_CHECK(packed.empty(), "panels: wanted the weights of ", weight.n, " outputs and ", weight.k, " inputs");
   Tensor y = new_tensor(images, {images.size(0), tokens, weight.n});
   gohsp::kernels().embed(weight, patches, floats(images, "images"), images.size(0), floats(base, "base"), tokens,
                          data(y), pool());
   return y;
 }
 
-Tensor cpu_linear(Tensor x, Tensor panels, int64_t packing, std::optional<Tensor> in_cols,
-                  std::optional<Tensor> out_cols, int64_t kept_outputs, int64_t out_features, int64_t activation) {
-  check_packing(packing);
+// Order of the layout's numbers: kept outputs, activation, columns in, columns out.
+Tensor cpu_linear(Tensor x, Tensor panels, Tensor layout, int64_t out_features) {
   x = torch::stable::contiguous(x);
   const int64_t features = x.size(x.dim() - 1);
-  const Columns in = columns(in_cols, features, "in_cols"), out = columns(out_cols, out_features, "out_cols");
-  STD_TORCH_CHECK(out.count == kept_outputs, "out_cols: wanted ", kept_outputs, " columns; got ", out.count);
-  const Matrix weight{floats(panels, "panels"), kept_outputs, in.count};
-  STD_TORCH_CHECK(gohsp::kernels().packed_size(weight.n, weight.k) == panels.numel(), "panels: wanted the weights of ",
-                  weight.n, " outputs and ", weight.k, " inputs");
-  std::vector<int64_t> shape = shape_of(x);
-  int64_t rows = 1;
-  for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
+  Packed packed(panels, layout);
+  STD_TORCH_CHECK(packed.format() == Format::float32, "panels: wanted weights in float32");
+  const int64_t kept = packed.number();
+  const gohsp::Activation activation = gohsp::activation_of(packed.number());
+  const Columns in = packed.columns(features), out = packed.columns(out_features);
+  STD_TORCH_CHECK(out.count == kept, "out_cols: wanted ", kept, " columns; got ", out.count);
+  const Matrix weight = packed.matrix(kept, in.count);
+  STD_TORCH_CHECK(packed.empty(), "x: wanted the number of features that the weights were packed for; got ", features);
+  std::vector<int64_t> shape = gohsp::shape_of(x);
   shape.back() = out_features;
   Tensor y = new_tensor(x, shape);
-  gohsp::kernels().linear(weight, in, out, activation_of(activation), floats(x, "x"), rows, features, data(y),
+  gohsp::kernels().linear(weight, in, out, activation, floats(x, "x"), gohsp::rows_of(x), features, data(y),
                           out_features, pool());
   return y;
 }
@@ -201,119 +275,6 @@ Tensor cpu_attention(Tensor qkv, Tensor widths, std::optional<Tensor> qk_norm, d
   return y;
 }
 
-// Reads the layout of one packed sublayer, number by number, as gohsp_kernels/cpu.py wrote it.
-class Layout {
- public:
-  explicit Layout(const Tensor& t) : next_(indices(t, "layouts")), end_(next_ + t.numel()) {}
-
-  int64_t number() { return *take(1); }
-
-  const int64_t* take(int64_t count) {
-    STD_TORCH_CHECK(count >= 0 && count <= end_ - next_, "layouts: too short");
-    const int64_t* place = next_;
-    next_ += count;
-    return place;
-  }
-
-  bool empty() const { return next_ == end_; }
-
-  // A count, or -1 for all columns, is followed by that many columns.
-  Columns columns(int64_t features) {
-    const int64_t count = number();
-    return count < 0 ? Columns{features, nullptr, true} : checked({count, take(count), false}, features, "layouts");
-  }
-
- private:
-  const int64_t* next_;
-  const int64_t* end_;
-};
-
-// The weights that panels of this dtype hold.
-gohsp::Weights weights_of(const Tensor& panels) {
-  switch (panels.scalar_type()) {
-    case ScalarType::Float: return gohsp::Weights::fp32;
-    case ScalarType::Char: return gohsp::Weights::int8;
-    case ScalarType::BFloat16: return gohsp::Weights::bf16;
-    default: STD_TORCH_CHECK(false, "panels: wanted float32, int8 or bfloat16; got another dtype");
-  }
-}
-
-// Hands out the packed matrices of one sublayer, which stand one behind the other. Their dtype says what weights they
-// hold; it is that of what cpu_pack, cpu_pack_int8 or cpu_pack_bf16 made.
-class Panels {
- public:
-  explicit Panels(const Tensor& t) : weights_(weights_of(t)) {
-    STD_TORCH_CHECK(t.is_contiguous(), "panels: wanted a contiguous tensor");
-    next_ = static_cast<const char*>(t.const_data_ptr());
-    end_ = next_ + t.numel() * static_cast<int64_t>(t.element_size());
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(next_) % alignof(float) == 0, "panels: wanted whole words of 4 bytes");
-  }
-
-  Matrix matrix(int64_t n, int64_t k) { return {take(packed_bytes(n, k)), n, k, weights_}; }
-
-  const float* floats(int64_t count) { return static_cast<const float*>(take(count * sizeof(float))); }
-
-  bool empty() const { return next_ == end_; }
-
- private:
-  int64_t packed_bytes(int64_t n, int64_t k) const {
-    if (weights_ == gohsp::Weights::int8) return gohsp::kernels().packed_size_int8(n, k);
-    if (weights_ == gohsp::Weights::bf16) return gohsp::kernels().packed_size_bf16(n, k);
-    return gohsp::kernels().packed_size(n, k) * static_cast<int64_t>(sizeof(float));
-  }
-
-  const void* take(int64_t size) {
-    STD_TORCH_CHECK(size >= 0 && size <= end_ - next_, "panels: too short");
-    const char* place = next_;
-    next_ += size;
-    return place;
-  }
-
-  gohsp::Weights weights_;
-  const char* next_;
-  const char* end_;
-};
-
-enum Kind : int64_t { kAttention, kMlp };
-
-// Order of the numbers: heads, whether q and k are normalised, columns in, columns out, QK widths, V widths.
-gohsp::Attention read_attention(Layout& layout, Panels& panels, const double* constants, int64_t features) {
-  gohsp::Attention a{};
-  const int64_t count = layout.number();
-  const bool normalised = layout.number() != 0;
-  a.in = layout.columns(features);
-  a.out = layout.columns(features);
-  a.heads = {count,
-             layout.take(count),
-             layout.take(count),
-             nullptr,
-             static_cast<float>(constants[1]),
-             static_cast<float>(constants[2])};
-  const Totals totals = totals_of(a.heads);
-  a.q = panels.matrix(totals.qk, a.in.count);
-  a.k = panels.matrix(totals.qk, a.in.count);
-  a.v = panels.matrix(totals.v, a.in.count);
-  a.proj = panels.matrix(a.out.count, totals.v);
-  if (normalised) a.heads.qk_norm = panels.floats(count > 0 ? 4 * a.heads.qk_widths[0] : 0);
-  a.eps = static_cast<float>(constants[0]);
-  return a;
-}
-
-// Order of the numbers: hidden neurons, activation, columns in, columns out.
-gohsp::Mlp read_mlp(Layout& layout, Panels& panels, const double* constants, int64_t features) {
-  gohsp::Mlp m{};
-  const int64_t hidden = layout.number();
-  m.activation = activation_of(layout.number());
-  m.in = layout.columns(features);
-  m.out = layout.columns(features);
-  m.fc1 = panels.matrix(hidden, m.in.count);
-  m.fc2 = panels.matrix(m.out.count, hidden);
-  m.eps = static_cast<float>(constants[0]);
-  return m;
-}
-
-constexpr size_t kConstants = 3;  // of each sublayer: eps, eps of the q and k norms, softmax scale
-
 Tensor cpu_sublayers(Tensor x, std::vector<Tensor> panels, std::vector<Tensor> layouts, std::vector<double> constants,
                      int64_t num_queries) {
   x = torch::stable::contiguous(x);
@@ -321,33 +282,24 @@ Tensor cpu_sublayers(Tensor x, std::vector<Tensor> panels, std::vector<Tensor> l
   const gohsp::Shape shape{x.size(0), x.size(1), x.size(2), num_queries};
   STD_TORCH_CHECK(num_queries >= 0 && num_queries <= shape.tokens, "num_queries: wanted 0 to ", shape.tokens);
   const size_t count = panels.size();
-  STD_TORCH_CHECK(count > 0 && layouts.size() == count && constants.size() == kConstants * count,
+  STD_TORCH_CHECK(count > 0 && layouts.size() == count && constants.size() == gohsp::kConstants * count,
                   "panels, layouts, constants: wanted the same number of sublayers, at least one");
-  // Reserved, so that the sublayers' pointers into them stay true.
-  std::vector<gohsp::Attention> attentions;
-  std::vector<gohsp::Mlp> mlps;
-  std::vector<gohsp::Sublayer> layers;
-  attentions.reserve(count);
-  mlps.reserve(count);
+  gohsp::Chain<gohsp::Attention, gohsp::Mlp, gohsp::Sublayer> chain(count);
   for (size_t i = 0; i < count; ++i) {
-    Layout layout(layouts[i]);
-    Panels matrices(panels[i]);
-    check_packing(layout.number());
-    const int64_t kind = layout.number();
-    STD_TORCH_CHECK(kind == kAttention || kind == kMlp, "layouts: unknown kind of sublayer ", kind);
-    const double* own = constants.data() + kConstants * i;
-    if (kind == kAttention) {
-      attentions.push_back(read_attention(layout, matrices, own, shape.features));
-      layers.push_back({&attentions.back(), nullptr});
-    } else {
-      mlps.push_back(read_mlp(layout, matrices, own, shape.features));
-      layers.push_back({nullptr, &mlps.back()});
-    }
-    STD_TORCH_CHECK(layout.empty() && matrices.empty(), "x: wanted the number of features that sublayer ", i,
+    Packed packed(panels[i], layouts[i]);
+    const double* own = constants.data() + gohsp::kConstants * i;
+    const gohsp::SublayerKind kind = gohsp::kind_of(packed.number());
+    STD_TORCH_CHECK(packed.number() == shape.features, "x: wanted the number of features that sublayer ", i,
                     " was packed for; got ", shape.features);
+    if (kind == gohsp::SublayerKind::attention) {
+      chain.add(read_attention(packed, own, shape.features));
+    } else {
+      chain.add(read_mlp(packed, own, shape.features));
+    }
+    STD_TORCH_CHECK(packed.empty(), "layouts: do not fit the packed weights of sublayer ", i);
   }
   Tensor y = new_tensor(x, {shape.batch, num_queries, shape.features});
-  gohsp::kernels().sublayers(layers.data(), static_cast<int64_t>(count), floats(x, "x"), data(y), shape, pool());
+  gohsp::kernels().sublayers(chain.layers(), chain.size(), floats(x, "x"), data(y), shape, pool());
   return y;
 }
 
@@ -387,8 +339,7 @@ uint64_t checksum_of(const int64_t* spans, int64_t count) {
 
 STABLE_TORCH_LIBRARY_IMPL(gohsp_kernels, CPU, m) {
   m.impl("cpu_pack", TORCH_BOX(&cpu_pack));
-  m.impl("cpu_pack_int8", TORCH_BOX(&cpu_pack_int8));
-  m.impl("cpu_pack_bf16", TORCH_BOX(&cpu_pack_bf16));
+  m.impl("cpu_plan", TORCH_BOX(&cpu_plan));
   m.impl("cpu_embed", TORCH_BOX(&cpu_embed));
   m.impl("cpu_linear", TORCH_BOX(&cpu_linear));
   m.impl("cpu_attention", TORCH_BOX(&cpu_attention));
@@ -400,10 +351,21 @@ STABLE_TORCH_LIBRARY_IMPL(gohsp_kernels, CPU, m) {
 GOHSP_EXPORT const char* gohsp_cpu_capability() { return gohsp::kernels().name; }
 GOHSP_EXPORT int64_t gohsp_cpu_activation_levels() { return gohsp::kernels().activation_levels; }
 
+// The names of one list of csrc/common/wire.h, each behind a space, in the order of their numbers; nullptr for no list.
+GOHSP_EXPORT const char* gohsp_names(const char* list) noexcept {
+#define GOHSP_NAME(name, ...) " " #name
+  if (std::strcmp(list, "activations") == 0) return GOHSP_ACTIVATIONS(GOHSP_NAME);
+  if (std::strcmp(list, "formats") == 0) return GOHSP_FORMATS(GOHSP_NAME);
+  if (std::strcmp(list, "sublayers") == 0) return GOHSP_SUBLAYERS(GOHSP_NAME);
+  if (std::strcmp(list, "cuda_inputs") == 0) return GOHSP_CUDA_INPUTS(GOHSP_NAME);
+  if (std::strcmp(list, "cuda_vectors") == 0) return GOHSP_CUDA_VECTORS(GOHSP_NAME);
+  return nullptr;
+}
+
 // Called by ctypes, which no exception may cross. -1 where no kernels can run; packing itself then says why.
-GOHSP_EXPORT int64_t gohsp_cpu_packing() noexcept {
+GOHSP_EXPORT int64_t gohsp_cpu_packing(int64_t format) noexcept {
   try {
-    return gohsp::packing_of(gohsp::kernels().name);
+    return gohsp::packing_of(gohsp::kernels().name, static_cast<Format>(format));
   } catch (const std::exception&) {
     return -1;
   }

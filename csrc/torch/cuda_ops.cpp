@@ -6,15 +6,11 @@
 // the tests load.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <optional>
-#include <vector>
 
 #include "../cuda/kernels.h"
+#include "reading.h"
 
 #ifdef GOHSP_EMULATED
 #include "../cuda/emulate/block.h"
@@ -24,9 +20,11 @@ extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** str
 
 namespace {
 
+using gohsp::new_tensor;
+using gohsp::Reader;
+using gohsp::ScalarType;
+using gohsp::Tensor;
 using gohsp::cuda::Precision;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 #ifdef GOHSP_EMULATED
 
@@ -82,40 +80,17 @@ Tensor readable(const Tensor& x) {
   return reinterpret_cast<uintptr_t>(t.data_ptr()) % gohsp::cuda::kChunkBytes == 0 ? t : torch::stable::clone(t);
 }
 
-Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& shape) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()});
-}
-
 // From torch's allocator, which reuses it in the order of the stream: it may be dropped before the kernels have run.
 Tensor new_bytes(const Tensor& like, size_t bytes) {
   const std::vector<int64_t> shape{static_cast<int64_t>(bytes)};
   return torch::stable::new_empty(like, {shape.data(), shape.size()}, ScalarType::Byte);
 }
 
-// Hands out the contents of a tensor, one part behind the other.
 template <class T>
-class Parts {
- public:
-  Parts(const Tensor& t, ScalarType dtype, const char* name) : name_(name) {
-    STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous(), name, ": wanted another dtype, or contiguous");
-    next_ = static_cast<const T*>(pointer(t, t.numel() * sizeof(T)));
-    end_ = next_ + t.numel();
-  }
-
-  const T* take(int64_t count) {
-    STD_TORCH_CHECK(count >= 0 && count <= end_ - next_, name_, ": too short");
-    const T* place = next_;
-    next_ += count;
-    return place;
-  }
-
-  bool empty() const { return next_ == end_; }
-
- private:
-  const char* name_;
-  const T* next_;
-  const T* end_;
-};
+Reader<T> parts_of(const Tensor& t, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous(), name, ": wanted another dtype, or contiguous");
+  return {static_cast<const T*>(pointer(t, t.numel() * sizeof(T))), t.numel(), name};
+}
 
 // One packed sublayer or linear layer, read in the order in which gohsp_kernels/cuda.py wrote it.
 class Packed {
@@ -125,21 +100,21 @@ class Packed {
       : chunk_(gohsp::cuda::kChunkBytes / gohsp::cuda::element_bytes(precision)),
         weights_(static_cast<const char*>(pointer(weights, weights.numel() * gohsp::cuda::element_bytes(precision)))),
         chunks_(weights.numel() / chunk_),
-        vectors_(vectors, ScalarType::Float, "vectors"),
-        tables_(tables, ScalarType::Int, "tables"),
-        numbers_(layout, ScalarType::Long, "layouts") {
+        vectors_(parts_of<float>(vectors, ScalarType::Float, "vectors")),
+        tables_(parts_of<int32_t>(tables, ScalarType::Int, "tables")),
+        numbers_(parts_of<int64_t>(layout, ScalarType::Long, "layouts")) {
     STD_TORCH_CHECK(weights.scalar_type() == x.scalar_type() && weights.is_contiguous(),
                     "weights: wanted the dtype of x, contiguous");
   }
 
-  int64_t number() { return *numbers_.take(1); }
+  int64_t number() { return numbers_.number(); }
   // Each vector begins at a multiple of 16 bytes.
   const float* floats(int64_t count) { return vectors_.take((count + 3) / 4 * 4); }
   const int32_t* table(int64_t count) { return tables_.take(count); }
 
   // Numbers: outputs, chunks of depth, and which of the three vectors follow.
   gohsp::cuda::Matrix matrix() {
-    enum { kBias = 1, kRowSum = 2, kScale = 4 };
+    using Vector = gohsp::cuda::MatrixVector;
     gohsp::cuda::Matrix m{};
     m.n = number();
     m.chunks = number();
@@ -148,19 +123,20 @@ class Packed {
     m.weight = weights_;
     weights_ += m.n * m.chunks * gohsp::cuda::kChunkBytes;
     chunks_ -= m.n * m.chunks;
-    if (parts & kBias) m.bias = floats(m.n);
-    if (parts & kRowSum) m.row_sum = floats(m.n);
-    if (parts & kScale) m.scale = floats(m.n);
+    const auto has = [parts](Vector vector) { return (parts >> static_cast<int64_t>(vector) & 1) != 0; };
+    if (has(Vector::bias)) m.bias = floats(m.n);
+    if (has(Vector::row_sum)) m.row_sum = floats(m.n);
+    if (has(Vector::scale)) m.scale = floats(m.n);
     return m;
   }
 
   // How the product with `m` reads its input. Numbers: form, columns, and whether there is a list.
   gohsp::cuda::Input input(const gohsp::cuda::Matrix& m) {
     gohsp::cuda::Input in{};
-    in.form = static_cast<gohsp::cuda::Form>(number());
+    in.form = static_cast<gohsp::cuda::InputForm>(number());
     in.count = number();
     const bool listed = number() != 0;
-    if (listed) in.list = table(in.form == gohsp::cuda::Form::chunks ? m.chunks : in.count);
+    if (listed) in.list = table(in.form == gohsp::cuda::InputForm::chunks ? m.chunks : in.count);
     return in;
   }
 
@@ -172,15 +148,10 @@ class Packed {
   int64_t chunk_;
   const char* weights_;
   int64_t chunks_;
-  Parts<float> vectors_;
-  Parts<int32_t> tables_;
-  Parts<int64_t> numbers_;
+  Reader<float> vectors_;
+  Reader<int32_t> tables_;
+  Reader<int64_t> numbers_;
 };
-
-gohsp::Activation activation_of(int64_t id) {
-  STD_TORCH_CHECK(id >= 0 && id < gohsp::kActivations, "activation: unknown number ", id);
-  return static_cast<gohsp::Activation>(id);
-}
 
 void check_features(int64_t packed, int64_t features) {
   STD_TORCH_CHECK(packed == features, "x: wanted ", packed, " features, for which it was packed; got ", features);
@@ -196,16 +167,15 @@ Tensor cuda_linear(Tensor x, Tensor weights, Tensor vectors, Tensor tables, Tens
   const int64_t features = x.size(x.dim() - 1);
   check_features(packed.number(), features);
   STD_TORCH_CHECK(packed.number() == out_features, "out_features: wanted that for which it was packed");
-  const gohsp::Activation activation = activation_of(packed.number());
+  const gohsp::Activation activation = gohsp::activation_of(packed.number());
   const gohsp::cuda::Matrix weight = packed.matrix();
   const gohsp::cuda::Input in = packed.input(weight);
   const gohsp::cuda::Output out = packed.output(out_features);
   STD_TORCH_CHECK(packed.empty(), "layout: does not fit the packed weights");
 
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  std::vector<int64_t> shape = gohsp::shape_of(x);
   shape.back() = out_features;
-  int64_t rows = 1;
-  for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
+  const int64_t rows = gohsp::rows_of(x);
   Tensor y = new_tensor(x, shape);
   if (y.numel() == 0) return y;
   const size_t bytes = gohsp::cuda::linear_workspace_bytes(precision, in, weight, rows);
@@ -238,16 +208,13 @@ Tensor cuda_attention(Tensor qkv, Tensor heads, std::optional<Tensor> qk_norm, i
   Tensor y = new_tensor(qkv, {p.images, num_queries, v_total});
   if (y.numel() == 0) return y;
   const size_t element = gohsp::cuda::element_bytes(precision);
-  if (qk_norm.has_value()) p.qk_norm = Parts<float>(*qk_norm, ScalarType::Float, "qk_norm").take(qk_norm->numel());
+  if (qk_norm.has_value()) p.qk_norm = parts_of<float>(*qk_norm, ScalarType::Float, "qk_norm").take(qk_norm->numel());
   p.heads = static_cast<const int32_t*>(pointer(heads, heads.numel() * sizeof(int32_t)));
   p.qkv = pointer(qkv, qkv.numel() * element);
   p.out = pointer(y, y.numel() * element);
   gohsp::cuda::launch_attention(precision, widest, p, device.stream(), false);
   return y;
 }
-
-enum Kind : int64_t { kAttention, kMlp };
-constexpr size_t kConstants = 3;  // of each sublayer: eps, eps of the q and k norms, softmax scale
 
 // Order of the numbers: heads, widest head, width of the q and k norms or 0, qkv, proj, input, output.
 gohsp::cuda::Attention read_attention(Packed& packed, const double* constants, int64_t features) {
@@ -270,7 +237,7 @@ gohsp::cuda::Attention read_attention(Packed& packed, const double* constants, i
 // Order of the numbers: activation, fc1, fc2, input, output.
 gohsp::cuda::Mlp read_mlp(Packed& packed, const double* constants, int64_t features) {
   gohsp::cuda::Mlp m{};
-  m.activation = activation_of(packed.number());
+  m.activation = gohsp::activation_of(packed.number());
   m.fc1 = packed.matrix();
   m.fc2 = packed.matrix();
   m.in = packed.input(m.fc1);
@@ -288,41 +255,33 @@ Tensor cuda_sublayers(Tensor x, std::vector<Tensor> weights, std::vector<Tensor>
   STD_TORCH_CHECK(num_queries >= 0 && num_queries <= x.size(1), "num_queries: wanted 0 to ", x.size(1));
   const size_t count = weights.size();
   STD_TORCH_CHECK(count > 0 && vectors.size() == count && tables.size() == count && layouts.size() == count &&
-                      constants.size() == kConstants * count,
+                      constants.size() == gohsp::kConstants * count,
                   "weights, vectors, tables, layouts, constants: wanted the same number of sublayers, at least one");
   const Precision precision = precision_of(x, tf32);
   const int64_t features = x.size(2);
-  // Reserved, so that the sublayers' pointers into them stay true.
-  std::vector<gohsp::cuda::Attention> attentions;
-  std::vector<gohsp::cuda::Mlp> mlps;
-  std::vector<gohsp::cuda::Sublayer> layers;
-  attentions.reserve(count);
-  mlps.reserve(count);
+  gohsp::Chain<gohsp::cuda::Attention, gohsp::cuda::Mlp, gohsp::cuda::Sublayer> chain(count);
   for (size_t i = 0; i < count; ++i) {
     Packed packed(precision, x, weights[i], vectors[i], tables[i], layouts[i]);
-    const int64_t kind = packed.number();
+    const gohsp::SublayerKind kind = gohsp::kind_of(packed.number());
     check_features(packed.number(), features);
-    const double* own = constants.data() + kConstants * i;
-    if (kind == kAttention) {
-      attentions.push_back(read_attention(packed, own, features));
-      layers.push_back({&attentions.back(), nullptr});
+    const double* own = constants.data() + gohsp::kConstants * i;
+    if (kind == gohsp::SublayerKind::attention) {
+      chain.add(read_attention(packed, own, features));
     } else {
-      mlps.push_back(read_mlp(packed, own, features));
-      layers.push_back({nullptr, &mlps.back()});
+      chain.add(read_mlp(packed, own, features));
     }
     STD_TORCH_CHECK(packed.empty(), "layouts: do not fit the packed weights of sublayer ", i);
   }
   // Without an attention no token needs another.
-  if (attentions.empty()) x = torch::stable::narrow(x, 1, 0, num_queries);
+  if (!chain.has_attention()) x = torch::stable::narrow(x, 1, 0, num_queries);
   x = readable(x);
   const gohsp::cuda::Shape shape{x.size(0), x.size(1), features, num_queries};
   Tensor y = new_tensor(x, {shape.images, num_queries, features});
   if (y.numel() == 0) return y;
-  const int64_t n = static_cast<int64_t>(count);
-  const size_t bytes = gohsp::cuda::workspace_bytes(precision, layers.data(), n, shape);
+  const size_t bytes = gohsp::cuda::workspace_bytes(precision, chain.layers(), chain.size(), shape);
   const size_t element = gohsp::cuda::element_bytes(precision);
   Tensor workspace = new_bytes(x, bytes);
-  gohsp::cuda::run_sublayers(precision, layers.data(), n, pointer(x, x.numel() * element),
+  gohsp::cuda::run_sublayers(precision, chain.layers(), chain.size(), pointer(x, x.numel() * element),
                              pointer(y, y.numel() * element), shape, workspace.data_ptr(), device.stream());
   return y;
 }

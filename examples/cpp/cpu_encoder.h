@@ -39,8 +39,8 @@ class CpuEncoder {
     a.heads.qk_widths = block.qk_widths.data();
     a.heads.v_widths = block.v_widths.data();
     a.heads.scale = 1.0f;  // the weights of q hold it
-    a.in = columns(block.attn_in);
-    a.out = columns(block.attn_out);
+    a.in = columns(block.attn_in, gohsp::Direction::gather);
+    a.out = columns(block.attn_out, gohsp::Direction::scatter);
     a.eps = eps;
     attentions_.push_back(a);
     layers_.push_back({&attentions_.back(), nullptr});
@@ -50,8 +50,8 @@ class CpuEncoder {
     gohsp::Mlp m{};
     m.fc1 = pack(block.fc1, 0, block.fc1.n);
     m.fc2 = pack(block.fc2, 0, block.fc2.n);
-    m.in = columns(block.mlp_in);
-    m.out = columns(block.mlp_out);
+    m.in = columns(block.mlp_in, gohsp::Direction::gather);
+    m.out = columns(block.mlp_out, gohsp::Direction::scatter);
     m.activation = activation;
     m.eps = eps;
     mlps_.push_back(m);
@@ -63,13 +63,18 @@ class CpuEncoder {
     return {panels_.back().data(), static_cast<int64_t>(count), static_cast<int64_t>(m.k)};
   }
 
-  gohsp::Columns columns(const std::vector<int64_t>& kept) const {
-    return {static_cast<int64_t>(kept.size()), kept.data(), kept.size() == dim_};
+  gohsp::Columns columns(const std::vector<int64_t>& kept, gohsp::Direction direction) {
+    const int64_t count = static_cast<int64_t>(kept.size()), features = static_cast<int64_t>(dim_);
+    if (count == features) return {count, nullptr};
+    plans_.emplace_back(gohsp::kernels().plan_bytes(features) / sizeof(int64_t));
+    gohsp::kernels().plan(kept.data(), count, features, direction, plans_.back().data());
+    return {count, plans_.back().data()};
   }
 
   size_t dim_;
-  // Deques: what the sublayers point to stays where it is. Lists of columns are the model's.
+  // Deques: what the sublayers point to stays where it is.
   std::deque<std::vector<float>> panels_;
+  std::deque<std::vector<int64_t>> plans_;
   std::deque<gohsp::Attention> attentions_;
   std::deque<gohsp::Mlp> mlps_;
   std::vector<gohsp::Sublayer> layers_;

@@ -183,7 +183,8 @@ class CudaEncoder {
   // float32 reads normalised copies of the kept columns.
   gohsp::cuda::Input input(const std::vector<int64_t>& kept) {
     const std::vector<int32_t> list(kept.begin(), kept.end());
-    return {gohsp::cuda::Form::copy, static_cast<const int32_t*>(on_device(list)), static_cast<int64_t>(kept.size())};
+    return {gohsp::cuda::InputForm::copy, static_cast<const int32_t*>(on_device(list)),
+            static_cast<int64_t>(kept.size())};
   }
 
   // The kept columns, then the others.

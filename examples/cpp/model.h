@@ -144,8 +144,9 @@ inline std::vector<float> panels(const Affine& m, size_t first, size_t count) {
   const std::vector<float> weight(begin, begin + count * m.k);
   const std::vector<float> bias(m.bias.begin() + first, m.bias.begin() + first + count);
   const int64_t n = static_cast<int64_t>(count), k = static_cast<int64_t>(m.k);
-  std::vector<float> packed(gohsp::kernels().packed_size(n, k));
-  gohsp::kernels().pack(weight.data(), bias.data(), n, k, packed.data());
+  constexpr auto kFormat = gohsp::Format::float32;
+  std::vector<float> packed(gohsp::kernels().packed_bytes(kFormat, n, k) / sizeof(float));
+  gohsp::kernels().pack(kFormat, {weight.data(), nullptr, bias.data(), n, k}, packed.data());
   return packed;
 }
 
@@ -154,8 +155,8 @@ inline Tensor linear(const Affine& m, const std::vector<float>& x, size_t rows) 
   const std::vector<float> packed = panels(m, 0, m.n);
   const int64_t n = static_cast<int64_t>(m.n), k = static_cast<int64_t>(m.k);
   Tensor y{{rows, m.n}, std::vector<float>(rows * m.n)};
-  gohsp::kernels().linear({packed.data(), n, k}, {k, nullptr, true}, {n, nullptr, true}, gohsp::Activation::identity,
-                          x.data(), static_cast<int64_t>(rows), k, y.data.data(), n, all_cores());
+  gohsp::kernels().linear({packed.data(), n, k}, {k, nullptr}, {n, nullptr}, gohsp::Activation::identity, x.data(),
+                          static_cast<int64_t>(rows), k, y.data.data(), n, all_cores());
   return y;
 }
 

@@ -8,6 +8,7 @@ from torch import nn
 import gohsp_kernels as gk
 from gohsp.layers import FrozenBlock, FrozenBlocks, find_bare_blocks
 from gohsp.models.registry import family_of
+from gohsp_kernels.formats import FORMATS
 
 
 def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
@@ -39,6 +40,6 @@ def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
     if not support:
         raise RuntimeError(f"backend 'cpu': {support.reason}")
     *blocks, last = find_bare_blocks(model)
-    of_last = "float32" if weights == "int8" else weights
+    of_last = FORMATS[weights].last_block
     packed = FrozenBlocks(*(FrozenBlock(block, weights) for block in blocks), FrozenBlock(last, of_last))
     return family_of(model).freeze(model, packed).eval()

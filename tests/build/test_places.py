@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gohsp_kernels
-from gohsp_kernels import _native, cpu
+from gohsp_kernels import _native
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = sorted(Path(gohsp_kernels.__file__).parent.glob("*.so"))
@@ -18,10 +18,8 @@ LIBRARIES = sorted(Path(gohsp_kernels.__file__).parent.glob("*.so"))
 def test_a_message_names_the_source_file_by_its_place_in_the_tree() -> None:
     if not (library := _native.load()):
         pytest.skip(library.reason)
-    packed = cpu.pack_linear(torch.ones(4, 2), None)
-    arguments = (packed.panels, packed.packing, torch.tensor([3, 1]), None, 4, 4, 0)
-    with pytest.raises(RuntimeError, match="in_cols: wanted ascending columns") as error:
-        torch.ops.gohsp_kernels.cpu_linear(torch.ones(3, 16), *arguments)
+    with pytest.raises(RuntimeError, match="columns: wanted ascending ones") as error:
+        torch.ops.gohsp_kernels.cpu_plan(torch.tensor([3, 1]), 16, False)
     assert f"{ROOT}/" not in str(error.value)
     assert " csrc/torch/cpu_ops.cpp:" in str(error.value)
 

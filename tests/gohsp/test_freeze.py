@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import gohsp
 import gohsp_kernels as gk
 from gohsp.layers import FrozenEmbedding
 from gohsp.mask import ModelMask
+from gohsp_kernels.formats import FORMATS
 
 from .conftest import randomize
 
@@ -153,7 +153,6 @@ def test_int8_deit_tiny_computes_what_its_description_does(seed: int, images: Ca
     model = randomize(timm.create_model("deit_tiny_patch16_224", img_size=96, num_classes=10)).eval()
     compact: Any = gohsp.compress(model, ModelMask.random(model, 0.6, torch.Generator().manual_seed(seed)))
     frozen: Any = gohsp.freeze(compact, weights="int8")
-    linear = partial(gk.reference.int8_linear, levels=gk.cpu.activation_levels())
     with torch.no_grad():
         x = images(2, 96, seed).float()
         tokens = x_tokens(frozen, x)
@@ -163,7 +162,8 @@ def test_int8_deit_tiny_computes_what_its_description_does(seed: int, images: Ca
                 assert torch.equal(result, exact)
             else:
                 for sublayer in block.sublayers():
-                    truth = gk.cpu.rounded_reference(gk.chain.descriptor(sublayer), truth, linear)
+                    descriptor = gk.chain.descriptor(sublayer)
+                    truth = FORMATS["int8"].reference(descriptor, truth, gk.cpu.activation_levels())
                 change = (truth - tokens).norm()
                 assert (result - truth).norm() / change < 1e-3
                 assert 2e-3 < (result - exact).norm() / change < 0.1

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.faults import ROOT, Mutation, chosen, copy_tree, first_failure, planted, report
@@ -21,25 +22,26 @@ from tests.faults import ROOT, Mutation, chosen, copy_tree, first_failure, plant
 SOURCES = ROOT / "csrc"
 TESTS = Path(__file__).parent
 
-GEMM, ROWS, ATTENTION, CHAIN = "cpu/gemm.h", "cpu/rows.h", "cpu/attention.h", "cpu/sublayers.h"
-INT8, BF16, CHECKSUM, PRIMITIVES = "cpu/int8.h", "cpu/bf16.h", "cpu/checksum.h", "cpu/primitives.h"
+ROWS, ATTENTION, CHAIN = "cpu/rows.h", "cpu/attention.h", "cpu/sublayers.h"
+FORMAT, FLOAT32, INT8, BF16 = (f"cpu/formats/{name}.h" for name in ("format", "float32", "int8", "bfloat16"))
+CHECKSUM, PRIMITIVES = "cpu/checksum.h", "cpu/primitives.h"
 OPERATORS = "torch/cpu_ops.cpp"
 
 MUTATIONS = {
     "product: no bias in a panel that is not full": Mutation(
-        GEMM, "(bias != nullptr && j < used)", "(bias != nullptr && used == width)",
+        FLOAT32, "(from.bias != nullptr && j < used)", "(from.bias != nullptr && used == width)",
         "test_cpu.py::test_batches_and_threads",
     ),
     "product: the last of an odd number of inputs is left out": Mutation(
-        GEMM, "for (int64_t kk = 0; kk < k; ++kk, b += ldb)", "for (int64_t kk = 0; kk < k / 2 * 2; ++kk, b += ldb)",
+        FLOAT32, "for (int64_t kk = 0; kk < k; ++kk, b += ldb)", "for (int64_t kk = 0; kk < k / 2 * 2; ++kk, b += ldb)",
         "test_cpu.py::test_batches_and_threads",
     ),
     "product: tiles after the first begin one row early": Mutation(
-        GEMM, "(a + r0 * lda, lda, b", "(a + (t > 0 ? r0 - 1 : 0) * lda, lda, b",
+        FLOAT32, "tile(a.values + r0 * a.ld, a.ld", "tile(a.values + (r0 > 0 ? r0 - 1 : 0) * a.ld, a.ld",
         "test_cpu.py::test_batches_and_threads",
     ),
     "product: the last panel gives columns past the end": Mutation(
-        GEMM, "min(N, w.n - p * N), c);", "vectors * W, c);", "test_operators.py::test_edges"
+        FORMAT, "min(N, w.n - p * N), c);", "vectors * W, c);", "test_operators.py::test_edges"
     ),
     "norm: the columns after the last whole vector are not in the mean": Mutation(
         ROWS, "Vec sum = load_first(x + whole, rest);", "Vec sum = {};", "test_operators.py::test_edges"
@@ -61,7 +63,7 @@ MUTATIONS = {
         "normalise_row(x + i * shape_.features, w.k, eps,", "test_cpu.py::test_batches_and_threads",
     ),
     "gather: the first column of the next vector is taken": Mutation(
-        ROWS, "columns.kept[next] < first + W)", "columns.kept[next] <= first + W)",
+        ROWS, "kept[next] < first + W)", "kept[next] <= first + W)",
         "test_cpu.py::test_batches_and_threads",
     ),
     "scatter: lanes are masked as if the kept columns came first": Mutation(
@@ -122,7 +124,7 @@ MUTATIONS = {
     "chain: no wait between segments": Mutation(
         CHAIN,
         "    if (segment > 0) wait_for(done + segment - 1, static_cast<int32_t>(blocks_of(segment - 1)), "
-        "scratch.absences);\n",
+        "scratch.lost_time);\n",
         "", "test_chain.py::test_workers_share_images_and_buffers",
     ),
     "chain: the last block of a segment is not waited for": Mutation(
@@ -151,7 +153,7 @@ MUTATIONS = {
         "test_chain.py::test_chain_of_a_small_transformer",
     ),
     "chain: rows of bytes are as wide as the first matrix reads": Mutation(
-        CHAIN, "rounded_stride(first.weights, max(first.k, second.k))", "rounded_stride(first.weights, first.k)",
+        CHAIN, "for (const Matrix* w : {&first, &second})", "for (const Matrix* w : {&first})",
         "test_int8.py::test_chain_with_qk_norm_and_close_to_float64",
     ),
     "int8: zero point of the first row of a tile": Mutation(
@@ -166,7 +168,7 @@ MUTATIONS = {
         "test_int8.py::test_awkward_rows",
     ),
     "int8: the range of a row includes what stands behind it": Mutation(
-        INT8, "  store(x + columns, Vec{});  // zeros do not change the range\n", "",
+        INT8, "    store(x + columns, Vec{});  // zeros do not change the range\n", "",
         "test_rounded.py::test_what_stands_behind_a_row_does_not_count",
     ),
     "int8: NaN and infinity become integers": Mutation(
@@ -214,30 +216,33 @@ MUTATIONS = {
     "operators: the softmax scale is not read": Mutation(
         OPERATORS, "static_cast<float>(constants[2])}", "1.0f}", "test_packing.py::test_k_bias_stays_with_qk_norm"
     ),
+    "operators: a plan that leads elsewhere is admitted": Mutation(
+        ROWS, "plan->base != next || ", "", "test_cpu.py::test_the_operators_refuse_plans_that_lead_elsewhere"
+    ),
     "operators: a column past the end is admitted": Mutation(
-        OPERATORS, "c.kept[i] < features, name", "c.kept[i] <= features, name",
+        OPERATORS, "kept[i] < features, \"columns", "kept[i] <= features, \"columns",
         "test_cpu.py::test_column_lists_are_checked",
     ),
 }  # fmt: skip
 
-LEFT_OUT = """#include "kernels.h"
-namespace gohsp::{name} {{
-extern const KernelTable table;
-const KernelTable table{{.name = "left out"}};
-}}
-"""
-
 
 class Build:
-    """A copy of the tree and of its native build, which after the first time compiles only what a fault changes."""
+    """A copy of the tree and its native build for one instruction set, which after the first time compiles only what a
+    fault changes.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Where they go.
+        extend: What is done to the copy before it is built.
+    """
+
+    def __init__(self, folder: Path, extend: Callable[[Path], None] = lambda folder: None) -> None:
         self.folder, self.tree = folder, folder / "build"
         copy_tree(folder, "tests", "python", "bench", "pyproject.toml", "CMakeLists.txt", "csrc")
         copy_tree(folder, "gohsp_kernels", leave=("*.so",))
-        for file in (folder / "csrc" / "cpu").glob("isa_*.cpp"):
-            if file.stem != "isa_scalar":
-                file.write_text(LEFT_OUT.format(name=file.stem.removeprefix("isa_")))
+        sets = folder / "csrc" / "cpu" / "isa" / "isa.def"
+        kept = [line for line in sets.read_text().splitlines() if line.startswith(("//", "GOHSP_ISA_SET(scalar,"))]
+        sets.write_text("\n".join(kept) + "\n")
+        extend(folder)
         options = {"GOHSP_CUDA": "OFF", "GOHSP_CHECKS": "ON", "BUILD_TESTING": "OFF", "CMAKE_BUILD_TYPE": "Release",
                    "Python_EXECUTABLE": sys.executable, "CMAKE_MAKE_PROGRAM": tool("ninja")}  # fmt: skip
         defined = [f"-D{name}={value}" for name, value in options.items()]

@@ -6,6 +6,8 @@ Every instruction set has the arithmetic, so that it is tested on every machine;
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 import gohsp_kernels as gk
 from gohsp_kernels import _native, chain, cpu, info, reference
+from gohsp_kernels.formats import FORMATS
 from gohsp_kernels.testing import Call, Maker, error
 
 from .test_chain import FEATURES, bound, chains, one_by_one
@@ -26,8 +29,6 @@ every_capability = pytest.mark.parametrize("capability", checks.capabilities())
 SUMS = 1e-5
 """Tolerance of one product: its factors are the same numbers, only its sums are rounded otherwise, and may cancel."""
 
-BF16 = reference.bf16_linear, reference.bf16_attention
-
 FLIPPED = 2e-3
 """Tolerance of what follows a norm or a softmax: their last bit decides which way a value is rounded."""
 
@@ -35,19 +36,21 @@ FLIPPED = 2e-3
 def described(x: Tensor, calls: list[Call]) -> Tensor:
     """What a chain of bfloat16 sublayers computes, in float64 but for the rounding of factors."""
     for call in calls:
-        x = cpu.rounded_reference(chain.descriptor(bound(call)), x, *BF16)
+        x = FORMATS["bfloat16"].reference(chain.descriptor(bound(call)), x)
     return x
 
 
 def bf16_chain(calls: list[Call], features: int = FEATURES) -> gk.FrozenChain:
     """As ``frozen(weights="bfloat16")``, on any instruction set."""
-    return gk.FrozenChain(features, tuple(cpu.pack_sublayer(chain.descriptor(bound(c)), "bfloat16") for c in calls))
+    packed = (cpu.pack_sublayer(chain.descriptor(bound(call)), features, "bfloat16") for call in calls)
+    return gk.FrozenChain(features, tuple(packed))
 
 
 def product(capability: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x W^T + b by the kernel; its output array held NaN before."""
     bits = weight.bfloat16().view(torch.uint16).numpy()
-    return torch.from_numpy(checks.product_bf16(capability, x.numpy(), bits, bias.numpy()))
+    number, scales = _native.numbers("formats")["bfloat16"], np.ones(len(bits), np.float32)
+    return torch.from_numpy(checks.product(capability, number, x.numpy(), bits, scales, bias.numpy()))
 
 
 @every_capability
@@ -161,7 +164,8 @@ def test_forms_of_weights_can_be_mixed_in_a_chain() -> None:
     calls = mixed_calls(maker)
     x = maker.normal(3, 20, FEATURES)
     forms = ("bfloat16", "float32", "int8", "bfloat16")
-    packed = [cpu.pack_sublayer(chain.descriptor(bound(c)), form) for c, form in zip(calls, forms, strict=True)]
+    descriptors = [chain.descriptor(bound(call)) for call in calls]
+    packed = [cpu.pack_sublayer(s, FEATURES, form) for s, form in zip(descriptors, forms, strict=True)]
     result = gk.FrozenChain(FEATURES, tuple(packed))(x)
     assert error(result, one_by_one(x.double(), calls)) < 0.05
 
@@ -191,17 +195,18 @@ def test_weights_take_half() -> None:
 
 @needs_native
 def test_wrong_arguments_are_refused() -> None:
-    pack, values = torch.ops.gohsp_kernels.cpu_pack_bf16, torch.zeros(3, 4, dtype=torch.bfloat16)
+    values = torch.zeros(3, 4, dtype=torch.bfloat16)
+    pack = partial(torch.ops.gohsp_kernels.cpu_pack, format=_native.numbers("formats")["bfloat16"])
     with pytest.raises(RuntimeError, match="weight: wanted bfloat16"):
-        pack(values.float(), None)
+        pack(values.float(), None, None)
     with pytest.raises(RuntimeError, match="weight: wanted 2 dimensions"):
-        pack(values[0], None)
+        pack(values[0], None, None)
     with pytest.raises(RuntimeError, match="bias: wanted 3 elements"):
-        pack(values, torch.zeros(2))
-    layout = torch.tensor([cpu.packing(), 1, 8, 1, -1, -1])
-    with pytest.raises(RuntimeError, match="panels: too short"):
-        torch.ops.gohsp_kernels.cpu_sublayers(torch.ones(1, 1, 8), [torch.ones(8, dtype=torch.bfloat16)], [layout],
-                                              [1e-6, 0.0, 1.0], 1)  # fmt: skip
+        pack(values, None, torch.zeros(2))
+    with pytest.raises(RuntimeError, match="scales: wanted 0 elements for bfloat16"):
+        pack(values, torch.ones(3), None)
+    with pytest.raises(RuntimeError, match="format: wanted 0 to 2"):
+        torch.ops.gohsp_kernels.cpu_pack(values, None, None, 3)
 
 
 def test_support_is_told() -> None:
@@ -225,4 +230,4 @@ def test_a_cpu_without_tiles_refuses_by_name() -> None:
 def test_checks_refuse_shapes_that_do_not_fit() -> None:
     x, weight, ones = np.zeros((2, 3), np.float32), np.zeros((4, 5), np.uint16), np.ones(4, np.float32)
     with pytest.raises(ValueError, match="x, weight: wanted"):
-        checks.product_bf16("scalar", x, weight, ones)
+        checks.product("scalar", 2, x, weight, ones, ones)

@@ -121,7 +121,7 @@ def test_chain_follows_its_parameters_and_its_input() -> None:
         assert error(result, one_by_one(x.double(), calls)) < 2e-6
     with pytest.raises(ValueError, match=r"norm_weight: wanted shape \[39\]; got shape \[40\]"):
         gk.SublayerChain(list(map(bound, calls)))(x[..., :39], backend="cpu")
-    packed = [cpu.packed(chain.descriptor(bound(call))) for call in calls]
+    packed = [cpu.packed(chain.descriptor(bound(call)), FEATURES) for call in calls]
     with pytest.raises(RuntimeError, match="x: wanted the number of features that sublayer 0 was packed for; got 39"):
         cpu.run_packed(x[..., :39], packed, 5)
 

@@ -15,6 +15,7 @@ import torch
 
 import gohsp_kernels as gk
 from gohsp_kernels import cpu, testing
+from gohsp_kernels.descriptors import Linear
 from gohsp_kernels.testing import Maker, error, poisoned
 
 from . import cases
@@ -83,12 +84,35 @@ def test_column_lists_are_checked(columns: str) -> None:
     with pytest.raises(ValueError, match="in_cols: wanted ascending indices of the 16 features, without repeats"):
         gk.packed_linear(x, weight, in_cols=WRONG_COLUMNS[columns], backend="cpu")
     # The native operator trusts nobody either: an index past the end would be read from foreign memory.
-    packed = cpu.pack_linear(weight, None)
-    with pytest.raises(RuntimeError, match="in_cols: wanted ascending columns"):
-        torch.ops.gohsp_kernels.cpu_linear(x, packed.panels, packed.packing, WRONG_COLUMNS[columns], None, 4, 4, 0)
+    with pytest.raises(RuntimeError, match=r"columns: wanted ascending ones in \[0, 16\)"):
+        torch.ops.gohsp_kernels.cpu_plan(WRONG_COLUMNS[columns], 16, False)
 
 
-OTHER_CAPABILITIES = [c for c in ("scalar", "avx2", "avx512", "avx512vnni", "amx", "neon") if c != cpu.capability()]
+@pytest.mark.parametrize("scatter", [False, True])
+def test_the_operators_refuse_plans_that_lead_elsewhere(scatter: bool) -> None:
+    """Each number of a plan is changed; what is accepted still reads and writes within bounds."""
+    features, columns = 40, torch.tensor([0, 3, 17, 38, 39])
+    kept = {"in_cols": torch.arange(5), "out_cols": torch.arange(5)} | {"out_cols" if scatter else "in_cols": columns}
+    packed = cpu._pack_linear(Linear(weight=torch.ones(5, 5), out_features=features, **kept), features)
+    x, refused = torch.ones(3, features), 0
+    for place in range(3, len(packed.layout)):
+        layout = packed.layout.clone()
+        layout[place] += 1 << 40
+        try:
+            result = torch.ops.gohsp_kernels.cpu_linear(x, packed.panels, layout, features)
+        except RuntimeError as error:
+            assert "layouts: " in str(error) or "x: wanted" in str(error)
+            refused += 1
+        else:
+            assert result.shape == (3, features)
+    assert refused >= 2
+
+
+OTHER_CAPABILITIES = [
+    line.partition("(")[2].partition(",")[0]
+    for line in (Path(__file__).parents[2] / "csrc" / "cpu" / "isa" / "isa.def").read_text().splitlines()
+    if line.startswith("GOHSP_ISA_SET(") and f"({cpu.capability()}," not in line
+]
 
 
 @pytest.mark.slow
@@ -122,7 +146,10 @@ def test_unknown_instruction_set_is_refused() -> None:
         ({"patch": [4]}, "patch: wanted a height and a width"),
         ({"patch": [4, 0]}, "patch: wanted a height and a width"),
         ({"base": torch.zeros(20)}, "base: wanted 2 dimensions; got 1"),
-        ({"packing": 5}, "panels: wanted weights that were packed for .* got some .* for another version of gohsp"),
+        (
+            {"layout": torch.tensor([5])},
+            "panels: wanted weights that were packed for .* got some .* for another version of gohsp",
+        ),
     ],
 )
 def test_embed_refuses(change: dict[str, Any], message: str) -> None:

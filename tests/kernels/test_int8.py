@@ -15,6 +15,7 @@ from torch import Tensor
 
 import gohsp_kernels as gk
 from gohsp_kernels import _native, chain, cpu, reference
+from gohsp_kernels.formats import FORMATS
 from gohsp_kernels.testing import Call, Maker, error
 
 from .test_chain import FEATURES, bound, chains, one_by_one
@@ -28,9 +29,8 @@ FLIPPED = 2e-3
 
 def described(x: Tensor, calls: list[Call], levels: int) -> Tensor:
     """What a chain of int8 sublayers computes, in float64 but for the integers."""
-    linear = partial(reference.int8_linear, levels=levels)
     for call in calls:
-        x = cpu.rounded_reference(chain.descriptor(bound(call)), x, linear)
+        x = FORMATS["int8"].reference(chain.descriptor(bound(call)), x, levels)
     return x
 
 
@@ -41,7 +41,8 @@ def int8_chain(calls: list[Call], features: int = FEATURES) -> gk.FrozenChain:
 def product(capability: str, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x W^T + b by the kernel, with weights quantised by the reference; its output array held NaN before."""
     values, scales = reference.quantise_weight(weight)
-    y = checks.product_int8(capability, x.numpy(), values.numpy(), scales.numpy(), bias.numpy())
+    number = _native.numbers("formats")["int8"]
+    y = checks.product(capability, number, x.numpy(), values.numpy(), scales.numpy(), bias.numpy())
     return torch.from_numpy(y)
 
 
@@ -203,21 +204,27 @@ def test_wrong_arguments_are_refused() -> None:
     member = bound(Maker(10).mlp_sublayer((0,), FEATURES, 8))
     with pytest.raises(ValueError, match="weights: wanted one of 'float32', 'bfloat16', 'int8'; got 'int4'"):
         gk.SublayerChain([member]).frozen(FEATURES, weights="int4")
-    pack = torch.ops.gohsp_kernels.cpu_pack_int8
     values, scales = torch.zeros(3, 4, dtype=torch.int8), torch.ones(3)
+    pack = partial(torch.ops.gohsp_kernels.cpu_pack, format=_native.numbers("formats")["int8"])
     with pytest.raises(RuntimeError, match="weight: wanted int8"):
         pack(values.float(), scales, None)
     with pytest.raises(RuntimeError, match="scales: wanted 3 elements"):
         pack(values, scales[:2], None)
+    with pytest.raises(RuntimeError, match="scales: wanted 3 elements"):
+        pack(values, None, None)
     with pytest.raises(RuntimeError, match="weight: wanted at most 65536 inputs; got 65537"):
         pack(torch.zeros(1, 65537, dtype=torch.int8), scales[:1], None)
-    layout = torch.tensor([cpu.packing(), 1, 8, 1, -1, -1])
-    with pytest.raises(RuntimeError, match="panels: wanted float32, int8 or bfloat16"):
-        torch.ops.gohsp_kernels.cpu_sublayers(torch.ones(1, 1, 8), [torch.ones(9, dtype=torch.int16)], [layout],
-                                              [1e-6, 0.0, 1.0], 1)  # fmt: skip
+    run = torch.ops.gohsp_kernels.cpu_sublayers
+    layout = torch.tensor([cpu.packing("int8"), _native.numbers("sublayers")["mlp"], 8, 8, 1, -1, -1])
+    with pytest.raises(RuntimeError, match="panels: wanted int32"):
+        run(torch.ones(1, 1, 8), [torch.ones(9)], [layout], [1e-6, 0.0, 1.0], 1)
     with pytest.raises(RuntimeError, match="panels: too short"):
-        torch.ops.gohsp_kernels.cpu_sublayers(torch.ones(1, 1, 8), [torch.ones(8, dtype=torch.int8)], [layout],
-                                              [1e-6, 0.0, 1.0], 1)  # fmt: skip
+        run(torch.ones(1, 1, 8), [torch.ones(8, dtype=torch.int32)], [layout], [1e-6, 0.0, 1.0], 1)
+    with pytest.raises(RuntimeError, match="x: wanted the number of features that sublayer 0 was packed for; got 7"):
+        run(torch.ones(1, 1, 7), [torch.ones(8, dtype=torch.int32)], [layout], [1e-6, 0.0, 1.0], 1)
+    layout[1] = 7
+    with pytest.raises(RuntimeError, match="layouts: unknown kind of sublayer 7"):
+        run(torch.ones(1, 1, 8), [torch.ones(8, dtype=torch.int32)], [layout], [1e-6, 0.0, 1.0], 1)
 
 
 def test_support_is_told() -> None:
@@ -232,4 +239,4 @@ def test_support_is_told() -> None:
 def test_checks_refuse_shapes_that_do_not_fit() -> None:
     x, weight, ones = np.zeros((2, 3), np.float32), np.zeros((4, 5), np.int8), np.ones(4, np.float32)
     with pytest.raises(ValueError, match="x, weight: wanted"):
-        checks.product_int8("scalar", x, weight, ones, ones)
+        checks.product("scalar", 1, x, weight, ones, ones)

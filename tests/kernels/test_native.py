@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from gohsp_kernels import reference
-from gohsp_kernels.cpu import ACTIVATION_IDS
+from gohsp_kernels._native import numbers
+from gohsp_kernels.activations import ACTIVATIONS
+from gohsp_kernels.formats import FORMATS
 
 checks = pytest.importorskip("gohsp_kernels._checks", reason="the checks module is not built")
 
@@ -22,9 +24,9 @@ INPUTS = np.concatenate(
 
 
 @pytest.mark.parametrize("capability", checks.capabilities())
-@pytest.mark.parametrize("name", [n for n in ACTIVATION_IDS if n != "identity"])
+@pytest.mark.parametrize("name", [n for n in ACTIVATIONS if n != "identity"])
 def test_activations(capability: str, name: str) -> None:
-    result = checks.activate(capability, ACTIVATION_IDS[name], INPUTS)
+    result = checks.activate(capability, numbers("activations")[name], INPUTS)
     truth = reference.ACTIVATIONS[name](torch.from_numpy(INPUTS).double()).numpy()
     # As good as the same formula in fp32: relative to the input, of which the function is a fraction.
     assert np.max(np.abs(result - truth) / np.maximum(np.abs(INPUTS), 1e-30)) < 5e-7
@@ -43,9 +45,16 @@ def test_exponential_at_the_ends(capability: str) -> None:
 
 
 @pytest.mark.parametrize("capability", checks.capabilities())
-@pytest.mark.parametrize("name", ACTIVATION_IDS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_nan_stays_nan(capability: str, name: str) -> None:
-    assert np.isnan(checks.activate(capability, ACTIVATION_IDS[name], np.full(5, np.nan, dtype=np.float32))).all()
+    assert np.isnan(
+        checks.activate(capability, numbers("activations")[name], np.full(5, np.nan, dtype=np.float32))
+    ).all()
+
+
+def test_python_and_the_library_have_the_same_lists() -> None:
+    assert set(numbers("activations")) == set(ACTIVATIONS)
+    assert set(numbers("formats")) == set(FORMATS)
 
 
 def test_unknown_capability_is_refused() -> None:
@@ -60,9 +69,12 @@ def test_neon_under_emulation(tmp_path: Path) -> None:
     if compiler is None or emulator is None:
         pytest.skip("no AArch64 cross compiler and emulator (Debian: g++-aarch64-linux-gnu, qemu-user)")
     csrc = Path(__file__).parents[2] / "csrc"
-    sources = [*(csrc / "cpu" / f"{name}.cpp" for name in ("dispatch", "isa_scalar", "isa_neon"))]
+    sources = [csrc / "cpu" / f"{name}.cpp" for name in ("dispatch", "isa/scalar", "isa/neon")]
+    lines = (csrc / "cpu" / "isa" / "isa.def").read_text().splitlines()
+    built = [line for line in lines if line.startswith(("GOHSP_ISA_SET(neon,", "GOHSP_ISA_SET(scalar,"))]
+    (tmp_path / "isa_built.def").write_text("\n".join(built))
     program = tmp_path / "test_cpu_kernels"
-    flags = ["-std=c++20", "-O2", "-ffp-contract=fast", "-Wno-psabi", "-static", "-pthread"]
+    flags = ["-std=c++20", "-O2", "-ffp-contract=fast", "-Wno-psabi", "-static", "-pthread", f"-I{tmp_path}"]
     command = [compiler, *flags, *map(str, sources), str(csrc / "tests" / "test_cpu_kernels.cpp"), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-3000:]

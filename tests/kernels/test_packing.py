@@ -127,7 +127,7 @@ def test_k_bias_stays_with_qk_norm() -> None:
 
 def test_panels_hold_every_weight_once_and_their_bias_first() -> None:
     weight, bias = torch.arange(1.0, 37 * 5 + 1).reshape(37, 5), -torch.arange(1.0, 38)
-    panels = torch.ops.gohsp_kernels.cpu_pack(weight, bias)
+    panels = cpu.pack_linear(weight, bias).panels.view(torch.float32)
     nonzero = panels[panels != 0].sort().values
     assert torch.equal(nonzero, torch.cat([bias.sort().values, weight.flatten()]))
     assert panels[0] == bias[0] and panels[1] == bias[1]

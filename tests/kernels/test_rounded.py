@@ -10,6 +10,7 @@ import torch
 
 import gohsp_kernels as gk
 from gohsp_kernels import _native, chain, cpu
+from gohsp_kernels.formats import ROUNDED
 from gohsp_kernels.testing import Call, Maker, error
 
 from . import test_bf16, test_int8
@@ -18,7 +19,7 @@ from .test_chain import FEATURES, bound
 
 checks = pytest.importorskip("gohsp_kernels._checks", reason="the checks module is not built")
 needs_native = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
-each_form = pytest.mark.parametrize("form", ["int8", "bfloat16"])
+each_form = pytest.mark.parametrize("form", ROUNDED)
 
 FLIPPED = 2e-3
 """Tolerance of what follows a norm or a softmax: their last bit decides which way a value is rounded."""
@@ -26,7 +27,8 @@ FLIPPED = 2e-3
 
 def frozen(calls: list[Call], form: str) -> gk.FrozenChain:
     """As ``SublayerChain.frozen(weights=form)``, on any instruction set."""
-    return gk.FrozenChain(FEATURES, tuple(cpu.pack_sublayer(chain.descriptor(bound(call)), form) for call in calls))
+    packed = (cpu.pack_sublayer(chain.descriptor(bound(call)), FEATURES, form) for call in calls)
+    return gk.FrozenChain(FEATURES, tuple(packed))
 
 
 @each_form

@@ -15,31 +15,24 @@ from gohsp_kernels import _native, _schemas, cpu, cuda, reference
 from gohsp_kernels.testing import Maker, error, samples
 
 CPU_OPERATORS = [name for name in _schemas.NATIVE if name.startswith("cpu_")]  # the others: tests/cuda
+PACKING = ("cpu_pack", "cpu_plan")
 needs_native = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
 
 
 def native_samples() -> dict[str, tuple[Any, ...]]:
     """Arguments of one call of each native operator."""
     maker, calls = Maker(1), samples()
-    linear = calls["packed_linear"].flat()
     attention, x, _ = calls["attention_sublayer"].described()
+    mlp = calls["mlp_sublayer"].described()[0]
+    chain = [cpu.pack_sublayer(sublayer, x.shape[-1]) for sublayer in (attention, mlp)]
     weight, bias = maker.weight(20, 17), maker.normal(20)
-    chain = (cpu.pack_attention(attention), cpu.pack_mlp(calls["mlp_sublayer"].described()[0]))
+    plain = cpu.pack_linear(weight, bias)
+    embedding = cpu.pack_embedding(maker.weight(20, 60).reshape(20, 3, 4, 5), bias, maker.normal(3, 20))
     return {
-        "cpu_pack": (weight, bias),
-        "cpu_pack_int8": (*reference.quantise_weight(weight), bias),
-        "cpu_pack_bf16": (weight.bfloat16(), bias),
-        "cpu_embed": (
-            maker.normal(2, 3, 4, 10),
-            torch.ops.gohsp_kernels.cpu_pack(maker.weight(20, 60), bias),
-            cpu.packing(),
-            maker.normal(3, 20),
-            [4, 5],
-        ),
-        "cpu_linear": (
-            *(linear[0], torch.ops.gohsp_kernels.cpu_pack(weight, bias), cpu.packing()),
-            *(*linear[3:5], 20, 32, 1),
-        ),
+        "cpu_pack": (*reference.quantise_weight(weight), bias, _native.numbers("formats")["int8"]),
+        "cpu_plan": (torch.tensor([1, 2, 30]), 40, True),
+        "cpu_embed": (maker.normal(2, 3, 4, 10), embedding.panels, embedding.layout, embedding.base, [4, 5]),
+        "cpu_linear": (maker.normal(3, 17), plain.panels, plain.layout, 20),
         "cpu_attention": (maker.normal(2, 9, 26 + 27), torch.tensor([[8, 0, 5], [8, 3, 16]]), None, 0.2, 1e-6, 27, 9),
         "cpu_sublayers": (
             x,
@@ -105,13 +98,13 @@ def test_opcheck_public(name: str, backend: str) -> None:
 
 
 @needs_native
-@pytest.mark.parametrize("name", [n for n in CPU_OPERATORS if not n.startswith("cpu_pack")])
+@pytest.mark.parametrize("name", [n for n in CPU_OPERATORS if n not in PACKING])
 def test_opcheck_native(name: str) -> None:
     opcheck(getattr(torch.ops.gohsp_kernels, name).default, native_samples()[name])
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["cpu_pack", "cpu_pack_int8", "cpu_pack_bf16"])
+@pytest.mark.parametrize("name", PACKING)
 def test_opcheck_pack(name: str) -> None:
     # Its true size is only known to the library, so it is left out of what compares fakes with results.
     checks = ("test_schema", "test_autograd_registration")

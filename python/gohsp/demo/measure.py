@@ -16,11 +16,12 @@ from gohsp import timing
 from gohsp.demo.data import BATCH, Images
 from gohsp.runs.classifier import Classifier, collect, top1
 from gohsp.runs.progress import Steps, each
+from gohsp_kernels import formats
 
 Model = Callable[[Tensor], Tensor]
 
 DENSE, MASKED, SLICED, COMPILED, GOHSP = "dense", "masked dense", "sliced PyTorch", "torch.compile", "gohsp"
-ROUNDED = {"gohsp, bfloat16": "bfloat16", "gohsp, int8": "int8"}
+ROUNDED = {f"gohsp, {weights}": weights for weights in formats.ROUNDED}
 """Rows of frozen models whose weights are rounded, and what :func:`gohsp.freeze` calls the weights."""
 ABOUT = {
     DENSE: "the model as it was trained",
@@ -28,8 +29,7 @@ ABOUT = {
     SLICED: "pruned entries left out, plain PyTorch modules (gohsp.densify)",
     COMPILED: "the sliced model under torch.compile",
     GOHSP: "pruned entries left out, run by gohsp's kernels (gohsp.freeze)",
-    "gohsp, bfloat16": "the same, weights of the blocks and their inputs in bfloat16, for CPUs with AMX",
-    "gohsp, int8": "the same, all blocks but the last with weights and their inputs in 8 bits",
+    **{name: f"the same, {formats.FORMATS[weights].about}" for name, weights in ROUNDED.items()},
 }
 ROUNDS = {1: 60, BATCH: 20}  # how often each model is timed, by batch size
 

@@ -15,6 +15,7 @@ from bench.harness import compare, contenders, results
 from bench.harness.cases import Workload
 from bench.harness.contenders import CONTENDERS, Contender, Job, Unavailable
 from bench.harness.environment import Settings
+from gohsp_kernels.formats import FORMATS
 
 from ..conftest import printed
 
@@ -47,7 +48,7 @@ def test_gohsp_computes_what_float64_does(kind: str, settings: Settings, request
 def test_int8_is_checked_with_its_own_tolerance_and_stored_as_int8(ragged_work: Workload, settings: Settings) -> None:
     with contenders.ready(["gohsp", "gohsp-int8"], ragged_work, ragged_work.images(2), settings) as (fp32, int8):
         error = compare.relative_error(int8.run(), int8.expected)
-        assert compare.TOLERANCE < error < compare.INT8_TOLERANCE
+        assert compare.TOLERANCE < error < FORMATS["int8"].tolerance
         assert compare.agreeing([int8], {"gohsp-int8": error}) == [int8]
         assert compare.agreeing([fp32], {"gohsp": error}) == []
         compare.compare(compare.Place("end-to-end", "vit/ragged", "model", 2, 5), [fp32, int8], settings)
@@ -61,7 +62,7 @@ def test_int8_is_checked_with_its_own_tolerance_and_stored_as_int8(ragged_work: 
 def test_bf16_is_checked_with_its_own_tolerance(ragged_work: Workload, settings: Settings) -> None:
     with contenders.ready(["gohsp-bf16"], ragged_work, ragged_work.images(2), settings) as (bf16,):
         assert bf16.dtype == "bfloat16"
-        assert compare.TOLERANCE < compare.relative_error(bf16.run(), bf16.expected) < compare.BF16_TOLERANCE / 2
+        assert compare.TOLERANCE < compare.relative_error(bf16.run(), bf16.expected) < FORMATS["bfloat16"].tolerance / 2
 
 
 def test_gohsp_bf16_is_left_out_with_the_reason_where_there_are_no_tiles(

@@ -1,33 +1,33 @@
 // SPDX-License-Identifier: Apache-2.0
-// Body of every isa_*.cpp: the kernels compiled for one instruction set, and the table of them.
+// Body of every .cpp beside it: the kernels compiled for one instruction set, and the table of them.
 // Tile sizes are chosen so that the accumulators, one panel row and one broadcast fit the vector registers.
-#include "checksum.h"
-#include "primitives.h"
+#include "../checksum.h"
+#include "../primitives.h"
 
 namespace gohsp::GOHSP_ISA {
 
 struct ProductBuffers {
-  Weights weights;
+  Format format;
   int64_t rows, k;
   float* row = nullptr;
-  Bytes bytes = {};
+  RoundedRows rounded = {};
 
-  void carve(Carver& carver) {
-    row = carver.take<float>(row_stride(k));
-    const int64_t ld = rounded_stride(weights, k), padded = round_up(rows, kBlockRows);
-    bytes = {carver.take<uint8_t>(padded * ld), carver.take<float>(rows), carver.take<int32_t>(rows), ld};
+  void lay_out(Arena& arena) {
+    row = arena.take<float>(row_stride(k));
+    const int64_t ld = rounded_stride(format, k), padded = round_up(rows, kBlockRows);
+    rounded = {arena.take<uint8_t>(padded * ld), arena.take<float>(rows), arena.take<int32_t>(rows), ld};
   }
 };
 
 void rounded_product(const Matrix& weight, const float* x, int64_t rows, float* y) {
-  ProductBuffers buffers{weight.weights, rows, weight.k};
+  ProductBuffers buffers{weight.format, rows, weight.k};
   place(buffers);
-  const Tiles tiles(weight.weights == Weights::bf16);
+  const AmxTiles tiles(weight.format == Format::bfloat16);
   for (int64_t i = 0; i < rows; ++i) {
     copy_row(x + i * weight.k, weight.k, buffers.row);
-    round_row(weight.weights, buffers.row, weight.k, buffers.bytes, i);
+    round_row(weight.format, buffers.row, weight.k, buffers.rounded, i);
   }
-  multiply(Left(buffers.bytes), rows, weight, [&](int64_t r, int64_t count, int64_t n, int64_t columns, float* c) {
+  multiply(Lhs(buffers.rounded), rows, weight, [&](int64_t r, int64_t count, int64_t n, int64_t columns, float* c) {
     for (int64_t i = 0; i < count; ++i) copy_row(c + i * N, columns, y + (r + i) * weight.n + n);
   });
 }
@@ -47,8 +47,8 @@ void exponential(const float* x, int64_t count, float* y) {
 }
 
 extern const KernelTable table;
-const KernelTable table = {GOHSP_ISA_NAME, packed_size, pack,  packed_size_int8, pack_int8, packed_size_bf16, pack_bf16,
-                           kLevels,        sublayers,   embed, linear,           attention, rounded_product,  apply,
-                           exponential,    checksum};
+const KernelTable table = {GOHSP_ISA_NAME, packed_bytes,    pack,      plan_bytes,  plan_columns,
+                           plan_fits,      kLevels,         sublayers, embed,       linear,
+                           attention,      rounded_product, apply,     exponential, checksum};
 
 }  // namespace gohsp::GOHSP_ISA

@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix product of row blocks with packed panels of bfloat16 weights, for the tile registers of AMX.
+// Weights in bfloat16, for the tile registers of AMX.
 //
 // Weights and activations are rounded to bfloat16, to the nearest and to even on a tie; products add up in fp32 from
-// the bias on. A panel of N outputs is its biases, then a row of N pairs for each two inputs. Its unit is the word of
-// 4 bytes, as in int8.h, and 16 rows of 16 words are what AMX calls a tile: its B operand, read where it lies.
+// the bias on. The words of a panel are pairs of inputs, and 16 rows of 16 words are what AMX calls a tile: its B
+// operand, read where it lies.
 //
 // Inputs are padded to two whole vectors with zeros in weights and rows alike. Other instruction sets run the same
 // arithmetic in plain vectors, for tests of it; they gain nothing by it.
 #pragma once
 
-#include "gemm.h"
+#include "format.h"
 
 namespace gohsp::GOHSP_ISA {
 
@@ -17,26 +17,6 @@ constexpr int64_t kTileRows = 16;              // of a tile register; each holds
 constexpr int64_t kBlockRows = 2 * kTileRows;  // rows of a product that are computed together
 
 inline int64_t padded_inputs(int64_t k) { return round_up(max(k, 1), 2 * W); }
-
-inline int64_t packed_size_bf16(int64_t n, int64_t k) { return 4 * round_up(n, W) * (1 + padded_inputs(k) / 2); }
-
-inline const float* panel_bf16(const Matrix& w, int64_t p) {
-  return static_cast<const float*>(w.panels) + p * N * (1 + padded_inputs(w.k) / 2);
-}
-
-inline void pack_bf16(const uint16_t* weight, const float* bias, int64_t n, int64_t k, void* panels) {
-  __builtin_memset(panels, 0, static_cast<size_t>(packed_size_bf16(n, k)));
-  char* to = static_cast<char*>(panels);
-  for (int64_t first = 0; first < n; first += N) {
-    const int64_t words = panel_vectors(n, first / N) * W, used = min(words, n - first);
-    if (bias != nullptr) __builtin_memcpy(to, bias + first, static_cast<size_t>(used) * sizeof(float));
-    to += 4 * words;
-    for (int64_t i = 0; i < k; ++i)
-      for (int64_t j = 0; j < used; ++j)
-        __builtin_memcpy(to + 4 * (i / 2 * words + j) + 2 * (i % 2), weight + (first + j) * k + i, sizeof(uint16_t));
-    to += 2 * words * padded_inputs(k);
-  }
-}
 
 inline IntVec bf16_bits(Vec v) {
   const IntVec bits = float_as_bits(v);
@@ -75,7 +55,7 @@ inline void pair_rows(const float* x, int64_t ldx, int64_t rows, int64_t columns
 }
 
 // Row i of `to` = x[0:columns] in bfloat16. Two vectors of x behind its columns are overwritten.
-inline void narrow_row(float* x, int64_t columns, const Bytes& to, int64_t i) {
+inline void narrow_row(float* x, int64_t columns, const RoundedRows& to, int64_t i) {
   store(x + columns, Vec{});
   store(x + columns + W, Vec{});
   for (int64_t j = 0; j < padded_inputs(columns); j += 2 * W)
@@ -92,14 +72,14 @@ constexpr TileConfig kTileConfig = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, 
 
 // Holds the tile registers of the calling thread in the shape of these kernels. Whoever else uses them, such as torch's
 // own products, does the same: nothing is expected of them before, nothing is left in them after.
-class Tiles {
+class AmxTiles {
  public:
-  explicit Tiles(bool wanted) : held_(wanted) {
+  explicit AmxTiles(bool wanted) : held_(wanted) {
     if (held_) _tile_loadconfig(&kTileConfig);
   }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-  ~Tiles() {
+  AmxTiles(const AmxTiles&) = delete;
+  AmxTiles& operator=(const AmxTiles&) = delete;
+  ~AmxTiles() {
     if (held_) _tile_release();
   }
 
@@ -111,8 +91,8 @@ class Tiles {
 // two of outputs, four accumulators for two and two loads. Rows past the last one of a product are computed from whatever is there; nobody reads them.
 // beside(step) is other work: a step of 64 cycles takes the tiles, but hardly anything else of the core.
 template <class Beside>
-inline void block(const uint8_t* a, int64_t lda, const float* b, int64_t ldb, const float* init, int64_t vectors,
-                  int64_t steps, float* c, int64_t ldc, const Beside& beside) {
+inline void amx_block(const uint8_t* a, int64_t lda, const float* b, int64_t ldb, const float* init, int64_t vectors,
+                      int64_t steps, float* c, int64_t ldc, const Beside& beside) {
   const bool two = vectors == 2;
   asm volatile("" ::: "memory");  // to GCC a tile load reads no memory, so stores could move behind it
   _tile_loadd(0, init, 0);
@@ -142,13 +122,13 @@ inline void block(const uint8_t* a, int64_t lda, const float* b, int64_t ldb, co
   }
 }
 #else
-struct Tiles {
-  explicit Tiles(bool) {}
+struct AmxTiles {
+  explicit AmxTiles(bool) {}
 };
 
 template <class Beside>
-inline void block(const uint8_t* a, int64_t lda, const float* b, int64_t ldb, const float* init, int64_t vectors,
-                  int64_t steps, float* c, int64_t ldc, const Beside& beside) {
+inline void amx_block(const uint8_t* a, int64_t lda, const float* b, int64_t ldb, const float* init, int64_t vectors,
+                      int64_t steps, float* c, int64_t ldc, const Beside& beside) {
   for (int64_t s = 0; s < steps; ++s) beside(s);
   for (int64_t i = 0; i < kBlockRows; ++i)
     for (int64_t j = 0; j < vectors * W; j += W) {
@@ -169,33 +149,56 @@ struct Finished {
   float* c;
 };
 
-// As multiply in gemm.h, for bfloat16 rows and weights. Rows are there up to a multiple of kBlockRows. Results are
-// emitted a few rows at a time while the next block is computed, and so is its share of the next panel fetched.
-template <class Emit>
-inline void multiply_bf16(const Bytes& a, int64_t rows, const Matrix& w, const Emit& emit) {
-  alignas(64) float c[2][kBlockRows * N];
-  const int64_t blocks = ceil_div(rows, kBlockRows), steps = padded_inputs(w.k) / (2 * W);
-  const int64_t rows_a_step = ceil_div(kBlockRows, steps);
-  Finished before = {};
-  const auto emit_rows = [&](int64_t begin, int64_t end) {
-    if (begin < end) emit(before.row + begin, end - begin, before.column, before.columns, before.c + begin * N);
-  };
-  int64_t turn = 0;
-  for (int64_t p = 0; p < panel_count(w.n); ++p) {
-    const float* bias = panel_bf16(w, p);
-    const int64_t vectors = panel_vectors(w.n, p);
-    const float* next = bias + vectors * W * (1 + steps * W);
-    for (int64_t t = 0; t < blocks; ++t, turn = 1 - turn) {
-      const int64_t r0 = t * kBlockRows, lines = ceil_div(N * W, 16 * blocks);
-      block(a.values + r0 * a.ld, a.ld, bias + vectors * W, vectors * W, bias, vectors, steps, c[turn], N,
-            [&](int64_t s) {
-              for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(next + 16 * ((t * steps + s) * lines + i), 0, 2);
-              emit_rows(s * rows_a_step, min(before.rows, (s + 1) * rows_a_step));
-            });
-      before = {r0, min(kBlockRows, rows - r0), p * N, min(N, w.n - p * N), c[turn]};
-    }
+struct BFloat16 {
+  static constexpr Format kFormat = Format::bfloat16;
+  static constexpr int64_t kHead = 1;  // biases
+  static constexpr bool kZeroed = true;
+  using Rows = RoundedRows;
+
+  static int64_t depth(int64_t k) { return padded_inputs(k) / 2; }
+  static const Rows& of(const Lhs& lhs) { return lhs.rounded; }
+  static int64_t row_bytes(int64_t k) { return 2 * padded_inputs(k); }
+  static void round_row(float* x, int64_t columns, const RoundedRows& to, int64_t i) { narrow_row(x, columns, to, i); }
+
+  static void pack_panel(const Unpacked& from, int64_t first, int64_t used, int64_t width, int32_t* to) {
+    const uint16_t* weight = static_cast<const uint16_t*>(from.weight) + first * from.k;
+    if (from.bias != nullptr) __builtin_memcpy(to, from.bias + first, static_cast<size_t>(used) * sizeof(float));
+    char* pairs = reinterpret_cast<char*>(to + width);
+    for (int64_t i = 0; i < from.k; ++i)
+      for (int64_t j = 0; j < used; ++j)
+        __builtin_memcpy(pairs + 4 * (i / 2 * width + j) + 2 * (i % 2), weight + j * from.k + i, sizeof(uint16_t));
   }
-  emit_rows(0, before.rows);
-}
+
+  // As multiply in format.h, a block at a time. Rows are there up to a multiple of kBlockRows. Results are emitted a few rows
+  // at a time while the next block is computed, and so is its share of the next panel fetched.
+  template <class Emit>
+  static void multiply(const Rows& a, int64_t rows, const Matrix& w, int64_t first_panel, int64_t last_panel,
+                       const Emit& emit) {
+    alignas(64) float c[2][kBlockRows * N];
+    const int64_t blocks = ceil_div(rows, kBlockRows), steps = depth(w.k) / W;
+    const int64_t rows_a_step = ceil_div(kBlockRows, steps);
+    Finished before = {};
+    const auto emit_rows = [&](int64_t begin, int64_t end) {
+      if (begin < end) emit(before.row + begin, end - begin, before.column, before.columns, before.c + begin * N);
+    };
+    int64_t turn = 0;
+    for (int64_t p = first_panel; p < last_panel; ++p) {
+      const float* bias = reinterpret_cast<const float*>(panel<BFloat16>(w, p));
+      const int64_t vectors = panel_vectors(w.n, p);
+      const float* next = bias + vectors * W * (1 + steps * W);
+      for (int64_t t = 0; t < blocks; ++t, turn = 1 - turn) {
+        const int64_t r0 = t * kBlockRows, lines = ceil_div(N * W, 16 * blocks);
+        amx_block(a.values + r0 * a.ld, a.ld, bias + vectors * W, vectors * W, bias, vectors, steps, c[turn], N,
+                  [&](int64_t s) {
+                    for (int64_t i = 0; i < lines; ++i)
+                      __builtin_prefetch(next + 16 * ((t * steps + s) * lines + i), 0, 2);
+                    emit_rows(s * rows_a_step, min(before.rows, (s + 1) * rows_a_step));
+                  });
+        before = {r0, min(kBlockRows, rows - r0), p * N, min(N, w.n - p * N), c[turn]};
+      }
+    }
+    emit_rows(0, before.rows);
+  }
+};
 
 }  // namespace gohsp::GOHSP_ISA

@@ -22,7 +22,7 @@ inline int64_t nanoseconds() {
 
 // What the others cost one worker in one call. Whoever waits, waits for tasks that others hold, one each and like its
 // own last one, so a wait is natural for as long as that took; what exceeds it was somebody's absence.
-class Absences {
+class LostTime {
  public:
   void begin_task(int64_t now) { begun_ = now; }
   void end_task(int64_t now) { ended_ = now; }
@@ -43,7 +43,7 @@ class Absences {
   int64_t lost_ = 0;
 };
 
-class Crew {
+class WorkerThrottle {
  public:
   static constexpr int64_t kLongestPause = 1000000000;  // nanoseconds of calls
 
@@ -72,7 +72,7 @@ class Crew {
   int64_t pause_ = 0;    // what the last absence was worth
 };
 
-// The crew of the calling thread. Chains report to it; whoever makes a Parallel may ask it.
-Crew& crew();
+// That of the calling thread. Chains report to it; whoever makes a Parallel may ask it.
+WorkerThrottle& worker_throttle();
 
 }  // namespace gohsp

@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0
+// What all weight formats share: panels of words, the table of tiles, packing, and the product tile by tile.
+//
+// A weight matrix [n, k] is packed into panels of N = NV * W outputs. A panel is rows of one word of 4 bytes an output:
+// a head (biases, and what else the format needs an output), then the weights, as many inputs to a word as fit. The
+// kernel starts its accumulators from the head and reads straight on. The last panel is as narrow as whole vectors
+// allow: a ragged n costs at most W - 1 idle lanes, not a panel.
+//
+// A format is a struct that has
+//
+//   kFormat                  its number (csrc/common/wire.h)
+//   kHead, depth(k)          rows of words of a panel before its weights, and of weights for k inputs
+//   kZeroed                  whether pack_panel writes only what is not zero
+//   pack_panel(from, first, used, width, to)
+//                            a panel of `width` outputs, of which `used` from `first` on are the matrix's
+//   Rows, of(lhs)            the left side of a product in the form that its tiles read
+//   Tile, tile<Rows, Vecs>   the micro-kernel: Rows x Vecs vectors of the result
+//   run(tile, ...)           a call of one
+//
+// and, where rows are rounded for it, round_row and row_bytes. Where products do not go tile by tile it has, instead of
+// the last three, a `multiply` of its own. product.h lists the formats.
+#pragma once
+
+#include "../kernels.h"
+#include "../simd.h"
+
+namespace gohsp::GOHSP_ISA {
+
+constexpr int64_t M = GOHSP_TILE_ROWS;
+constexpr int64_t NV = GOHSP_TILE_VECTORS;
+constexpr int64_t N = NV * W;
+
+// A row stride, in floats, for a buffer of ours: whole vectors, room for one tile of overrun, and an odd number of
+// cache lines so that neighbouring rows fall into different sets.
+inline int64_t row_stride(int64_t columns) {
+  const int64_t lines = ceil_div(columns + N, 16);
+  return (lines | 1) * 16;
+}
+
+// Splits `total` into `parts` ranges whose sizes differ by at most one: no small last tile that would leave the
+// multiply-add pipes idle, no last row block that one worker finishes long before the others.
+inline int64_t part_begin(int64_t total, int64_t parts, int64_t i) { return total * i / parts; }
+
+struct FloatRows {
+  const float* values;  // [rows, ld]
+  int64_t ld;
+};
+
+// Rows in the form that rounded weights want: bytes with a scale and a zero point a row for int8, bfloat16 alone for
+// bfloat16. What stands behind a row's columns, up to whole vectors, meets weights of zero.
+struct RoundedRows {
+  uint8_t* values;  // [rows, ld]
+  float* scales;    // [rows]
+  int32_t* zeros;   // [rows]
+  int64_t ld;       // bytes
+};
+
+// The left side of a product: floats, or what rounded weights want.
+struct Lhs {
+  FloatRows floats = {};
+  RoundedRows rounded = {};
+
+  Lhs(const float* values, int64_t ld) : floats{values, ld} {}
+  explicit Lhs(const RoundedRows& rows) : rounded(rows) {}
+};
+
+// What to bring into the second-level cache while a tile is computed: `step` words on for each step of its depth.
+struct Prefetch {
+  const void* place;
+  int64_t step;
+
+  void fetch(int64_t k) const { __builtin_prefetch(static_cast<const int32_t*>(place) + k * step, 0, 2); }
+};
+
+inline int64_t panel_count(int64_t n) { return ceil_div(n, N); }
+
+// Vectors in panel p of n outputs.
+inline int64_t panel_vectors(int64_t n, int64_t p) { return min(NV, ceil_div(n - p * N, W)); }
+
+template <class F>
+concept Rounding = requires { &F::round_row; };
+
+template <class F>
+int64_t packed_bytes(int64_t n, int64_t k) {
+  return 4 * round_up(n, W) * (F::kHead + F::depth(k));
+}
+
+// Panel p, and what follows the last one.
+template <class F>
+const int32_t* panel(const Matrix& w, int64_t p) {
+  return static_cast<const int32_t*>(w.panels) + p * N * (F::kHead + F::depth(w.k));
+}
+
+template <class F>
+void pack(const Unpacked& from, void* panels) {
+  int32_t* to = static_cast<int32_t*>(panels);
+  for (int64_t first = 0; first < from.n; first += N) {
+    const int64_t width = panel_vectors(from.n, first / N) * W, words = width * (F::kHead + F::depth(from.k));
+    if constexpr (F::kZeroed) __builtin_memset(to, 0, static_cast<size_t>(words) * sizeof(int32_t));
+    F::pack_panel(from, first, min(width, from.n - first), width, to);
+    to += words;
+  }
+}
+
+// The tiles of a format, by rows and vectors.
+template <class F>
+struct TileTable {
+  typename F::Tile of[M + 1][NV + 1];
+};
+
+template <class F, int64_t Rows, int64_t Vecs>
+constexpr void fill(TileTable<F>& table) {
+  table.of[Rows][Vecs] = F::template tile<Rows, Vecs>;
+  if constexpr (Vecs > 1) {
+    fill<F, Rows, Vecs - 1>(table);
+  } else if constexpr (Rows > 1) {
+    fill<F, Rows - 1, NV>(table);
+  }
+}
+
+template <class F>
+constexpr TileTable<F> make_tiles() {
+  TileTable<F> table{};
+  fill<F, M, NV>(table);
+  return table;
+}
+
+template <class F>
+constexpr TileTable<F> kTiles = make_tiles<F>();
+
+// For each tile of a[0:rows] W^T + b in panels [first_panel, last_panel): calls
+// emit(first row, rows, first column, columns, tile) with tile[i * N + j].
+// Panels outside, rows inside: a panel is read from memory once for the block and then comes from cache. Each tile
+// brings its share of the next panel nearer; the hardware would not, because it stops prefetching at every 4 KB page.
+// After the last panel that is whatever stands behind it: the next matrix of the same sublayer.
+template <class F, class Emit>
+void multiply(const typename F::Rows& a, int64_t rows, const Matrix& w, int64_t first_panel, int64_t last_panel,
+              const Emit& emit) {
+  if constexpr (!requires { typename F::Tile; }) {
+    F::multiply(a, rows, w, first_panel, last_panel, emit);
+  } else {
+    alignas(64) float c[M * N];
+    const int64_t tiles = ceil_div(rows, M), depth = F::depth(w.k);
+    for (int64_t p = first_panel; p < last_panel; ++p) {
+      const int32_t* head = panel<F>(w, p);
+      const int64_t vectors = panel_vectors(w.n, p);
+      const int32_t* next = head + vectors * W * (F::kHead + depth);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t r0 = part_begin(rows, tiles, t), r1 = part_begin(rows, tiles, t + 1);
+        const Prefetch prefetch = {next + part_begin(depth * N, tiles, t), ceil_div(N, tiles)};
+        F::run(kTiles<F>.of[r1 - r0][vectors], a, r0, head, vectors, depth, c, prefetch);
+        emit(r0, r1 - r0, p * N, min(N, w.n - p * N), c);
+      }
+    }
+  }
+}
+
+}  // namespace gohsp::GOHSP_ISA

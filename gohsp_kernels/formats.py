@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weight formats of the CPU backend: which numbers a matrix is kept in, and what that means for the results.
+
+A format is an object here and a struct of the same name in csrc/cpu/formats. Dispatch, freezing, the benchmarks and the
+demo ask these objects; none of them knows a format by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from ._packing import fold_attention, fold_mlp
+from .descriptors import NORMS, MlpSublayer, Sublayer
+
+
+def _float32(weight: Tensor) -> tuple[Tensor, None]:
+    return weight.to(torch.float32), None
+
+
+def _bfloat16(weight: Tensor) -> tuple[Tensor, None]:
+    return weight.to(torch.bfloat16), None
+
+
+def _anywhere(capability: str) -> str:
+    return ""
+
+
+def _with_amx(capability: str) -> str:
+    return "" if capability == "amx" else f"needs AMX for bfloat16 weights; runs on {capability}"
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """Numbers that the matrices of a frozen chain are kept in.
+
+    Attributes:
+        name: "float32", "bfloat16" or "int8": that of the format in csrc/common/wire.h.
+        short: the name in a table.
+        about: what a frozen model of this format has in it, for a table.
+        numbers: a matrix [n, k] of any dtype as the numbers that are packed, [n, k], and their scales, float32 [n] or
+            None.
+        missing: why an instruction set (its name) cannot run such weights, or the empty string.
+        tolerance: relative error of 12 blocks, in the 2-norm, that rounding in this format does not reach and a mistake
+            exceeds by far.
+        last_block: name of the format that the last block of a model has, whose errors no later block evens out.
+        linear: x, weight, bias and the levels of an activation in 8 bits to what the kernels compute, in plain PyTorch.
+        attention: the same of ragged attention beside such weights.
+    """
+
+    name: str
+    short: str
+    about: str
+    numbers: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    missing: Callable[[str], str]
+    tolerance: float
+    last_block: str
+    linear: Callable[..., Tensor]
+    attention: Callable[..., Tensor] = reference.ragged_attention
+
+    def reference(self, sublayer: Sublayer, x: Tensor, levels: int = 255) -> Tensor:
+        """What a sublayer that was packed in this format computes, in plain PyTorch.
+
+        Args:
+            sublayer: whose constants are folded as packing folds them.
+            x: [batch, tokens, features].
+            levels: largest integer that an activation becomes where it meets int8 weights; see
+                :func:`gohsp_kernels.cpu.activation_levels`.
+        """
+        linear = partial(self.linear, levels=levels)
+        plain: dict[str, Any] = {"norm_weight": None, "norm_bias": None, "layer_scale": None}
+        if isinstance(sublayer, MlpSublayer):
+            fc1, fc1_bias, fc2, fc2_bias = fold_mlp(sublayer)
+            plain |= {"fc1_weight": fc1, "fc1_bias": fc1_bias, "fc2_weight": fc2, "fc2_bias": fc2_bias}
+            return reference.mlp_sublayer(replace(sublayer, **plain), x, None, linear)
+        folded = fold_attention(sublayer)
+        plain |= {"qkv_weight": folded.qkv, "qkv_bias": folded.qkv_bias, "scale": folded.scale}
+        plain |= {"proj_weight": folded.proj, "proj_bias": folded.proj_bias}
+        norms = zip(NORMS, sublayer.norms, strict=True)
+        plain |= {name: None if norm is None else norm.to(x.dtype) for name, norm in norms}
+        return reference.attention_sublayer(replace(sublayer, **plain), x, x.shape[1], linear, self.attention)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def _bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int) -> Tensor:
+    return reference.bf16_linear(x, weight, bias)
+
+
+FORMATS: dict[str, WeightFormat] = {
+    f.name: f
+    for f in (
+        WeightFormat(
+            name="float32",
+            short="fp32",
+            about="weights and their inputs in float32",
+            numbers=_float32,
+            missing=_anywhere,
+            tolerance=1e-5,
+            last_block="float32",
+            linear=_linear,
+        ),
+        WeightFormat(
+            name="bfloat16",
+            short="bf16",
+            about="weights of the blocks and their inputs in bfloat16, for CPUs with AMX",
+            numbers=_bfloat16,
+            missing=_with_amx,
+            tolerance=0.03,
+            last_block="bfloat16",
+            linear=_bf16_linear,
+            attention=reference.bf16_attention,
+        ),
+        WeightFormat(
+            name="int8",
+            short="int8",
+            about="all blocks but the last with weights and their inputs in 8 bits",
+            numbers=reference.quantise_weight,
+            missing=_anywhere,
+            tolerance=0.05,
+            last_block="float32",
+            linear=reference.int8_linear,
+        ),
+    )
+}
+"""By name."""
+
+ROUNDED = tuple(name for name in FORMATS if name != "float32")
+"""Names of those whose results are not the model's own to the last digits."""
