@@ -9,9 +9,9 @@ from itertools import combinations
 import pytest
 import torch
 
-from gohsp.admm import GROWTH, PATIENCE, START, STEPS, choose
-from gohsp.scores import CRITERIA, RIDGE, Evidence, Grouping
-from gohsp.statistics import damped
+from gohsp.pruning.criteria import CRITERIA, RIDGE, Evidence, Grouping
+from gohsp.pruning.layerwise_admm import GROWTH, PATIENCE, START, STEPS, choose
+from gohsp.pruning.moments import damped
 from tests.gohsp.test_scores import compensated_error, evidence, heads, singles
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import gohsp
 import gohsp_kernels as gk
-from gohsp.mask import ModelMask
+from gohsp.masks.mask import ModelMask
 
 
 def test_a_compressed_model_follows_autocast(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import gohsp
-from gohsp.mask import ModelMask
+from gohsp.masks.mask import ModelMask
 
 CHANGES: dict[str, Callable[[Any], object]] = {
     "a parameter in place": lambda m: m.blocks[0].mlp.fc1.weight.mul_(1.5),

@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gohsp import ModelMask, count
-from gohsp.budget import GROUPS, BlockBudget, BlockPlan, Option, Step, allocate, counted, parse_target, solve
 from gohsp.models.registry import open_model
+from gohsp.pruning.budget import GROUPS, BlockBudget, BlockPlan, Option, Step, allocate, counted, parse_target, solve
 
 HEADS, WIDTH, HIDDEN, DIM = 3, 64, 768, 192
 SPAN = HEADS * WIDTH

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import gohsp
 import gohsp_kernels as gk
 from gohsp.layers import FrozenLinear, PrunedBlock, PrunedBlocks
-from gohsp.mask import ModelMask
+from gohsp.masks.mask import ModelMask
 from gohsp.models.base import (
     Attention,
     BlockGeometry,

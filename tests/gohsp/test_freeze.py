@@ -18,7 +18,7 @@ from torch import Tensor
 import gohsp
 import gohsp_kernels as gk
 from gohsp.layers import FrozenEmbedding
-from gohsp.mask import ModelMask
+from gohsp.masks.mask import ModelMask
 
 from .conftest import randomize
 

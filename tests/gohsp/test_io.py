@@ -17,8 +17,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import gohsp
-from gohsp.io import PLAN, WEIGHTS, _digest
-from gohsp.mask import ModelMask
+from gohsp.masks.mask import ModelMask
+from gohsp.serialization import PLAN, WEIGHTS, _digest
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("vit_tiny_patch16_224", {}),
@@ -237,7 +237,7 @@ def test_a_failed_save_leaves_no_half_model(
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("gohsp.io.save_file", fail)
+    monkeypatch.setattr("gohsp.serialization.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         gohsp.save(compact, directory)
     with torch.no_grad():

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from gohsp.budget import BlockBudget
-from gohsp.latency import LatencyTable
+from gohsp.pruning.budget import BlockBudget
+from gohsp.pruning.latency import LatencyTable
 
 
 def budget(heads: int, hidden: int, channels: int | None = None) -> BlockBudget:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import gohsp
 import gohsp_kernels as gk
 from gohsp.layers import PrunedAttention, PrunedBlock, PrunedMlp
-from gohsp.mask import BlockMask, ModelMask
+from gohsp.masks.mask import BlockMask, ModelMask
 
 TOKENS = 7
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gohsp
-from gohsp.mask import FIELDS, BlockMask, ModelMask
+from gohsp.masks.mask import FIELDS, BlockMask, ModelMask
 from gohsp.models.base import Geometry
 
 SIZE = Geometry.uniform(2, dim=6, num_heads=3, head_dim=2, hidden=4)

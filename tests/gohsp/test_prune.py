@@ -14,14 +14,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import gohsp
 from gohsp import ModelMask, compress, count
-from gohsp.cut import OPTIMISERS
-from gohsp.latency import LatencyTable
 from gohsp.models.registry import open_model
-from gohsp.prune import PruneResult, prune
-from gohsp.ranking import SIMILARITIES, rank_heads
-from gohsp.scores import CRITERIA
-from gohsp.statistics import Moments, embed, measure_sensitivities
-from gohsp.survey import Settings, survey
+from gohsp.pruning.calibration import embed
+from gohsp.pruning.criteria import CRITERIA
+from gohsp.pruning.latency import LatencyTable
+from gohsp.pruning.layerwise import OPTIMISERS
+from gohsp.pruning.moments import Moments
+from gohsp.pruning.prune import PruneResult, prune
+from gohsp.pruning.ranking import SIMILARITIES, rank_heads
+from gohsp.pruning.scoring import Settings, survey
+from gohsp.pruning.sensitivity import measure_sensitivities
 
 SMALL: dict[str, Any] = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}  # heads of 16, 192 neurons
 ALL_GROUPS = ("heads", "hidden", "qk", "v")

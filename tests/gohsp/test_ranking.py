@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from gohsp.ranking import (
+from gohsp.pruning.ranking import (
     SIMILARITIES,
     Cosine,
     LinearCKA,

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 import gohsp
-from gohsp.ranking import cka
-from gohsp.scores import (
+from gohsp.pruning.criteria import (
     CRITERIA,
     RIDGE,
     Criterion,
@@ -30,7 +29,8 @@ from gohsp.scores import (
     qk_energy,
     register,
 )
-from gohsp.statistics import damped
+from gohsp.pruning.moments import damped
+from gohsp.pruning.ranking import cka
 
 COLUMNS, FEATURES = 12, 5
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from gohsp.models.hooks import evaluating, inputs_of
 from gohsp.models.registry import open_model
-from gohsp.statistics import Moments, damped, embed, measure_sensitivities, read_images
+from gohsp.pruning.calibration import embed, read_images
+from gohsp.pruning.moments import Moments, damped
+from gohsp.pruning.sensitivity import measure_sensitivities
 
 ROWS, INPUTS, OUTPUTS = 200, 8, 3
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gohsp
-from gohsp.training.admm import SoftMaskAdmm
+from gohsp.training.soft_mask_admm import SoftMaskAdmm
 
 from . import digits_run as runs
 

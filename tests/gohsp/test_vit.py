@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import gohsp
 import gohsp_kernels as gk
 from gohsp.layers import PrunedBlock
-from gohsp.mask import ModelMask
+from gohsp.masks.mask import ModelMask
 from gohsp.models import timm_vit
 from gohsp.models.base import Geometry
 from gohsp.models.registry import family_of, geometry_of, open_model

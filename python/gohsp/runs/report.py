@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from gohsp import io
+from gohsp import serialization
 from gohsp.files import check_keys, read_json, replacing, write_text
 from gohsp.recipe import read_recipe
 from gohsp.runs.directory import Run, open_model
@@ -71,7 +71,9 @@ def _times(
 
 def _model(run: Run, kind: str) -> Any:
     folder = run.directory / kind
-    return io.load(folder) if (folder / io.PLAN).is_file() else open_model(read_recipe(run.recipe).model)
+    if (folder / serialization.PLAN).is_file():
+        return serialization.load(folder)
+    return open_model(read_recipe(run.recipe).model)
 
 
 def _timed(model: Any) -> Callable[[], object]:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gohsp.budget import Step
 from gohsp.models.base import Attention, BlockGeometry, Mlp, OpenModel, Sublayer
 from gohsp.models.hooks import inputs_of
-from gohsp.ranking import SIMILARITIES, HeadScores, read_by_loss, stationary_distribution
-from gohsp.scores import (
+from gohsp.pruning.budget import Step
+from gohsp.pruning.calibration import CHUNK
+from gohsp.pruning.criteria import (
     CRITERIA,
     Elimination,
     Evidence,
@@ -26,7 +26,9 @@ from gohsp.scores import (
     head_guide,
     qk_energy,
 )
-from gohsp.statistics import CHUNK, Moments, Sensitivity
+from gohsp.pruning.moments import Moments
+from gohsp.pruning.ranking import SIMILARITIES, HeadScores, read_by_loss, stationary_distribution
+from gohsp.pruning.sensitivity import Sensitivity
 
 HIDDEN_TILE = 16  # neurons: a panel of the GEMM kernels
 CHANNEL_TILE = 8  # QK and V channels of a head

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gohsp.ranking import cka
-from gohsp.statistics import correlation, damped
+from gohsp.pruning.moments import correlation, damped
+from gohsp.pruning.ranking import cka
 
 RIDGE = 1e-2  # damping of covariances in scores, relative to the mean variance
 
@@ -31,7 +31,7 @@ class Evidence:
         metric: [D, D], positive semidefinite: what an error in the residual stream costs.
         generator: Source of the draws of the random criterion.
         guide: Factors [pools] that multiply the cost of each pool (the graph's soft guidance), or None for none.
-        taylor: [m], see :class:`gohsp.statistics.Sensitivity`, or None where it was not measured.
+        taylor: [m], see :class:`gohsp.pruning.sensitivity.Sensitivity`, or None where it was not measured.
         sample: [s, m], some rows of the layer's inputs, or None where none were kept.
     """
 

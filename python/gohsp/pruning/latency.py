@@ -13,14 +13,14 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from gohsp.budget import BlockBudget
 from gohsp.compress import compress
 from gohsp.files import read_json, write_json
 from gohsp.freeze import freeze
 from gohsp.layers import FrozenBlocks
-from gohsp.mask import ModelMask
+from gohsp.masks.mask import ModelMask
 from gohsp.models.base import Geometry
 from gohsp.models.registry import open_model
+from gohsp.pruning.budget import BlockBudget
 from gohsp.timing import interleave
 
 NEURON_POINTS = 7  # widths of the MLP that are measured, evenly spaced up to the dense one

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks: which groups of a vision transformer are kept. And layouts: what a kernel reads, derived from a mask.
+"""Masks: which groups of a vision transformer are kept.
 
 The meaning of a mask is the masked dense model: the original module with the pruned entries of its weights and biases
 set to zero, and LayerNorm still over all features. :meth:`ModelMask.apply_` makes exactly that.
@@ -7,63 +7,24 @@ set to zero, and LayerNorm still over all features. :meth:`ModelMask.apply_` mak
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from gohsp.count import BlockSize, count
+from gohsp.count import BlockSize, count_opened
 from gohsp.files import check_keys, read_json, write_json
-from gohsp.models.base import BlockGeometry, Geometry, OpenBlock
+from gohsp.masks.layout import BlockLayout
+from gohsp.masks.ranges import from_ranges, to_ranges
+from gohsp.masks.summary import table
+from gohsp.models.base import BlockGeometry, Geometry, OpenBlock, OpenModel
 from gohsp.models.registry import family_of, find_compact_blocks, geometry_of, open_model
 
 FORMATS = (1, 2)
 """Of mask files. Format 1 has one geometry for all blocks and is written where they are alike; format 2 one a block."""
-_SUMMARY = ("block", "heads", "qk widths", "v widths", "hidden", "attn in/out", "mlp in/out", "params", "MACs")
-
-
-@dataclass(frozen=True, eq=False)
-class BlockLayout:
-    """What a block keeps, as lists of indices into the dense block. Derived from a mask, never edited.
-
-    All tensors are int64 on the CPU, sorted and unique. A kept head whose V channels are all pruned adds nothing to the
-    block and is not here; a kept head without QK channels is here with a QK width of 0 (it gives the mean of V).
-
-    Attributes:
-        heads: Indices of the kept heads.
-        qk_widths, v_widths: Channels of each kept head, in the order of ``heads``.
-        q_rows, k_rows, v_rows: Rows of the dense qkv, head after head.
-        proj_cols: Input columns of the dense proj, in the order of ``v_rows``.
-        hidden: Neurons: rows of fc1, columns of fc2.
-        attn_in, attn_out, mlp_in, mlp_out: Residual features that qkv reads, proj writes, fc1 reads and fc2 writes;
-            None means all of them.
-    """
-
-    heads: tuple[int, ...]
-    qk_widths: tuple[int, ...]
-    v_widths: tuple[int, ...]
-    q_rows: Tensor
-    k_rows: Tensor
-    v_rows: Tensor
-    proj_cols: Tensor
-    hidden: Tensor
-    attn_in: Tensor | None
-    attn_out: Tensor | None
-    mlp_in: Tensor | None
-    mlp_out: Tensor | None
-
-    @cached_property
-    def qkv_rows(self) -> Tensor:
-        """Rows of the dense qkv in compact order: all q, then all k, then all v."""
-        return torch.cat((self.q_rows, self.k_rows, self.v_rows))
 
 
 @dataclass(eq=False)
@@ -175,10 +136,14 @@ class ModelMask:
         Raises:
             TypeError, ValueError: The model is not one that gohsp can prune.
         """
-        opened = open_model(model)
+        return cls.full_of(open_model(model))
+
+    @classmethod
+    def full_of(cls, opened: OpenModel) -> ModelMask:
+        """Return the mask that keeps everything of a dense model that is opened already."""
         sizes = opened.geometry
         blocks = [BlockMask.full(size.dim, size.num_heads, size.head_dim, size.hidden) for size in sizes.blocks]
-        return cls(blocks, opened.family.architecture(model), sizes)
+        return cls(blocks, opened.family.architecture(opened.model), sizes)
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelMask:
@@ -284,11 +249,18 @@ class ModelMask:
             ValueError: The mask is not valid, or does not fit the model.
             TypeError: The model is not one that gohsp can prune.
         """
-        opened = open_model(model)
+        self.apply_to_(open_model(model))
+        return model
+
+    def apply_to_(self, opened: OpenModel) -> None:
+        """Do what :meth:`apply_` does to a model that is opened already.
+
+        Raises:
+            ValueError: The mask is not valid, or does not fit the model.
+        """
         self.check_fits(opened.geometry)
         for block, mask in zip(opened.blocks, self.blocks, strict=True):
             mask.apply_(block)
-        return model
 
     def summary(self, model: nn.Module) -> str:
         """Return a table of what each block keeps: heads, widths, neurons, columns, and shares of params and MACs.
@@ -300,18 +272,11 @@ class ModelMask:
             ValueError: The mask is not valid, or does not fit the model.
             TypeError: The model is not one that gohsp can prune.
         """
-        self.validate(model)
-        dense, pruned = count(model), count(model, mask=self)
-        table = Table(title=f"{self.model}: kept of each block")
-        for name in _SUMMARY:
-            table.add_column(name, justify="left" if "widths" in name else "right")
-        for index, mask in enumerate(self.blocks):
-            table.add_row(str(index), *_kept(mask), *_shares_kept(pruned.blocks[index], dense.blocks[index]))
-        table.add_section()
-        table.add_row("model", *[""] * 6, *_shares_kept(pruned, dense))
-        text = io.StringIO()
-        Console(file=text, width=200, color_system=None).print(table)
-        return text.getvalue()
+        opened = open_model(model)
+        self.check_fits(opened.geometry)
+        dense, pruned = count_opened(opened), count_opened(opened, mask=self)
+        layouts = [block.layout() for block in self.blocks]
+        return table(f"{self.model}: kept of each block", layouts, self.geometry, pruned, dense)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mask as plain JSON values.
@@ -323,7 +288,7 @@ class ModelMask:
             "format": 1 if self.geometry.is_uniform else 2,
             "model": self.model,
             "geometry": _write_geometry(self.geometry),
-            "blocks": [{name: _to_ranges(getattr(block, name)) for name in FIELDS} for block in self.blocks],
+            "blocks": [{name: to_ranges(getattr(block, name)) for name in FIELDS} for block in self.blocks],
         }
 
     @classmethod
@@ -346,7 +311,7 @@ class ModelMask:
         for index, (entry, size) in enumerate(zip(data["blocks"], sizes.blocks, strict=True)):
             where, shapes = f"mask.blocks[{index}]", _shapes(size)
             check_keys(entry, FIELDS, where)
-            blocks.append(BlockMask(**{n: _from_ranges(entry[n], shapes[n], f"{where}.{n}") for n in FIELDS}))
+            blocks.append(BlockMask(**{n: from_ranges(entry[n], shapes[n], f"{where}.{n}") for n in FIELDS}))
         mask = cls(blocks, data["model"], sizes)
         mask.validate()
         return mask
@@ -423,27 +388,6 @@ def _shares(keep: float | Mapping[str, float]) -> dict[str, float]:
     return {name: named.get(name, 1.0) for name in FIELDS}
 
 
-def _kept(mask: BlockMask) -> tuple[str, ...]:
-    layout = mask.layout()
-    heads = f"{len(layout.heads)}/{mask.heads.numel()}"
-    hidden = f"{layout.hidden.numel()}/{mask.hidden.numel()}"
-    attn = f"{int(mask.attn_in.sum())}/{int(mask.attn_out.sum())}"
-    mlp = f"{int(mask.mlp_in.sum())}/{int(mask.mlp_out.sum())}"
-    return heads, _widths(layout.qk_widths), _widths(layout.v_widths), hidden, attn, mlp
-
-
-def _widths(widths: Sequence[int]) -> str:
-    if len(widths) > 1 and len(set(widths)) == 1:
-        return f"{len(widths)} x {widths[0]}"
-    return " ".join(map(str, widths)) or "-"
-
-
-def _shares_kept(pruned: Any, dense: Any) -> tuple[str, str]:
-    params = f"{pruned.params / 1e6:.3f} M  {pruned.params / dense.params:4.0%}"
-    macs = f"{pruned.macs / 1e6:.1f} M  {pruned.macs / dense.macs:4.0%}"
-    return params, macs
-
-
 def _write_geometry(geometry: Geometry) -> dict[str, Any] | list[dict[str, Any]]:
     sizes = [asdict(block) for block in geometry.blocks]
     return {"depth": geometry.depth, **sizes[0]} if geometry.is_uniform else sizes
@@ -468,45 +412,3 @@ def _check_sizes(sizes: Mapping[str, Any], where: str) -> None:
         kind = bool if name == "qk_norm" else int
         if type(value) is not kind or value < 0:
             raise ValueError(f"{where}.{name}: wanted a non-negative {kind.__name__}, got {value!r}")
-
-
-def _to_ranges(kept: Tensor) -> str | list[str]:
-    if kept.dim() == 2:
-        return [_row_to_ranges(row) for row in kept]
-    return _row_to_ranges(kept)
-
-
-def _row_to_ranges(row: Tensor) -> str:
-    if bool(row.all()):
-        return "all"
-    runs: list[list[int]] = []
-    for index in _indices(row).tolist():
-        if runs and index == runs[-1][1] + 1:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
-def _from_ranges(value: Any, shape: tuple[int, ...], where: str) -> Tensor:
-    if len(shape) == 1:
-        return _row_from_ranges(value, shape[0], where)
-    if not isinstance(value, list) or len(value) != shape[0]:
-        raise ValueError(f"{where}: wanted a list of {shape[0]} strings, got {value!r}")
-    rows = [_row_from_ranges(row, shape[1], f"{where}[{i}]") for i, row in enumerate(value)]
-    return torch.stack(rows)
-
-
-def _row_from_ranges(value: Any, size: int, where: str) -> Tensor:
-    if value == "all":
-        return torch.ones(size, dtype=torch.bool, device="cpu")
-    if not isinstance(value, str) or not re.fullmatch(r"(\d+(-\d+)?(,\d+(-\d+)?)*)?", value, re.ASCII):
-        raise ValueError(f"{where}: wanted ranges such as '0-3,7', 'all' or '', got {value!r}")
-    kept = torch.zeros(size, dtype=torch.bool, device="cpu")
-    for run in filter(None, value.split(",")):
-        first, _, last = run.partition("-")
-        start, stop = int(first), int(last or first)
-        if not start <= stop < size:
-            raise ValueError(f"{where}: wanted ascending indices below {size}, got {run!r}")
-        kept[start : stop + 1] = True
-    return kept

@@ -22,8 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gohsp.scores import RIDGE, Evidence, Grouping, by_score
-from gohsp.statistics import damped
+from gohsp.pruning.criteria import RIDGE, Evidence, Grouping, by_score
+from gohsp.pruning.moments import damped
 
 START = 0.05  # rho at the first step, relative to the mean variance
 GROWTH = 1.1

@@ -25,19 +25,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gohsp.budget import GROUPS, BlockBudget, BlockPlan, allocate, counted, parse_target
 from gohsp.compress import refuse_hooks
-from gohsp.count import Count, count
-from gohsp.cut import OPTIMISERS, Cutter
-from gohsp.latency import LatencyTable
-from gohsp.mask import ModelMask
+from gohsp.count import Count, count_opened
+from gohsp.masks.mask import ModelMask
 from gohsp.models.base import Geometry, OpenModel
 from gohsp.models.hooks import evaluating
 from gohsp.models.registry import open_model
-from gohsp.ranking import check_reading, check_scores
-from gohsp.scores import CRITERIA
-from gohsp.statistics import embed, measure_sensitivities
-from gohsp.survey import Settings, Survey, survey
+from gohsp.pruning.budget import GROUPS, BlockBudget, BlockPlan, allocate, counted, parse_target
+from gohsp.pruning.calibration import embed
+from gohsp.pruning.criteria import CRITERIA
+from gohsp.pruning.latency import LatencyTable
+from gohsp.pruning.layerwise import OPTIMISERS, Cutter
+from gohsp.pruning.ranking import check_reading, check_scores
+from gohsp.pruning.scoring import Settings, Survey, survey
+from gohsp.pruning.sensitivity import measure_sensitivities
 
 DEFAULT_TARGET: Mapping[str, float] = MappingProxyType({"params": 0.65})
 
@@ -110,7 +111,8 @@ def prune(
             images are enough; their tokens are kept in memory (two or three times N * D numbers an image).
         target: Share of the dense model's cost to keep, everything counted: {"params": share}, {"macs": share} or, with
             a latency table, {"ms": share}.
-        method: Criterion of the choice: "gohsp", or one of the others in :data:`gohsp.scores.CRITERIA` to compare with.
+        method: Criterion of the choice: "gohsp", or one of the others in :data:`gohsp.pruning.criteria.CRITERIA` to
+            compare with.
         groups: What may go: "heads", "hidden" (neurons, in tiles of 16), "qk" and "v" (channels of a head, in tiles of
             8), "attn_in", "attn_out", "mlp_in", "mlp_out" (residual features that a sublayer reads or writes, in tiles
             of 16). One head, one tile of each kept head and one tile of everything else stay in every block.
@@ -156,7 +158,8 @@ def prune(
     if importance is not None:
         importance = check_scores(importance, [block.num_heads for block in size.blocks])
     pruned = copy.deepcopy(model)
-    mask = ModelMask.full(model)
+    opened_copy = open_model(pruned)
+    mask = ModelMask.full_of(opened)
     generator = torch.Generator().manual_seed(seed)
     tick = _ticker(on_progress, 1 + 4 * depth)
     with torch.no_grad(), evaluating(model), evaluating(pruned):
@@ -164,13 +167,13 @@ def prune(
         sensitivities = measure_sensitivities(opened, stream, seed)
         tick()
         found = survey(opened, stream, sensitivities, settings, generator, tick, importance)
-        dense = count(model, image_size)
+        dense = count_opened(opened, image_size)
         if budgets is None:
             plans, outside = _plans(opened, found, dense, kind, latency)
             budgets = allocate(plans, share, outside, floors, None if kind == "ms" else getattr(dense, kind))
-        errors = Cutter(opened, open_model(pruned), mask, stream, found, settings, generator).run(list(budgets), tick)
-        mask.apply_(pruned)
-    report = PruneReport(method, dense, count(model, image_size, mask=mask), found.heads, list(budgets), errors)
+        errors = Cutter(opened, opened_copy, mask, stream, found, settings, generator).run(list(budgets), tick)
+        mask.apply_to_(opened_copy)
+    report = PruneReport(method, dense, count_opened(opened, image_size, mask=mask), found.heads, list(budgets), errors)
     return PruneResult(mask, pruned, report)
 
 

@@ -9,13 +9,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gohsp import admm
-from gohsp.budget import BlockBudget
-from gohsp.mask import BlockMask, ModelMask
+from gohsp.masks.mask import BlockMask, ModelMask
 from gohsp.models.base import Attention, BlockGeometry, OpenModel, Projection, Sublayer
-from gohsp.scores import CRITERIA, RIDGE, Evidence, Grouping, by_score, head_guide
-from gohsp.statistics import CHUNK, Moments, damped
-from gohsp.survey import (
+from gohsp.pruning import layerwise_admm
+from gohsp.pruning.budget import BlockBudget
+from gohsp.pruning.calibration import CHUNK
+from gohsp.pruning.criteria import CRITERIA, RIDGE, Evidence, Grouping, by_score, head_guide
+from gohsp.pruning.moments import Moments, damped
+from gohsp.pruning.scoring import (
     Settings,
     Survey,
     channels_of,
@@ -187,7 +188,7 @@ class Cutter:
         if self.settings.optimiser != "admm":
             return criterion.eliminate(evidence, grouping, keep).left
         guided = evidence if criterion.guided else replace(evidence, guide=None)
-        return admm.choose(guided, grouping, keep, criterion.favours(evidence, grouping))
+        return layerwise_admm.choose(guided, grouping, keep, criterion.favours(evidence, grouping))
 
     def _refit(self, linear: Projection, moments: Moments, kept: Tensor) -> None:
         """Fit a linear layer on the columns that stay, unless these are to be left as they are; zero the others."""

@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gohsp.mask import ModelMask
+from gohsp.masks.mask import ModelMask
 from gohsp.models.base import BlockGeometry, Geometry, OpenModel
 from gohsp.models.registry import open_model
 from gohsp.recipe import Admm
@@ -65,7 +65,7 @@ class SoftMaskAdmm:
         opened = open_model(model)
         plan.check_fits(opened.geometry)
         self.size, self.settings, self.agree = opened.geometry, settings, agree
-        self.full = ModelMask.full(model)
+        self.full = ModelMask.full_of(opened)
         self.counts = [_counts(index, plan, self.full) for index in range(self.size.depth)]
         self.guide = _guide(importance, self.size, settings.guidance)
         self.rho, self.softness, self.residual = settings.rho, 1.0, 0.0

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gohsp.compress import compress
 from gohsp.files import check_keys, read_json, replacing, write_json
-from gohsp.mask import ModelMask
+from gohsp.masks.mask import ModelMask
 from gohsp.models.registry import FAMILIES, family_of
 
 FORMAT = 1

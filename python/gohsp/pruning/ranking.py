@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from gohsp.models.hooks import evaluating, inputs_of
 from gohsp.models.registry import open_model
-from gohsp.statistics import Moments, damped, read_images
+from gohsp.pruning.calibration import read_images
+from gohsp.pruning.moments import Moments, damped
 
 
 class Similarity(Protocol):

@@ -21,17 +21,17 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from gohsp.compress import compress
-from gohsp.io import digest_weights
-from gohsp.mask import ModelMask
+from gohsp.masks.mask import ModelMask
 from gohsp.models.registry import is_compressed
-from gohsp.prune import PruneResult
+from gohsp.pruning.prune import PruneResult
 from gohsp.recipe import Admm, Distillation, Fit
+from gohsp.serialization import digest_weights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from gohsp.training.admm import SoftMaskAdmm
     from gohsp.training.losses import Distilled
+    from gohsp.training.soft_mask_admm import SoftMaskAdmm
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _pruner(
 ) -> SoftMaskAdmm:
     from accelerate.utils import broadcast
 
-    from gohsp.training.admm import SoftMaskAdmm
+    from gohsp.training.soft_mask_admm import SoftMaskAdmm
 
     return SoftMaskAdmm(model.to(accelerator.device), mask, importance, settings, agree=broadcast)
 
