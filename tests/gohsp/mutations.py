@@ -207,8 +207,8 @@ MUTATIONS = {
         "test_scores.py::test_the_odd_rest_goes_first_and_a_tile_stays",
     ),
     "scores: guides go by the place among the heads that are open": Mutation(
-        "pruning/criteria.py", "_factor(evidence.guide, pool)\n            for pool, chosen in zip(pools,",
-        "_factor(evidence.guide, pool)\n            for pool, chosen in zip(range(len(pools)),",
+        "pruning/criteria.py", "_factor(statistics.guide, pool)\n            for pool, chosen in zip(pools,",
+        "_factor(statistics.guide, pool)\n            for pool, chosen in zip(range(len(pools)),",
         "test_scores.py::test_guides_stay_with_their_heads",
     ),
     "scores: an average head is not guided by one": Mutation(
@@ -216,7 +216,7 @@ MUTATIONS = {
         "test_scores.py::test_head_guide_is_one_for_an_average_head",
     ),
     "scores: prices of outputs are not shares": Mutation(
-        "pruning/criteria.py", "return self._scaled(self.outputs(evidence))", "return self.outputs(evidence).cpu()",
+        "pruning/criteria.py", "return self._scaled(self.outputs(statistics))", "return self.outputs(statistics).cpu()",
         "test_scores.py::test_a_criterion_of_ones_own_is_on_one_scale",
     ),
     "scores: QK energy with the mean of the keys": Mutation(
@@ -237,8 +237,8 @@ MUTATIONS = {
         "test_admm.py::test_the_steps_are_those_that_are_described"
     ),
     "admm: columns are not scaled to one variance": Mutation(
-        "pruning/layerwise_admm.py", "weight = root.T @ evidence.weight * deviations",
-        "weight = root.T @ evidence.weight",
+        "pruning/layerwise_admm.py", "weight = root.T @ statistics.weight * deviations",
+        "weight = root.T @ statistics.weight",
         "test_admm.py::test_units_of_the_inputs_do_not_matter",
     ),
     "cut: biases are not fitted": Mutation(
@@ -260,7 +260,7 @@ MUTATIONS = {
         "test_prune.py::test_the_fit_sees_the_attention_that_is_left",
     ),
     "survey: the graph does not guide the heads' budget": Mutation(
-        "pruning/scoring.py", "replace(look.write, guide=guide)", "look.write",
+        "pruning/scoring.py", "replace(known.write, guide=guide)", "known.write",
         "test_prune.py::test_the_graph_guides_the_budget_of_heads",
     ),
     "save: the number of neurons is rounded down": Mutation(

@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 import gohsp
 from gohsp.cli import app
 from gohsp.recipe import ModelSource, read_recipe
-from gohsp.runs.directory import Run, open_model, read_scores
+from gohsp.runs.directory import RunDirectory, open_model, read_scores
 
 Call = Callable[..., Result]
 NAME = "commands_vit_tiny"
@@ -75,7 +75,7 @@ def refused(result: Result, message: str) -> None:
 
 @pytest.mark.slow
 def test_each_command_goes_on_from_the_one_before(call: Call, recipe: Path, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
     out = ("--out", run.directory)
     assert "gohsp prune --out" in done(call("rank", "--recipe", recipe, *out)).replace("\n", " ")
     first = read_scores(run.scores)
@@ -107,7 +107,7 @@ def test_each_command_goes_on_from_the_one_before(call: Call, recipe: Path, tmp_
 def test_pruning_takes_the_scores_of_rank_and_ranks_again_where_they_are_of_another_ranking(
     call: Call, recipe: Path, tmp_path: Path
 ) -> None:
-    run = Run(tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
     out = ("--out", run.directory)
     done(call("rank", "--recipe", recipe, *out))
     stored = json.loads(run.scores.read_text())
@@ -139,7 +139,7 @@ def test_the_runs_seed_is_that_of_pruning(
 def test_training_prunes_first_where_nothing_was_pruned_and_by_admm_if_asked(
     call: Call, recipe: Path, tmp_path: Path
 ) -> None:
-    run = Run(tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
     output = done(call("train", "--recipe", recipe, "--out", run.directory, "--admm-epochs", 2, "--distill", "soft"))
     assert "admm" in output and "finetune" in output
     plan, trained = gohsp.ModelMask.load(run.mask), gohsp.ModelMask.of(gohsp.load(run.model))
@@ -168,7 +168,7 @@ def test_options_override_the_recipe_and_are_remembered(call: Call, recipe: Path
 
 
 def test_a_saved_model_is_evaluated_by_its_directory(call: Call, recipe: Path, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
     done(call("prune", "--recipe", recipe, "--out", run.directory))
     output = done(call("evaluate", "--recipe", recipe, "--model", run.pruned, "--out", tmp_path / "other"))
     assert "compressed: top-1" in output
@@ -241,7 +241,7 @@ def test_a_target_in_time_is_measured_once(
         return gohsp.LatencyTable.model_validate(size | steps)
 
     monkeypatch.setattr(gohsp.LatencyTable, "measure", measure)
-    run = Run(tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
     for share in (0.6, 0.8):
         result = call("prune", "--recipe", recipe, "--out", run.directory, "--target", f"ms={share}")
         assert result.exit_code == 0, result.output
@@ -257,7 +257,7 @@ def test_a_target_without_a_number_is_refused(call: Call) -> None:
 
 
 def test_training_by_admm_needs_counts(call: Call, recipe: Path, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
     done(call("prune", "--recipe", recipe, "--out", run.directory))
     run.mask.unlink()
     refused(call("train", "--out", run.directory, "--admm-epochs", 1), "it has no mask.json")

@@ -22,7 +22,7 @@ from gohsp.pruning.layerwise import OPTIMISERS
 from gohsp.pruning.moments import Moments
 from gohsp.pruning.prune import PruneResult, prune
 from gohsp.pruning.ranking import SIMILARITIES, rank_heads
-from gohsp.pruning.scoring import Settings, survey
+from gohsp.pruning.scoring import PruneSettings, score_groups
 from gohsp.pruning.sensitivity import measure_sensitivities
 
 SMALL: dict[str, Any] = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}  # heads of 16, 192 neurons
@@ -363,9 +363,11 @@ def test_the_graph_guides_the_budget_of_heads(make_model, images) -> None:
     for guidance in (0.0, 1.0):
         with torch.no_grad():
             stream, _ = embed(open_model(model), batches_of(images))
-            settings = Settings("gohsp", ("heads",), "ridge", 0, "cka", 0.0, "important", guidance, 0.3)
+            settings = PruneSettings("gohsp", ("heads",), "ridge", 0, "cka", 0.0, "important", guidance, 0.3)
             sensitivities = measure_sensitivities(open_model(model), stream)
-            found = survey(open_model(model), stream, sensitivities, settings, torch.Generator(), lambda: None, scores)
+            found = score_groups(
+                open_model(model), stream, sensitivities, settings, torch.Generator(), lambda: None, scores
+            )
         lost.append([steps["heads"][0].loss for steps in found.steps])
     assert [steps["heads"][0].head for steps in found.steps] == [2, 0]
     assert all(guided < 1e-3 * plain for plain, guided in zip(*lost, strict=True))

@@ -17,11 +17,11 @@ from gohsp.pruning.criteria import (
     CRITERIA,
     RIDGE,
     Criterion,
-    Elimination,
-    Evidence,
-    Grouping,
-    OutputEvidence,
-    QKEvidence,
+    LayerStatistics,
+    OutputStatistics,
+    PruningGroups,
+    QKStatistics,
+    RemovalOrder,
     by_score,
     head_guide,
     information,
@@ -39,12 +39,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def evidence(seed: int = 0, columns: int = COLUMNS) -> Evidence:
+def statistics(seed: int = 0, columns: int = COLUMNS) -> LayerStatistics:
     samples, root = (
         normal(60, columns, seed=seed) @ normal(columns, columns, seed=seed + 1),
         normal(5, 5, seed=seed + 2),
     )
-    return Evidence(
+    return LayerStatistics(
         weight=normal(FEATURES, columns, seed=seed + 3),
         covariance=torch.cov(samples.T),
         metric=root @ root.T,
@@ -54,15 +54,15 @@ def evidence(seed: int = 0, columns: int = COLUMNS) -> Evidence:
     )
 
 
-def singles(columns: int = COLUMNS, tile: int = 1, floor: int = 1) -> Grouping:
-    return Grouping([torch.arange(columns)], tile, floor)
+def singles(columns: int = COLUMNS, tile: int = 1, floor: int = 1) -> PruningGroups:
+    return PruningGroups([torch.arange(columns)], tile, floor)
 
 
-def heads(width: int = 3, columns: int = COLUMNS) -> Grouping:
-    return Grouping(list(torch.arange(columns).split(width)), width, 0)
+def heads(width: int = 3, columns: int = COLUMNS) -> PruningGroups:
+    return PruningGroups(list(torch.arange(columns).split(width)), width, 0)
 
 
-def compensated_error(given: Evidence, gone: list[int]) -> float:
+def compensated_error(given: LayerStatistics, gone: list[int]) -> float:
     """The least that removing some columns can cost: the objective minimised directly over the other weights."""
     square = damped(given.covariance, RIDGE)
     rest = [column for column in range(len(square)) if column not in gone]
@@ -73,12 +73,12 @@ def compensated_error(given: Evidence, gone: list[int]) -> float:
     return torch.trace(given.metric @ change @ square @ change.T).item()
 
 
-def removed(elimination: Elimination) -> list[int]:
-    return [int(column) for step in elimination.steps for column in step]
+def removed(order: RemovalOrder) -> list[int]:
+    return [int(column) for step in order.steps for column in step]
 
 
 def test_first_loss_is_the_least_compensated_error() -> None:
-    given = evidence()
+    given = statistics()
     got = obs(given, singles())
     errors = [compensated_error(given, [column]) for column in range(COLUMNS)]
     assert removed(got)[0] == min(range(COLUMNS), key=errors.__getitem__)
@@ -86,31 +86,31 @@ def test_first_loss_is_the_least_compensated_error() -> None:
 
 
 def test_first_loss_with_a_plain_metric_is_the_published_formula() -> None:
-    given = replace(evidence(), metric=torch.eye(FEATURES, dtype=torch.float64))
+    given = replace(statistics(), metric=torch.eye(FEATURES, dtype=torch.float64))
     inverse = torch.linalg.inv(damped(given.covariance, RIDGE))
     scores = given.weight.square().sum(dim=0) / inverse.diagonal()
     assert obs(given, singles()).losses[0] == pytest.approx(scores.min().item(), rel=1e-10)
 
 
-@pytest.mark.parametrize("grouping", [singles(), singles(tile=5, floor=1), heads()])
-def test_losses_add_up_to_the_joint_error_of_all_that_has_gone(grouping: Grouping) -> None:
+@pytest.mark.parametrize("groups", [singles(), singles(tile=5, floor=1), heads()])
+def test_losses_add_up_to_the_joint_error_of_all_that_has_gone(groups: PruningGroups) -> None:
     """Each step is priced after those before it, so nothing is counted twice: exact, by the downdates."""
-    given = evidence(seed=4)
-    got = obs(given, grouping)
+    given = statistics(seed=4)
+    got = obs(given, groups)
     for step in range(1, len(got.steps) + 1):
         gone = [int(column) for columns in got.steps[:step] for column in columns]
         assert sum(got.losses[:step]) == pytest.approx(compensated_error(given, gone), rel=1e-7)
 
 
 def test_heads_are_chosen_by_their_joint_error() -> None:
-    given, grouping = evidence(seed=9), heads()
-    errors = [compensated_error(given, pool.tolist()) for pool in grouping.pools]
-    first = obs(given, grouping).steps[0]
-    assert first.tolist() == grouping.pools[min(range(4), key=errors.__getitem__)].tolist()
+    given, groups = statistics(seed=9), heads()
+    errors = [compensated_error(given, pool.tolist()) for pool in groups.pools]
+    first = obs(given, groups).steps[0]
+    assert first.tolist() == groups.pools[min(range(4), key=errors.__getitem__)].tolist()
 
 
 def test_elimination_is_close_to_the_best_subset() -> None:
-    given = evidence(seed=2, columns=8)
+    given = statistics(seed=2, columns=8)
     best = min(compensated_error(given, list(gone)) for gone in combinations(range(8), 4))
     got = compensated_error(given, removed(obs(given, singles(8), keep=4)))
     typical = sum(compensated_error(given, list(gone)) for gone in combinations(range(8), 4)) / 70
@@ -122,7 +122,7 @@ def test_one_of_two_twins_is_nearly_free_and_then_the_other_is_the_dearest() -> 
     covariance = torch.eye(6, dtype=torch.float64)
     covariance[2, 4] = covariance[4, 2] = 1.0
     given = replace(
-        evidence(columns=6),
+        statistics(columns=6),
         weight=torch.ones(1, 6, dtype=torch.float64),
         covariance=covariance,
         metric=torch.eye(1, dtype=torch.float64),
@@ -135,38 +135,38 @@ def test_one_of_two_twins_is_nearly_free_and_then_the_other_is_the_dearest() -> 
 
 
 def test_permuting_heads_permutes_the_order() -> None:
-    given, grouping = evidence(seed=5), heads()
+    given, groups = statistics(seed=5), heads()
     order = [2, 0, 3, 1]
-    columns = torch.cat([grouping.pools[head] for head in order])
+    columns = torch.cat([groups.pools[head] for head in order])
     turned = replace(given, weight=given.weight[:, columns], covariance=given.covariance[columns][:, columns])
-    before, after = obs(given, grouping), obs(turned, grouping)
+    before, after = obs(given, groups), obs(turned, groups)
     assert [order[int(step[0]) // 3] for step in after.steps] == [int(step[0]) // 3 for step in before.steps]
     assert after.losses == pytest.approx(before.losses, rel=1e-9)
 
 
 def test_a_guide_multiplies_the_cost_of_its_head() -> None:
-    given, grouping = evidence(seed=6), heads()
-    plain = obs(given, grouping)
+    given, groups = statistics(seed=6), heads()
+    plain = obs(given, groups)
     first = int(plain.steps[0][0]) // 3
     guide = torch.ones(4, dtype=torch.float64)
     guide[first] = 1e6
-    guided = obs(replace(given, guide=guide), grouping)
+    guided = obs(replace(given, guide=guide), groups)
     assert first not in [int(step[0]) // 3 for step in guided.steps]
-    same = obs(replace(given, guide=torch.full((4,), 2.0)), grouping)
+    same = obs(replace(given, guide=torch.full((4,), 2.0)), groups)
     assert same.losses == pytest.approx([2 * loss for loss in plain.losses])
 
 
 def test_guides_stay_with_their_heads() -> None:
     """Also after the first has gone, when the places of those that are left no longer are their numbers."""
     guide = torch.tensor([1e4, 1.0, 1e8, 1e12], dtype=torch.float64)
-    got = obs(replace(evidence(seed=6), guide=guide), heads())
+    got = obs(replace(statistics(seed=6), guide=guide), heads())
     assert [int(step[0]) // 3 for step in got.steps] == [1, 0, 2]
 
 
 @pytest.mark.parametrize("name", CRITERIA)
 @pytest.mark.parametrize(("tile", "sizes"), [(5, [2, 5]), (4, [4, 4]), (12, [])])
 def test_the_odd_rest_goes_first_and_a_tile_stays(name: str, tile: int, sizes: list[int]) -> None:
-    got = CRITERIA[name].eliminate(evidence(), singles(tile=tile, floor=tile))
+    got = CRITERIA[name].eliminate(statistics(), singles(tile=tile, floor=tile))
     assert [len(step) for step in got.steps] == sizes
     assert len(got.left) == tile
     assert sorted(removed(got) + got.left.tolist()) == list(range(COLUMNS))
@@ -174,7 +174,7 @@ def test_the_odd_rest_goes_first_and_a_tile_stays(name: str, tile: int, sizes: l
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_one_head_always_stays(name: str) -> None:
-    got = CRITERIA[name].eliminate(evidence(), heads())
+    got = CRITERIA[name].eliminate(statistics(), heads())
     assert len(got.steps) == 3
     assert [columns.tolist() for columns in got.steps if len(columns) != 3 or int(columns[0]) % 3] == []
     assert len(got.left) == 3
@@ -182,7 +182,7 @@ def test_one_head_always_stays(name: str) -> None:
 
 @pytest.mark.parametrize("name", CRITERIA)
 def test_channels_leave_a_tile_in_every_head(name: str) -> None:
-    got = CRITERIA[name].eliminate(evidence(), Grouping(list(torch.arange(COLUMNS).split(6)), 2, 2))
+    got = CRITERIA[name].eliminate(statistics(), PruningGroups(list(torch.arange(COLUMNS).split(6)), 2, 2))
     assert [len({int(column) // 6 for column in step}) for step in got.steps] == [1] * 4
     assert (got.left < 6).sum() == 2
 
@@ -190,10 +190,10 @@ def test_channels_leave_a_tile_in_every_head(name: str) -> None:
 @pytest.mark.parametrize("name", CRITERIA)
 def test_keep_stops_the_same_elimination_early(name: str) -> None:
     whole = CRITERIA[name].eliminate(
-        replace(evidence(), generator=torch.Generator().manual_seed(3)), singles(tile=2, floor=2)
+        replace(statistics(), generator=torch.Generator().manual_seed(3)), singles(tile=2, floor=2)
     )
     part = CRITERIA[name].eliminate(
-        replace(evidence(), generator=torch.Generator().manual_seed(3)), singles(tile=2, floor=2), 6
+        replace(statistics(), generator=torch.Generator().manual_seed(3)), singles(tile=2, floor=2), 6
     )
     assert len(part.left) == 6
     assert removed(part) == removed(whole)[:6]
@@ -210,7 +210,7 @@ def test_keep_stops_the_same_elimination_early(name: str) -> None:
 )
 def test_scores_are_shares_by_hand(name: str, order: list[int], losses: list[float]) -> None:
     given = replace(
-        evidence(columns=3),
+        statistics(columns=3),
         weight=torch.tensor([[3.0, -1.0, 2.0]], dtype=torch.float64),
         covariance=torch.diag(torch.tensor([1.0, 20.0, 1.0], dtype=torch.float64)),
         metric=torch.eye(1, dtype=torch.float64),
@@ -223,7 +223,7 @@ def test_scores_are_shares_by_hand(name: str, order: list[int], losses: list[flo
 
 def test_information_is_what_the_neighbours_do_not_tell() -> None:
     """By the formula with explicit matrices, for columns and for heads."""
-    given = evidence(seed=3)
+    given = statistics(seed=3)
     deviations = given.covariance.diagonal().sqrt()
     graph = (given.covariance / torch.outer(deviations, deviations)).abs()
     graph -= torch.diag(graph.diagonal())
@@ -240,26 +240,26 @@ def test_information_is_what_the_neighbours_do_not_tell() -> None:
 def test_information_of_a_copy_is_less_than_that_of_its_own_kind() -> None:
     sample = normal(200, 3)
     sample = torch.cat((sample, sample[:, :1]), dim=1)
-    given = replace(evidence(columns=4), sample=sample, covariance=torch.cov(sample.T))
+    given = replace(statistics(columns=4), sample=sample, covariance=torch.cov(sample.T))
     scores = information(given, singles(4))
     assert scores[0] < 0.6 * scores[1:3].min() and scores[3] < 0.6 * scores[1:3].min()
 
 
 def test_what_was_not_measured_is_asked_for() -> None:
-    with pytest.raises(ValueError, match="evidence: wanted first-order terms"):
-        CRITERIA["taylor"].eliminate(replace(evidence(), taylor=None), singles())
-    with pytest.raises(ValueError, match="evidence: wanted rows of the inputs"):
-        CRITERIA["information"].eliminate(replace(evidence(), sample=None), singles())
+    with pytest.raises(ValueError, match="statistics: wanted first-order terms"):
+        CRITERIA["taylor"].eliminate(replace(statistics(), taylor=None), singles())
+    with pytest.raises(ValueError, match="statistics: wanted rows of the inputs"):
+        CRITERIA["information"].eliminate(replace(statistics(), sample=None), singles())
 
 
 def test_obs_is_gohsp_without_the_graph() -> None:
-    guided = replace(evidence(seed=6), guide=torch.tensor([100.0, 1.0, 1e-2, 1.0], dtype=torch.float64))
+    guided = replace(statistics(seed=6), guide=torch.tensor([100.0, 1.0, 1e-2, 1.0], dtype=torch.float64))
     assert removed(CRITERIA["obs"].eliminate(guided, heads())) == removed(obs(replace(guided, guide=None), heads()))
     assert removed(CRITERIA["gohsp"].eliminate(guided, heads())) != removed(CRITERIA["obs"].eliminate(guided, heads()))
 
 
 def test_evidence_of_some_columns() -> None:
-    given, columns = evidence(), torch.tensor([4, 1])
+    given, columns = statistics(), torch.tensor([4, 1])
     got = given.of(columns)
     assert torch.equal(got.weight, given.weight[:, columns])
     assert got.covariance[0, 1] == given.covariance[4, 1]
@@ -268,11 +268,11 @@ def test_evidence_of_some_columns() -> None:
 
 
 def test_output_scores_by_hand() -> None:
-    given = replace(evidence(), metric=torch.diag(torch.arange(1.0, 6.0, dtype=torch.float64)))
+    given = replace(statistics(), metric=torch.diag(torch.arange(1.0, 6.0, dtype=torch.float64)))
     energy = torch.tensor([5.0, 1.0, 1.0, 2.0, 1.0], dtype=torch.float64)
     weight = normal(5, 7)
     cost = torch.tensor([5.0, 2.0, 3.0, 8.0, 5.0], dtype=torch.float64)
-    outputs = OutputEvidence(weight, energy, given.metric, given.generator)
+    outputs = OutputStatistics(weight, energy, given.metric, given.generator)
     torch.testing.assert_close(CRITERIA["gohsp"].output_costs(outputs), cost)
     torch.testing.assert_close(CRITERIA["taylor"].output_costs(outputs), cost / cost.sum())
     torch.testing.assert_close(CRITERIA["activation"].output_costs(outputs), energy / 10)
@@ -283,7 +283,9 @@ def test_output_scores_by_hand() -> None:
 def test_random_follows_its_generator() -> None:
     def draw(seed: int) -> list[int]:
         return removed(
-            CRITERIA["random"].eliminate(replace(evidence(), generator=torch.Generator().manual_seed(seed)), singles())
+            CRITERIA["random"].eliminate(
+                replace(statistics(), generator=torch.Generator().manual_seed(seed)), singles()
+            )
         )
 
     assert draw(1) == draw(1)
@@ -292,7 +294,7 @@ def test_random_follows_its_generator() -> None:
 
 def test_by_score_takes_the_cheapest_tile_of_all_pools() -> None:
     scores = torch.tensor([5.0, 1.0, 4.0, 0.5, 2.0, 9.0])
-    got = by_score(scores, Grouping([torch.arange(3), torch.arange(3, 6)], 1, 1))
+    got = by_score(scores, PruningGroups([torch.arange(3), torch.arange(3, 6)], 1, 1))
     assert removed(got) == [3, 1, 4, 2]
     assert got.losses == [0.5, 1.0, 2.0, 4.0]
     assert got.left.tolist() == [0, 5]
@@ -320,7 +322,7 @@ def test_qk_scores_share_what_the_heads_attention_is_worth() -> None:
     weight = normal(3 * 8, 6, seed=1)
 
     def costs(name: str) -> Tensor:
-        return CRITERIA[name].qk_costs(QKEvidence(weight, energy, worth, torch.Generator().manual_seed(5)))
+        return CRITERIA[name].qk_costs(QKStatistics(weight, energy, worth, torch.Generator().manual_seed(5)))
 
     got = costs("gohsp")
     torch.testing.assert_close(got.sum(dim=1), worth)
@@ -336,7 +338,7 @@ def test_qk_scores_share_what_the_heads_attention_is_worth() -> None:
 
 def test_a_silent_head_costs_nothing() -> None:
     energy = torch.zeros(2, 4, dtype=torch.float64)
-    given = QKEvidence(normal(24, 6), energy, torch.ones(2, dtype=torch.float64), torch.Generator())
+    given = QKStatistics(normal(24, 6), energy, torch.ones(2, dtype=torch.float64), torch.Generator())
     assert not CRITERIA["gohsp"].qk_costs(given).any()
 
 
@@ -345,8 +347,8 @@ class WeightTimesDeviation(Criterion):
 
     name = "mine"
 
-    def columns(self, evidence: Evidence, grouping: Grouping) -> Tensor:
-        return 50 * evidence.weight.abs().sum(dim=0) * evidence.covariance.diagonal().sqrt()
+    def columns(self, statistics: LayerStatistics, groups: PruningGroups) -> Tensor:
+        return 50 * statistics.weight.abs().sum(dim=0) * statistics.covariance.diagonal().sqrt()
 
 
 @pytest.fixture
@@ -359,11 +361,11 @@ def mine() -> Iterator[Criterion]:
 
 def test_a_criterion_of_ones_own_is_on_one_scale(mine: Criterion) -> None:
     energy = 50 * normal(FEATURES).square()
-    outputs = OutputEvidence(normal(FEATURES, 7), energy, 3 * torch.eye(FEATURES), torch.Generator())
-    heads_of_two = QKEvidence(normal(24, 6), 50 * normal(2, 4).square(), normal(2).square(), torch.Generator())
-    floor = Grouping([torch.arange(COLUMNS)], 1, 0)
-    left = mine.eliminate(evidence(), floor)
-    prices = mine.columns(evidence(), floor)
+    outputs = OutputStatistics(normal(FEATURES, 7), energy, 3 * torch.eye(FEATURES), torch.Generator())
+    heads_of_two = QKStatistics(normal(24, 6), 50 * normal(2, 4).square(), normal(2).square(), torch.Generator())
+    floor = PruningGroups([torch.arange(COLUMNS)], 1, 0)
+    left = mine.eliminate(statistics(), floor)
+    prices = mine.columns(statistics(), floor)
     assert sum(left.losses) == pytest.approx(float(1 - prices.max() / prices.sum()))
     assert float(mine.output_costs(outputs).sum()) == pytest.approx(1)
     assert float(mine.qk_costs(heads_of_two).sum()) == pytest.approx(1)
@@ -392,14 +394,14 @@ def test_columns_that_leave_together_are_priced_one_after_the_other() -> None:
     """Six pairs of twins of which six columns go in one step: one of each, where scores alone take three pairs."""
     half = normal(200, 6)
     samples = torch.cat((half, half), dim=1) + 1e-3 * normal(200, 12, seed=1)
-    given = replace(evidence(), covariance=torch.cov(samples.T))
+    given = replace(statistics(), covariance=torch.cov(samples.T))
     kept = obs(given, singles(tile=6, floor=6)).left
     assert sorted((kept % 6).tolist()) == list(range(6))
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_step_of_several_columns_is_the_exact_greedy_one(seed: int) -> None:
-    given = evidence(seed=seed)
+    given = statistics(seed=seed)
     together, one_by_one = obs(given, singles(tile=6, floor=6)), obs(given, singles(floor=6))
     assert together.left.tolist() == one_by_one.left.tolist()
     assert together.losses[0] == pytest.approx(sum(one_by_one.losses), rel=1e-8)

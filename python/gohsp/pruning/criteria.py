@@ -2,7 +2,7 @@
 """Criteria: in which order the columns of a linear layer leave it, and what each step costs.
 
 A :class:`Criterion` looks at one linear layer (proj or fc2) whose input columns are head outputs or hidden neurons, and
-gives an :class:`Elimination`. The budget reads its losses, the selection reads its order.
+gives a :class:`RemovalOrder`. The budget reads its losses, the selection reads its order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RIDGE = 1e-2  # damping of covariances in scores, relative to the mean variance
 
 
 @dataclass(frozen=True)
-class Evidence:
+class LayerStatistics:
     """What a criterion may look at. All tensors are float64.
 
     Attributes:
@@ -43,7 +43,7 @@ class Evidence:
     taylor: Tensor | None = None
     sample: Tensor | None = None
 
-    def of(self, columns: Tensor) -> Evidence:
+    def of(self, columns: Tensor) -> LayerStatistics:
         """Return the same for some of the columns, int64 [k]."""
         return replace(
             self,
@@ -55,7 +55,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class QKEvidence:
+class QKStatistics:
     """What a criterion may look at to price the QK channels of the H heads of a block, d each.
 
     Attributes:
@@ -72,7 +72,7 @@ class QKEvidence:
 
 
 @dataclass(frozen=True)
-class OutputEvidence:
+class OutputStatistics:
     """What a criterion may look at to price the residual features that a sublayer writes.
 
     Attributes:
@@ -89,7 +89,7 @@ class OutputEvidence:
 
 
 @dataclass(frozen=True)
-class Elimination:
+class RemovalOrder:
     """An order of removal. Step t removes ``steps[t]`` (int64 column indices, all of one pool) at a cost ``losses[t]``.
 
     Attributes:
@@ -108,7 +108,7 @@ class Elimination:
 
 
 @dataclass(frozen=True)
-class Grouping:
+class PruningGroups:
     """Which columns may leave together.
 
     Attributes:
@@ -136,7 +136,7 @@ class Grouping:
         ]
 
 
-def obs(evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
+def obs(statistics: LayerStatistics, groups: PruningGroups, keep: int = 0) -> RemovalOrder:
     """Backward elimination by the error that remains after the other columns have taken over (optimal brain surgeon).
 
     Removing the columns P and re-fitting the rest by least squares costs ``trace(M W_P [A_PP]^-1 W_P^T)``, with A the
@@ -145,25 +145,25 @@ def obs(evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
     W and A for it, so that a column whose twin has gone becomes dear. A guide multiplies the cost of its pool.
 
     Args:
-        evidence: The layer.
-        grouping: Which columns may leave together.
+        statistics: The layer.
+        groups: Which columns may leave together.
         keep: Stop when no more columns than that are left; 0 goes on while a pool can give.
     """
-    weight = evidence.weight.clone()
-    priced = evidence.metric @ weight
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(evidence.covariance, RIDGE)))
-    member = _membership(grouping.pools, weight.shape[1]).to(weight.device)
-    sizes = [len(pool) for pool in grouping.pools]
+    weight = statistics.weight.clone()
+    priced = statistics.metric @ weight
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(statistics.covariance, RIDGE)))
+    member = _membership(groups.pools, weight.shape[1]).to(weight.device)
+    sizes = [len(pool) for pool in groups.pools]
     steps, losses = [], []
-    while sum(sizes) > keep and (pools := grouping.open(sizes)):
+    while sum(sizes) > keep and (pools := groups.open(sizes)):
         # Columns that have gone are zero in all three matrices and belong to no pool.
         scores = (weight * priced).sum(dim=0) / inverse.diagonal()
         candidates = [
             _cheapest_together(weight, priced, inverse, scores, (member == pool).nonzero().flatten(), step)
-            for pool, step in ((pool, grouping.step(sizes[pool])) for pool in pools)
+            for pool, step in ((pool, groups.step(sizes[pool])) for pool in pools)
         ]
         costs = [
-            _joint_cost(weight, priced, inverse, chosen) * _factor(evidence.guide, pool)
+            _joint_cost(weight, priced, inverse, chosen) * _factor(statistics.guide, pool)
             for pool, chosen in zip(pools, candidates, strict=True)
         ]
         best = min(range(len(pools)), key=costs.__getitem__)
@@ -173,10 +173,10 @@ def obs(evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
         sizes[pools[best]] -= len(chosen)
         member[chosen] = -1
         _downdate(weight, priced, inverse, chosen)
-    return Elimination(steps, losses, (member >= 0).nonzero().flatten().cpu())
+    return RemovalOrder(steps, losses, (member >= 0).nonzero().flatten().cpu())
 
 
-def information(evidence: Evidence, grouping: Grouping) -> Tensor:
+def information(statistics: LayerStatistics, groups: PruningGroups) -> Tensor:
     """Node information score of hierarchical graph pooling: ``||(I - D^-1 A) H||_1`` of each node (Zhang et al., 2019).
 
     What a node's neighbours do not tell about it. Nodes are heads where whole pools leave together, with A their linear
@@ -186,23 +186,23 @@ def information(evidence: Evidence, grouping: Grouping) -> Tensor:
     Raises:
         ValueError: There is no sample.
     """
-    if evidence.sample is None:
-        raise ValueError("evidence: wanted rows of the inputs (sample), got None")
-    pools, sample = grouping.pools, evidence.sample.double()
-    by_pool = len(pools) > 1 and all(grouping.tile == len(pool) for pool in pools)
+    if statistics.sample is None:
+        raise ValueError("statistics: wanted rows of the inputs (sample), got None")
+    pools, sample = groups.pools, statistics.sample.double()
+    by_pool = len(pools) > 1 and all(groups.tile == len(pool) for pool in pools)
     if by_pool:
         order = torch.cat(pools).to(sample.device)
-        graph = cka(evidence.covariance[order][:, order], len(pools))
+        graph = cka(statistics.covariance[order][:, order], len(pools))
         nodes = sample[:, order].unflatten(1, (len(pools), -1)).transpose(1, 2).flatten(0, 1)
     else:
-        graph, nodes = correlation(evidence.covariance).abs(), sample
+        graph, nodes = correlation(statistics.covariance).abs(), sample
     graph.fill_diagonal_(0)
     graph /= graph.sum(dim=1, keepdim=True).clamp_min(1e-30)
     scores = (nodes - nodes @ graph.T).abs().sum(dim=0)
     if not by_pool:
         return scores
     spread = torch.empty(sample.shape[1], dtype=torch.float64, device=sample.device)
-    spread[order] = (scores / grouping.tile).repeat_interleave(grouping.tile)
+    spread[order] = (scores / groups.tile).repeat_interleave(groups.tile)
     return spread
 
 
@@ -224,45 +224,45 @@ class Criterion:
     scale: Literal["share", "loss"] = "share"
     guided: bool = False
 
-    def columns(self, evidence: Evidence, grouping: Grouping) -> Tensor:
+    def columns(self, statistics: LayerStatistics, groups: PruningGroups) -> Tensor:
         """Return the price of each column that a linear layer reads, [m] float64, high = keep."""
         raise NotImplementedError
 
-    def qk_channels(self, evidence: QKEvidence) -> Tensor:
+    def qk_channels(self, statistics: QKStatistics) -> Tensor:
         """Return the price of each QK channel of each head, [H, d] float64: by default its energy."""
-        return evidence.energy
+        return statistics.energy
 
-    def outputs(self, evidence: OutputEvidence) -> Tensor:
+    def outputs(self, statistics: OutputStatistics) -> Tensor:
         """Return the price of each residual feature that a sublayer writes, [D] float64.
 
         A sum has nothing that could take over, so by default it is the energy that the output adds times what an error
         in it costs.
         """
-        return evidence.energy * evidence.metric.diagonal()
+        return statistics.energy * statistics.metric.diagonal()
 
-    def eliminate(self, evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
+    def eliminate(self, statistics: LayerStatistics, groups: PruningGroups, keep: int = 0) -> RemovalOrder:
         """Order the columns of a layer by how dispensable they are, until no more than ``keep`` are left."""
-        return by_score(self._scaled(self.columns(evidence, grouping)), grouping, keep)
+        return by_score(self._scaled(self.columns(statistics, groups)), groups, keep)
 
-    def favours(self, evidence: Evidence, grouping: Grouping) -> Tensor | None:
+    def favours(self, statistics: LayerStatistics, groups: PruningGroups) -> Tensor | None:
         """Return the factors [m] by which ADMM multiplies squared norms in its projection, or None for none."""
-        return self.columns(evidence, grouping)
+        return self.columns(statistics, groups)
 
-    def qk_costs(self, evidence: QKEvidence) -> Tensor:
+    def qk_costs(self, statistics: QKStatistics) -> Tensor:
         """Return what each QK channel costs in the budget, [H, d] float64 on the CPU.
 
         On the scale of losses the channels of a head share, by their prices, what the head's attention is worth: the
         cost of replacing its output by the mean of its V, which is exactly what is left when all its QK channels are
         gone. Ours.
         """
-        prices = self.qk_channels(evidence)
+        prices = self.qk_channels(statistics)
         if self.scale == "share":
             return self._scaled(prices)
-        return (prices / prices.sum(dim=1, keepdim=True).clamp_min(1e-30) * evidence.worth[:, None]).cpu()
+        return (prices / prices.sum(dim=1, keepdim=True).clamp_min(1e-30) * statistics.worth[:, None]).cpu()
 
-    def output_costs(self, evidence: OutputEvidence) -> Tensor:
+    def output_costs(self, statistics: OutputStatistics) -> Tensor:
         """Return what each residual feature that a sublayer writes costs in the budget, [D] float64 on the CPU."""
-        return self._scaled(self.outputs(evidence))
+        return self._scaled(self.outputs(statistics))
 
     def _scaled(self, prices: Tensor) -> Tensor:
         if self.scale == "loss":
@@ -295,10 +295,10 @@ class OptimalBrainSurgeon(Criterion):
     def __init__(self, name: str, guided: bool) -> None:
         self.name, self.guided = name, guided
 
-    def eliminate(self, evidence: Evidence, grouping: Grouping, keep: int = 0) -> Elimination:
-        return obs(evidence if self.guided else replace(evidence, guide=None), grouping, keep)
+    def eliminate(self, statistics: LayerStatistics, groups: PruningGroups, keep: int = 0) -> RemovalOrder:
+        return obs(statistics if self.guided else replace(statistics, guide=None), groups, keep)
 
-    def favours(self, evidence: Evidence, grouping: Grouping) -> None:
+    def favours(self, statistics: LayerStatistics, groups: PruningGroups) -> None:
         """Return None: what ADMM minimises is the same error."""
 
 
@@ -307,14 +307,14 @@ class Random(Criterion):
 
     name = "random"
 
-    def columns(self, evidence: Evidence, grouping: Grouping) -> Tensor:
-        return self._draw((evidence.weight.shape[1],), evidence.generator)
+    def columns(self, statistics: LayerStatistics, groups: PruningGroups) -> Tensor:
+        return self._draw((statistics.weight.shape[1],), statistics.generator)
 
-    def qk_channels(self, evidence: QKEvidence) -> Tensor:
-        return self._draw(evidence.energy.shape, evidence.generator)
+    def qk_channels(self, statistics: QKStatistics) -> Tensor:
+        return self._draw(statistics.energy.shape, statistics.generator)
 
-    def outputs(self, evidence: OutputEvidence) -> Tensor:
-        return self._draw(evidence.energy.shape, evidence.generator)
+    def outputs(self, statistics: OutputStatistics) -> Tensor:
+        return self._draw(statistics.energy.shape, statistics.generator)
 
     @staticmethod
     def _draw(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -330,15 +330,15 @@ class Magnitude(Criterion):
     def __init__(self, power: int) -> None:
         self.name, self.power = f"l{power}", power
 
-    def columns(self, evidence: Evidence, grouping: Grouping) -> Tensor:
-        return evidence.weight.abs().sum(dim=0) if self.power == 1 else evidence.weight.square().sum(dim=0)
+    def columns(self, statistics: LayerStatistics, groups: PruningGroups) -> Tensor:
+        return statistics.weight.abs().sum(dim=0) if self.power == 1 else statistics.weight.square().sum(dim=0)
 
-    def qk_channels(self, evidence: QKEvidence) -> Tensor:
-        norms = evidence.weight.detach().double().norm(p=self.power, dim=1).view(3, *evidence.energy.shape)
+    def qk_channels(self, statistics: QKStatistics) -> Tensor:
+        norms = statistics.weight.detach().double().norm(p=self.power, dim=1).view(3, *statistics.energy.shape)
         return (norms[0] * norms[1]) ** self.power
 
-    def outputs(self, evidence: OutputEvidence) -> Tensor:
-        return evidence.weight.detach().double().norm(p=self.power, dim=1) ** self.power
+    def outputs(self, statistics: OutputStatistics) -> Tensor:
+        return statistics.weight.detach().double().norm(p=self.power, dim=1) ** self.power
 
 
 class Taylor(Criterion):
@@ -350,15 +350,15 @@ class Taylor(Criterion):
 
     name = "taylor"
 
-    def columns(self, evidence: Evidence, grouping: Grouping) -> Tensor:
+    def columns(self, statistics: LayerStatistics, groups: PruningGroups) -> Tensor:
         """Return the first-order terms.
 
         Raises:
             ValueError: They were not measured.
         """
-        if evidence.taylor is None:
-            raise ValueError("evidence: wanted first-order terms (taylor), got None")
-        return evidence.taylor
+        if statistics.taylor is None:
+            raise ValueError("statistics: wanted first-order terms (taylor), got None")
+        return statistics.taylor
 
 
 class Activation(Criterion):
@@ -366,11 +366,11 @@ class Activation(Criterion):
 
     name = "activation"
 
-    def columns(self, evidence: Evidence, grouping: Grouping) -> Tensor:
-        return evidence.weight.square().sum(dim=0) * evidence.covariance.diagonal()
+    def columns(self, statistics: LayerStatistics, groups: PruningGroups) -> Tensor:
+        return statistics.weight.square().sum(dim=0) * statistics.covariance.diagonal()
 
-    def outputs(self, evidence: OutputEvidence) -> Tensor:
-        return evidence.energy
+    def outputs(self, statistics: OutputStatistics) -> Tensor:
+        return statistics.energy
 
 
 class Information(Criterion):
@@ -378,11 +378,11 @@ class Information(Criterion):
 
     name = "information"
 
-    def columns(self, evidence: Evidence, grouping: Grouping) -> Tensor:
-        return information(evidence, grouping)
+    def columns(self, statistics: LayerStatistics, groups: PruningGroups) -> Tensor:
+        return information(statistics, groups)
 
-    def outputs(self, evidence: OutputEvidence) -> Tensor:
-        return evidence.energy
+    def outputs(self, statistics: OutputStatistics) -> Tensor:
+        return statistics.energy
 
 
 for _criterion in (
@@ -420,20 +420,20 @@ def qk_energy(queries: Tensor, keys: Tensor) -> Tensor:
     return (queries.double().square().sum(dim=2) * centred.square().sum(dim=2)).sum(dim=0)
 
 
-def by_score(scores: Tensor, grouping: Grouping, keep: int = 0) -> Elimination:
+def by_score(scores: Tensor, groups: PruningGroups, keep: int = 0) -> RemovalOrder:
     """Return the elimination that always takes the cheapest step, for scores [m] that no removal changes."""
     scores = scores.cpu()
-    queues = [pool[scores[pool].argsort(stable=True)] for pool in grouping.pools]
+    queues = [pool[scores[pool].argsort(stable=True)] for pool in groups.pools]
     steps, losses = [], []
-    while sum(map(len, queues)) > keep and (pools := grouping.open([len(queue) for queue in queues])):
-        costs = [float(scores[queues[pool][: grouping.step(len(queues[pool]))]].sum()) for pool in pools]
+    while sum(map(len, queues)) > keep and (pools := groups.open([len(queue) for queue in queues])):
+        costs = [float(scores[queues[pool][: groups.step(len(queues[pool]))]].sum()) for pool in pools]
         best = min(range(len(pools)), key=costs.__getitem__)
         queue = queues[pools[best]]
-        size = grouping.step(len(queue))
+        size = groups.step(len(queue))
         steps.append(queue[:size].sort().values)
         losses.append(costs[best])
         queues[pools[best]] = queue[size:]
-    return Elimination(steps, losses, torch.cat(queues).sort().values)
+    return RemovalOrder(steps, losses, torch.cat(queues).sort().values)
 
 
 def _cheapest_together(

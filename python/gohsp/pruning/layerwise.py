@@ -14,19 +14,19 @@ from gohsp.models.base import Attention, BlockGeometry, OpenModel, Projection, S
 from gohsp.pruning import layerwise_admm
 from gohsp.pruning.budget import BlockBudget
 from gohsp.pruning.calibration import CHUNK
-from gohsp.pruning.criteria import CRITERIA, RIDGE, Evidence, Grouping, by_score, head_guide
+from gohsp.pruning.criteria import CRITERIA, RIDGE, LayerStatistics, PruningGroups, by_score, head_guide
 from gohsp.pruning.moments import Moments, damped
 from gohsp.pruning.scoring import (
-    Settings,
-    Survey,
+    PruneSettings,
+    Scores,
     channels_of,
     columns_of,
     heads_of,
     neurons_of,
-    output_evidence,
-    qk_evidence,
-    read_evidence,
-    write_evidence,
+    output_statistics,
+    qk_statistics,
+    read_statistics,
+    write_statistics,
 )
 
 OPTIMISERS = ("ridge", "admm", "drop")
@@ -34,15 +34,15 @@ REFINE_BATCH = 32  # images
 REFINE_RATE = 2e-4  # of AdamW at the first step; it falls to nothing along a half cosine
 
 
-class Cutter:
-    """Cuts a model to its budgets.
+class LayerwisePruner:
+    """Prunes a model to its budgets, one layer after the other.
 
     Args:
         model: The dense model.
         pruned: Its copy, which is cut.
         mask: The full mask of the model, which is cut as well.
         stream: Tokens before the first block, [images, N, D].
-        survey: What the dense model told.
+        scores: What the dense model told.
         settings: What was asked for.
         generator: Source of all draws.
     """
@@ -53,14 +53,14 @@ class Cutter:
         pruned: OpenModel,
         mask: ModelMask,
         stream: Tensor,
-        survey: Survey,
-        settings: Settings,
+        scores: Scores,
+        settings: PruneSettings,
         generator: torch.Generator,
     ) -> None:
         self.dense_layers, self.layers, self.mask = model.sublayers, pruned.sublayers, mask
         self.blocks = pruned.blocks
         self.dense, self.stream = stream, stream.clone()
-        self.survey, self.settings, self.generator = survey, settings, generator
+        self.scores, self.settings, self.generator = scores, settings, generator
 
     def run(self, budgets: list[BlockBudget], tick: Callable[[], None]) -> list[float]:
         """Cut all blocks to their budgets and return the error of the stream after each."""
@@ -84,7 +84,7 @@ class Cutter:
         moments = self._gather(index)
         kept = torch.arange(size.num_heads * size.head_dim, device="cpu")
         if budget.heads < size.num_heads:
-            guide = head_guide(self.survey.heads[index // 2], self.settings.guidance)
+            guide = head_guide(self.scores.heads[index // 2], self.settings.guidance)
             kept = self._choose_written(index, moments, kept, heads_of(size), budget.heads * size.head_dim, guide)
         block.heads = _marked(kept, size).any(dim=1)
         if budget.v < len(kept):
@@ -100,8 +100,8 @@ class Cutter:
         layer = self.layers[index]
         assert isinstance(layer, Attention)
         size = layer.geometry
-        energy = qk_evidence(layer, self.stream, self.survey.sensitivities[index], self.generator)
-        scores = CRITERIA[self.settings.method].qk_costs(energy)
+        statistics = qk_statistics(layer, self.stream, self.scores.sensitivities[index], self.generator)
+        scores = CRITERIA[self.settings.method].qk_costs(statistics)
         heads = block.heads.nonzero().flatten()
         left = by_score(scores[heads].flatten(), channels_of(len(heads), size), keep).left
         columns = torch.arange(size.num_heads * size.head_dim, device="cpu").view(size.num_heads, -1)[heads].flatten()
@@ -127,13 +127,13 @@ class Cutter:
         mask = torch.ones(dim, dtype=torch.bool, device="cpu")
         if keep == dim:
             return mask
-        sensitivity = self.survey.sensitivities[index]
+        sensitivity = self.scores.sensitivities[index]
         moments = Moments(layer.read.in_features, layer.read.out_features, self.stream.device)
         for part in self.stream.split(CHUNK):
             seen = layer.norm(part)
             moments.update(seen, layer.read(seen), sensitivity.weights().expand(part.shape[:2]))
-        evidence = read_evidence(layer, moments, sensitivity, self.generator)
-        kept = self._choose(evidence, columns_of(dim), keep)
+        statistics = read_statistics(layer, moments, sensitivity, self.generator)
+        kept = self._choose(statistics, columns_of(dim), keep)
         self._refit(layer.read, moments, kept)
         return torch.zeros_like(mask).index_fill(0, kept, True)
 
@@ -144,8 +144,8 @@ class Cutter:
         mask = torch.ones(dim, dtype=torch.bool, device="cpu")
         if keep == dim:
             return mask
-        evidence = output_evidence(layer, moments, self.survey.sensitivities[index], self.generator)
-        scores = CRITERIA[self.settings.method].output_costs(evidence)
+        statistics = output_statistics(layer, moments, self.scores.sensitivities[index], self.generator)
+        scores = CRITERIA[self.settings.method].output_costs(statistics)
         kept = by_score(scores, columns_of(dim), keep).left
         mask = torch.zeros_like(mask).index_fill(0, kept, True)
         layer.write.clear_(~mask)
@@ -158,7 +158,7 @@ class Cutter:
         the layers before it broke.
         """
         layer = self.layers[index]
-        weights = self.survey.sensitivities[index].weights()
+        weights = self.scores.sensitivities[index].weights()
         moments = Moments(layer.write.in_features, layer.write.out_features, self.stream.device)
         gain = layer.gain()
         inverse = torch.where(gain == 0, 0.0, 1 / gain)  # a feature that is never written asks for nothing
@@ -167,11 +167,11 @@ class Cutter:
             moments.update(hidden, (wanted - part) * inverse, weights.expand(hidden.shape[:2]))
         return moments
 
-    def _written(self, index: int, moments: Moments, weight: Tensor) -> Evidence:
-        return write_evidence(self.layers[index], weight, moments, self.survey.sensitivities[index], self.generator)
+    def _written(self, index: int, moments: Moments, weight: Tensor) -> LayerStatistics:
+        return write_statistics(self.layers[index], weight, moments, self.scores.sensitivities[index], self.generator)
 
     def _choose_written(
-        self, index: int, moments: Moments, kept: Tensor, grouping: Grouping, keep: int, guide: Tensor | None = None
+        self, index: int, moments: Moments, kept: Tensor, groups: PruningGroups, keep: int, guide: Tensor | None = None
     ) -> Tensor:
         """Return which of some columns of write stay."""
         write = self.layers[index].write
@@ -180,15 +180,15 @@ class Cutter:
         if self.settings.optimiser != "drop":
             fitted, _ = moments.fit(weight, columns, RIDGE, intercept=write.has_bias)
             weight = weight.index_copy(1, columns, fitted)
-        evidence = replace(self._written(index, moments, weight).of(columns), guide=guide)
-        return kept[self._choose(evidence, grouping, keep)]
+        statistics = replace(self._written(index, moments, weight).of(columns), guide=guide)
+        return kept[self._choose(statistics, groups, keep)]
 
-    def _choose(self, evidence: Evidence, grouping: Grouping, keep: int) -> Tensor:
+    def _choose(self, statistics: LayerStatistics, groups: PruningGroups, keep: int) -> Tensor:
         criterion = CRITERIA[self.settings.method]
         if self.settings.optimiser != "admm":
-            return criterion.eliminate(evidence, grouping, keep).left
-        guided = evidence if criterion.guided else replace(evidence, guide=None)
-        return layerwise_admm.choose(guided, grouping, keep, criterion.favours(evidence, grouping))
+            return criterion.eliminate(statistics, groups, keep).left
+        guided = statistics if criterion.guided else replace(statistics, guide=None)
+        return layerwise_admm.choose(guided, groups, keep, criterion.favours(statistics, groups))
 
     def _refit(self, linear: Projection, moments: Moments, kept: Tensor) -> None:
         """Fit a linear layer on the columns that stay, unless these are to be left as they are; zero the others."""
@@ -207,7 +207,7 @@ class Cutter:
         """
         index, module = 2 * block + 1, self.blocks[block].module
         self.mask.blocks[block].apply_(self.blocks[block])
-        sensitivity = self.survey.sensitivities[index]
+        sensitivity = self.scores.sensitivities[index]
         root = torch.linalg.cholesky(damped(sensitivity.metric, 1e-2))
         root = (root / root.square().sum().sqrt()).to(before.dtype)
         tokens = sensitivity.weights().to(before.dtype)[:, None]

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gohsp.pruning.criteria import RIDGE, Evidence, Grouping, by_score
+from gohsp.pruning.criteria import RIDGE, LayerStatistics, PruningGroups, by_score
 from gohsp.pruning.moments import damped
 
 START = 0.05  # rho at the first step, relative to the mean variance
@@ -31,21 +31,21 @@ STEPS = 60
 PATIENCE = 12  # steps without a change of the kept columns after which they are final
 
 
-def choose(evidence: Evidence, grouping: Grouping, keep: int, favour: Tensor | None = None) -> Tensor:
+def choose(statistics: LayerStatistics, groups: PruningGroups, keep: int, favour: Tensor | None = None) -> Tensor:
     """Return the columns that stay, int64 sorted.
 
     Args:
-        evidence: The layer. A guide multiplies the squared norms of its pools in the projection.
-        grouping: Which columns may leave together.
+        statistics: The layer. A guide multiplies the squared norms of its pools in the projection.
+        groups: Which columns may leave together.
         keep: How many stay.
         favour: Factors [m] by which a criterion multiplies the squared norms, or None for none.
     """
-    covariance = damped(evidence.covariance, RIDGE)
+    covariance = damped(statistics.covariance, RIDGE)
     deviations = covariance.diagonal().sqrt()
-    root = torch.linalg.cholesky(damped(evidence.metric, 1e-6))
-    weight = root.T @ evidence.weight * deviations  # in these coordinates the metric is the identity
+    root = torch.linalg.cholesky(damped(statistics.metric, 1e-6))
+    weight = root.T @ statistics.weight * deviations  # in these coordinates the metric is the identity
     square = covariance / torch.outer(deviations, deviations)
-    factors = _factors(grouping, deviations, evidence.guide, favour)
+    factors = _factors(groups, deviations, statistics.guide, favour)
     values, vectors = torch.linalg.eigh(square)
     target = weight @ vectors * values
     z, dual, rho = weight, torch.zeros_like(weight), START
@@ -53,7 +53,7 @@ def choose(evidence: Evidence, grouping: Grouping, keep: int, favour: Tensor | N
     for _ in range(STEPS):
         w = (target + rho * ((z - dual) @ vectors)) / (values + rho) @ vectors.T
         free = w + dual
-        left = by_score(free.square().sum(dim=0) * factors, grouping, keep).left
+        left = by_score(free.square().sum(dim=0) * factors, groups, keep).left
         z = torch.zeros_like(free).index_copy_(1, left.to(free.device), free[:, left])
         dual = free - z
         unchanged = unchanged + 1 if torch.equal(left, kept) else 0
@@ -65,10 +65,10 @@ def choose(evidence: Evidence, grouping: Grouping, keep: int, favour: Tensor | N
     return kept
 
 
-def _factors(grouping: Grouping, like: Tensor, guide: Tensor | None, favour: Tensor | None) -> Tensor:
+def _factors(groups: PruningGroups, like: Tensor, guide: Tensor | None, favour: Tensor | None) -> Tensor:
     """Return what multiplies the squared norm of each column in the projection, [m]."""
     factors = torch.ones_like(like) if favour is None else favour.to(like) / favour.mean()
     if guide is not None:
-        for pool, factor in zip(grouping.pools, guide, strict=True):
+        for pool, factor in zip(groups.pools, guide, strict=True):
             factors[pool.to(factors.device)] *= float(factor)
     return factors

@@ -3,7 +3,7 @@
 
 Three passes over the calibration images, all of them block by block on cached tokens:
 
-1. survey: the dense model tells how sensitive its features are to errors after each sublayer, how alike its heads are,
+1. score: the dense model tells how sensitive its features are to errors after each sublayer, how alike its heads are,
    and what each step of an elimination would cost;
 2. budget: those costs, on one scale for all blocks, decide how much each block keeps;
 3. cut and fit: from the first block to the last, each fed by the pruned network, the groups are chosen, and proj and
@@ -35,9 +35,9 @@ from gohsp.pruning.budget import GROUPS, BlockBudget, BlockPlan, allocate, count
 from gohsp.pruning.calibration import embed
 from gohsp.pruning.criteria import CRITERIA
 from gohsp.pruning.latency import LatencyTable
-from gohsp.pruning.layerwise import OPTIMISERS, Cutter
+from gohsp.pruning.layerwise import OPTIMISERS, LayerwisePruner
 from gohsp.pruning.ranking import check_reading, check_scores
-from gohsp.pruning.scoring import Settings, Survey, survey
+from gohsp.pruning.scoring import PruneSettings, Scores, score_groups
 from gohsp.pruning.sensitivity import measure_sensitivities
 
 DEFAULT_TARGET: Mapping[str, float] = MappingProxyType({"params": 0.65})
@@ -148,7 +148,7 @@ def prune(
     depth = len(opened.blocks)
     if budgets is not None and len(budgets) != depth:
         raise ValueError(f"budgets: wanted one for each of {depth} blocks, got {len(budgets)}")
-    settings = Settings(
+    settings = PruneSettings(
         method, tuple(groups), optimiser, refine, similarity, teleport, high_is, float(guidance), float(ridge)
     )
     size = opened.geometry
@@ -166,18 +166,22 @@ def prune(
         stream, image_size = embed(opened, batches, max_images)
         sensitivities = measure_sensitivities(opened, stream, seed)
         tick()
-        found = survey(opened, stream, sensitivities, settings, generator, tick, importance)
+        scores = score_groups(opened, stream, sensitivities, settings, generator, tick, importance)
         dense = count_opened(opened, image_size)
         if budgets is None:
-            plans, outside = _plans(opened, found, dense, kind, latency)
+            plans, outside = _plans(opened, scores, dense, kind, latency)
             budgets = allocate(plans, share, outside, floors, None if kind == "ms" else getattr(dense, kind))
-        errors = Cutter(opened, opened_copy, mask, stream, found, settings, generator).run(list(budgets), tick)
+        errors = LayerwisePruner(opened, opened_copy, mask, stream, scores, settings, generator).run(
+            list(budgets), tick
+        )
         mask.apply_to_(opened_copy)
-    report = PruneReport(method, dense, count_opened(opened, image_size, mask=mask), found.heads, list(budgets), errors)
+    report = PruneReport(
+        method, dense, count_opened(opened, image_size, mask=mask), scores.heads, list(budgets), errors
+    )
     return PruneResult(mask, pruned, report)
 
 
-def _check(settings: Settings, floors: Mapping[str, float], size: Geometry) -> None:
+def _check(settings: PruneSettings, floors: Mapping[str, float], size: Geometry) -> None:
     if settings.method not in CRITERIA:
         raise ValueError(f"method: wanted one of {', '.join(CRITERIA)}, got {settings.method!r}")
     if settings.optimiser not in OPTIMISERS:
@@ -199,7 +203,7 @@ def _check(settings: Settings, floors: Mapping[str, float], size: Geometry) -> N
         raise ValueError(f"ridge: wanted a non-negative number, got {settings.ridge}")
 
 
-def _check_latency(latency: LatencyTable | None, settings: Settings, size: Geometry) -> None:
+def _check_latency(latency: LatencyTable | None, settings: PruneSettings, size: Geometry) -> None:
     if latency is None:
         raise ValueError("latency: wanted a table for a target in ms, such as LatencyTable.measure(model), got None")
     if columns := {"attn_in", "attn_out", "mlp_in", "mlp_out"} & set(settings.groups):
@@ -220,11 +224,11 @@ def _ticker(on_progress: Callable[[int, int], object] | None, total: int) -> Cal
 
 
 def _plans(
-    opened: OpenModel, found: Survey, dense: Count, kind: str, latency: LatencyTable | None
+    opened: OpenModel, scores: Scores, dense: Count, kind: str, latency: LatencyTable | None
 ) -> tuple[list[BlockPlan], float]:
     """Return the blocks as the budget sees them, and the cost of all that is outside them."""
     blocks = [(block, BlockBudget.whole(block.geometry)) for block in opened.blocks]
-    pairs = list(zip(blocks, found.steps, strict=True))
+    pairs = list(zip(blocks, scores.steps, strict=True))
     if kind == "ms":
         assert latency is not None
         return [BlockPlan(full, steps, latency.block_cost) for (_, full), steps in pairs], latency.outside

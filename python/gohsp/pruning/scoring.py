@@ -17,11 +17,11 @@ from gohsp.pruning.budget import Step
 from gohsp.pruning.calibration import CHUNK
 from gohsp.pruning.criteria import (
     CRITERIA,
-    Elimination,
-    Evidence,
-    Grouping,
-    OutputEvidence,
-    QKEvidence,
+    LayerStatistics,
+    OutputStatistics,
+    PruningGroups,
+    QKStatistics,
+    RemovalOrder,
     by_score,
     head_guide,
     qk_energy,
@@ -36,7 +36,7 @@ COLUMN_TILE = 16  # residual features that a sublayer reads or writes
 
 
 @dataclass(frozen=True)
-class Settings:
+class PruneSettings:
     """What :func:`gohsp.prune` was asked for; the meaning of each stands there."""
 
     method: str
@@ -51,7 +51,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Survey:
+class Scores:
     """What the dense model told.
 
     Attributes:
@@ -66,24 +66,24 @@ class Survey:
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What one attention or MLP half showed."""
+class _SublayerStatistics:
+    """What a criterion may know of one attention or MLP half."""
 
-    write: Evidence
-    read: Evidence | None
-    qk: QKEvidence | None
-    outputs: OutputEvidence
+    write: LayerStatistics
+    read: LayerStatistics | None
+    qk: QKStatistics | None
+    outputs: OutputStatistics
 
 
-def survey(
+def score_groups(
     opened: OpenModel,
     stream: Tensor,
     sensitivities: list[Sensitivity],
-    settings: Settings,
+    settings: PruneSettings,
     generator: torch.Generator,
     tick: Callable[[], None],
     importance: Sequence[Tensor] | None = None,
-) -> Survey:
+) -> Scores:
     """Walk once through a dense model.
 
     Args:
@@ -97,41 +97,41 @@ def survey(
     """
     x = stream.clone()
     chains: list[Tensor] = []
-    attentions: list[tuple[Attention, _Look]] = []
+    attentions: list[tuple[Attention, _SublayerStatistics]] = []
     steps = []
     for layer, sensitivity in zip(opened.sublayers, sensitivities, strict=True):
         size, graph = layer.geometry, None
         if isinstance(layer, Attention) and importance is None:
             graph = SIMILARITIES[settings.similarity](size.num_heads, size.head_dim, x.device)
-        look = _look(layer, x, sensitivity, settings, generator, graph)
+        known = _sublayer_statistics(layer, x, sensitivity, settings, generator, graph)
         if graph is not None:
             chains.append(stationary_distribution(graph.result(), settings.teleport).cpu())
         if isinstance(layer, Attention):
-            attentions.append((layer, look))
+            attentions.append((layer, known))
         else:
-            steps.append(_mlp_steps(layer, look, settings))
+            steps.append(_mlp_steps(layer, known, settings))
         tick()
-    heads = _read(chains, [look.write for _, look in attentions], settings) if importance is None else importance
-    for found, scores, (layer, look) in zip(steps, heads, attentions, strict=True):
-        found |= _attention_steps(layer, look, head_guide(scores, settings.guidance), settings)
-    return Survey(sensitivities, heads, [{g: s[g] for g in settings.groups} for s in steps])
+    heads = _read(chains, [known.write for _, known in attentions], settings) if importance is None else importance
+    for found, scores, (layer, known) in zip(steps, heads, attentions, strict=True):
+        found |= _attention_steps(layer, known, head_guide(scores, settings.guidance), settings)
+    return Scores(sensitivities, heads, [{g: s[g] for g in settings.groups} for s in steps])
 
 
-def _look(
+def _sublayer_statistics(
     layer: Attention | Mlp,
     x: Tensor,
     sensitivity: Sensitivity,
-    settings: Settings,
+    settings: PruneSettings,
     generator: torch.Generator,
     graph: Any = None,
-) -> _Look:
+) -> _SublayerStatistics:
     """Run a sublayer on the stream, in place, and gather what its inputs and outputs are like."""
     reads = layer.prefix + "_in" in settings.groups
     moments = Moments(layer.write.in_features, device=x.device)
     seen = Moments(layer.read.in_features, device=x.device)
     qk = None
     if "qk" in settings.groups and isinstance(layer, Attention):
-        qk = qk_evidence(layer, x, sensitivity, generator)
+        qk = qk_statistics(layer, x, sensitivity, generator)
     for part in x.split(CHUNK):
         with inputs_of(layer.read.layers[0], layer.write.layers[0]) as inputs:
             after = layer(part)
@@ -144,62 +144,64 @@ def _look(
             attention = layer.probabilities(inputs[0]) if graph.needs_attention else None
             graph.update(inputs[1].unflatten(-1, (size.num_heads, size.head_dim)), attention)
         part.copy_(after)
-    write = write_evidence(layer, layer.write.weight, moments, sensitivity, generator)
-    read = read_evidence(layer, seen, sensitivity, generator) if reads else None
-    return _Look(write, read, qk, output_evidence(layer, moments, sensitivity, generator))
+    write = write_statistics(layer, layer.write.weight, moments, sensitivity, generator)
+    read = read_statistics(layer, seen, sensitivity, generator) if reads else None
+    return _SublayerStatistics(write, read, qk, output_statistics(layer, moments, sensitivity, generator))
 
 
-def _read(chains: list[Tensor], evidences: list[Evidence], settings: Settings) -> HeadScores:
+def _read(chains: list[Tensor], layers: list[LayerStatistics], settings: PruneSettings) -> HeadScores:
     if settings.high_is != "auto":
         return HeadScores(chains, settings.high_is)
-    return read_by_loss(chains, [e.weight for e in evidences], [e.covariance for e in evidences])
+    return read_by_loss(chains, [layer.weight for layer in layers], [layer.covariance for layer in layers])
 
 
-def _attention_steps(layer: Attention, look: _Look, guide: Tensor, settings: Settings) -> dict[str, list[Step]]:
-    criterion, found, size = CRITERIA[settings.method], _column_steps(layer, look, settings), layer.geometry
-    eliminations: dict[str, Elimination] = {}
+def _attention_steps(
+    layer: Attention, known: _SublayerStatistics, guide: Tensor, settings: PruneSettings
+) -> dict[str, list[Step]]:
+    criterion, found, size = CRITERIA[settings.method], _column_steps(layer, known, settings), layer.geometry
+    orders: dict[str, RemovalOrder] = {}
     if "heads" in settings.groups:
-        eliminations["heads"] = criterion.eliminate(replace(look.write, guide=guide), heads_of(size))
-    if look.qk is not None:
-        costs = criterion.qk_costs(look.qk)
-        eliminations["qk"] = by_score(costs.flatten(), channels_of(size.num_heads, size))
+        orders["heads"] = criterion.eliminate(replace(known.write, guide=guide), heads_of(size))
+    if known.qk is not None:
+        costs = criterion.qk_costs(known.qk)
+        orders["qk"] = by_score(costs.flatten(), channels_of(size.num_heads, size))
     if "v" in settings.groups:
-        eliminations["v"] = criterion.eliminate(look.write, channels_of(size.num_heads, size))
-    for group, elimination in eliminations.items():
+        orders["v"] = criterion.eliminate(known.write, channels_of(size.num_heads, size))
+    for group, order in orders.items():
         found[group] = [
             Step(1 if group == "heads" else len(columns), loss, int(columns[0]) // size.head_dim)
-            for columns, loss in elimination.steps_with_losses()
+            for columns, loss in order.steps_with_losses()
         ]
     return found
 
 
-def _mlp_steps(layer: Mlp, look: _Look, settings: Settings) -> dict[str, list[Step]]:
-    found = _column_steps(layer, look, settings)
+def _mlp_steps(layer: Mlp, known: _SublayerStatistics, settings: PruneSettings) -> dict[str, list[Step]]:
+    found = _column_steps(layer, known, settings)
     if "hidden" in settings.groups:
-        found["hidden"] = _plain_steps(CRITERIA[settings.method].eliminate(look.write, neurons_of(layer.geometry)))
+        found["hidden"] = _plain_steps(CRITERIA[settings.method].eliminate(known.write, neurons_of(layer.geometry)))
     return found
 
 
-def _column_steps(layer: Attention | Mlp, look: _Look, settings: Settings) -> dict[str, list[Step]]:
+def _column_steps(layer: Attention | Mlp, known: _SublayerStatistics, settings: PruneSettings) -> dict[str, list[Step]]:
     found, prefix = {}, layer.prefix
-    if look.read is not None:
-        grouping = columns_of(layer.read.in_features)
-        found[prefix + "_in"] = _plain_steps(CRITERIA[settings.method].eliminate(look.read, grouping))
+    if known.read is not None:
+        groups = columns_of(layer.read.in_features)
+        found[prefix + "_in"] = _plain_steps(CRITERIA[settings.method].eliminate(known.read, groups))
     if prefix + "_out" in settings.groups:
-        costs = CRITERIA[settings.method].output_costs(look.outputs)
+        costs = CRITERIA[settings.method].output_costs(known.outputs)
         found[prefix + "_out"] = _plain_steps(by_score(costs, columns_of(len(costs))))
     return found
 
 
-def _plain_steps(elimination: Elimination) -> list[Step]:
-    return [Step(len(columns), loss) for columns, loss in elimination.steps_with_losses()]
+def _plain_steps(order: RemovalOrder) -> list[Step]:
+    return [Step(len(columns), loss) for columns, loss in order.steps_with_losses()]
 
 
-def write_evidence(
+def write_statistics(
     layer: Sublayer, weight: Tensor, moments: Moments, sensitivity: Sensitivity, generator: torch.Generator
-) -> Evidence:
+) -> LayerStatistics:
     """Return what a criterion may know of the layer that writes, with given weights [D, m]."""
-    return Evidence(
+    return LayerStatistics(
         weight.detach().double() * layer.gain()[:, None],
         moments.covariance(),
         sensitivity.metric,
@@ -209,9 +211,11 @@ def write_evidence(
     )
 
 
-def read_evidence(layer: Sublayer, moments: Moments, sensitivity: Sensitivity, generator: torch.Generator) -> Evidence:
+def read_statistics(
+    layer: Sublayer, moments: Moments, sensitivity: Sensitivity, generator: torch.Generator
+) -> LayerStatistics:
     """Return what a criterion may know of the layer that reads, from the moments of its inputs."""
-    return Evidence(
+    return LayerStatistics(
         layer.read.weight.detach().double(),
         moments.covariance(),
         torch.diag(sensitivity.rows),
@@ -221,9 +225,9 @@ def read_evidence(layer: Sublayer, moments: Moments, sensitivity: Sensitivity, g
     )
 
 
-def output_evidence(
+def output_statistics(
     layer: Sublayer, moments: Moments, sensitivity: Sensitivity, generator: torch.Generator
-) -> OutputEvidence:
+) -> OutputStatistics:
     """Return what a criterion may know of the outputs of a sublayer, from the moments of what ``write`` reads."""
     weight = layer.write.weight.detach().double()
     mean = weight @ moments.mean()
@@ -231,10 +235,10 @@ def output_evidence(
         mean = mean + layer.write.bias.detach().double()
     spread = (weight @ moments.covariance() * weight).sum(dim=1)
     energy = (spread + mean.square()) * layer.gain().square()
-    return OutputEvidence(layer.write.weight, energy, sensitivity.metric, generator)
+    return OutputStatistics(layer.write.weight, energy, sensitivity.metric, generator)
 
 
-def qk_evidence(layer: Attention, x: Tensor, sensitivity: Sensitivity, generator: torch.Generator) -> QKEvidence:
+def qk_statistics(layer: Attention, x: Tensor, sensitivity: Sensitivity, generator: torch.Generator) -> QKStatistics:
     """Return what a criterion may know of the QK channels of an attention half on the stream x [images, N, D]."""
     size = layer.geometry
     heads, width = size.num_heads, size.head_dim
@@ -248,28 +252,28 @@ def qk_evidence(layer: Attention, x: Tensor, sensitivity: Sensitivity, generator
     weight = layer.written()
     cost = weight.T @ sensitivity.metric @ weight * (moments.xx / moments.weight)
     worth = torch.stack([cost[head][:, head].sum() for head in heads_of(size).pools])
-    return QKEvidence(layer.read.weight, channels, worth, generator)
+    return QKStatistics(layer.read.weight, channels, worth, generator)
 
 
-def heads_of(size: BlockGeometry) -> Grouping:
+def heads_of(size: BlockGeometry) -> PruningGroups:
     """Whole heads; the last one of a block stays."""
-    return Grouping(
+    return PruningGroups(
         list(torch.arange(size.num_heads * size.head_dim, device="cpu").split(size.head_dim)), size.head_dim, 0
     )
 
 
-def channels_of(heads: int, size: BlockGeometry) -> Grouping:
+def channels_of(heads: int, size: BlockGeometry) -> PruningGroups:
     """Tiles of channels, of which one stays in each of so many heads."""
     # A divisor of the width, so that every head can give the same number of whole tiles.
     tile = math.gcd(CHANNEL_TILE, size.head_dim)
-    return Grouping(list(torch.arange(heads * size.head_dim, device="cpu").split(size.head_dim)), tile, tile)
+    return PruningGroups(list(torch.arange(heads * size.head_dim, device="cpu").split(size.head_dim)), tile, tile)
 
 
-def neurons_of(size: BlockGeometry) -> Grouping:
+def neurons_of(size: BlockGeometry) -> PruningGroups:
     """Tiles of neurons, of which one stays."""
-    return Grouping([torch.arange(size.hidden, device="cpu")], HIDDEN_TILE, min(HIDDEN_TILE, size.hidden))
+    return PruningGroups([torch.arange(size.hidden, device="cpu")], HIDDEN_TILE, min(HIDDEN_TILE, size.hidden))
 
 
-def columns_of(features: int) -> Grouping:
+def columns_of(features: int) -> PruningGroups:
     """Tiles of residual features, of which one stays."""
-    return Grouping([torch.arange(features, device="cpu")], COLUMN_TILE, min(COLUMN_TILE, features))
+    return PruningGroups([torch.arange(features, device="cpu")], COLUMN_TILE, min(COLUMN_TILE, features))

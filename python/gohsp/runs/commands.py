@@ -23,7 +23,7 @@ from gohsp.runs.datasets import Images, open_images
 from gohsp.runs.directory import (
     HEAD_BATCH,
     RANKING,
-    Run,
+    RunDirectory,
     find_scores,
     load_mask,
     open_model,
@@ -44,7 +44,7 @@ TEST_BATCH = 64
 class Work:
     """A command at work: where, on what, and how it tells."""
 
-    run: Run
+    run: RunDirectory
     recipe: Recipe
     console: Console
 

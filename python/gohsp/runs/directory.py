@@ -39,7 +39,7 @@ RANKING = ("similarity", "teleport", "high_is")  # those options of gohsp.prune 
 
 
 @dataclass(frozen=True)
-class Run:
+class RunDirectory:
     """The directory of a run, by what is in it."""
 
     directory: Path
@@ -274,7 +274,7 @@ def _write_head(head: nn.Linear, path: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in head.state_dict().items()}, temporary)
 
 
-def load_mask(run: Run) -> ModelMask:
+def load_mask(run: RunDirectory) -> ModelMask:
     """Read the mask of a run.
 
     Raises:

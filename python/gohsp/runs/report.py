@@ -15,7 +15,7 @@ from torch import nn
 from gohsp import serialization
 from gohsp.files import check_keys, read_json, replacing, write_text
 from gohsp.recipe import read_recipe
-from gohsp.runs.directory import Run, open_model
+from gohsp.runs.directory import RunDirectory, open_model
 from gohsp.timing import interleave
 
 TITLES = ("run", "what", "parameters", "MACs", "top-1", "images")
@@ -48,7 +48,7 @@ def collect(directories: Sequence[Path], rounds: int, after_round: Callable[[], 
     """
     found = []
     for directory in directories:
-        path = Run(directory).evaluation
+        path = RunDirectory(directory).evaluation
         if not path.is_file():
             raise FileNotFoundError(
                 f"{directory}: wanted a run that was evaluated (gohsp evaluate), but it has no {path.name}"
@@ -65,11 +65,14 @@ def _times(
 ) -> list[float | None]:
     if rounds == 0:
         return [None] * len(directories)
-    runs = {str(i): _timed(_model(Run(d), kind)) for i, (d, kind) in enumerate(zip(directories, kinds, strict=True))}
+    runs = {
+        str(i): _timed(_model(RunDirectory(d), kind))
+        for i, (d, kind) in enumerate(zip(directories, kinds, strict=True))
+    }
     return [1e3 * timing.median for timing in interleave(runs, rounds, after_round=after_round).values()]
 
 
-def _model(run: Run, kind: str) -> Any:
+def _model(run: RunDirectory, kind: str) -> Any:
     folder = run.directory / kind
     if (folder / serialization.PLAN).is_file():
         return serialization.load(folder)
