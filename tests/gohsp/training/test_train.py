@@ -22,7 +22,7 @@ from gohsp.training.losses import stream_distance, watch
 
 from . import digits_run as runs
 
-HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import torch
 from gohsp.pruning.criteria import CRITERIA, RIDGE, LayerStatistics, PruningGroups
 from gohsp.pruning.layerwise_admm import GROWTH, PATIENCE, START, STEPS, choose
 from gohsp.pruning.moments import damped
-from tests.gohsp.test_scores import compensated_error, heads, singles, statistics
+from tests.gohsp.pruning.test_criteria import compensated_error, heads, singles, statistics
 
 
 def gone(given: LayerStatistics, kept: torch.Tensor) -> list[int]:
