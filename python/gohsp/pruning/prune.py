@@ -171,13 +171,11 @@ def prune(
         if budgets is None:
             plans, outside = _plans(opened, scores, dense, kind, latency)
             budgets = allocate(plans, share, outside, floors, None if kind == "ms" else getattr(dense, kind))
-        errors = LayerwisePruner(opened, opened_copy, mask, stream, scores, settings, generator).run(
-            list(budgets), tick
-        )
+        pruner = LayerwisePruner(opened, opened_copy, mask, stream, scores, settings, generator)
+        errors = pruner.run(list(budgets), tick)
         mask.apply_to_(opened_copy)
-    report = PruneReport(
-        method, dense, count_opened(opened, image_size, mask=mask), scores.heads, list(budgets), errors
-    )
+    left = count_opened(opened, image_size, mask=mask)
+    report = PruneReport(method, dense, left, scores.heads, list(budgets), errors)
     return PruneResult(mask, pruned, report)
 
 

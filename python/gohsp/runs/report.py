@@ -15,6 +15,7 @@ from torch import nn
 from gohsp import serialization
 from gohsp.files import check_keys, read_json, replacing, write_text
 from gohsp.recipe import read_recipe
+from gohsp.runs.datasets import image_shape
 from gohsp.runs.directory import RunDirectory, open_model
 from gohsp.timing import interleave
 
@@ -65,10 +66,8 @@ def _times(
 ) -> list[float | None]:
     if rounds == 0:
         return [None] * len(directories)
-    runs = {
-        str(i): _timed(_model(RunDirectory(d), kind))
-        for i, (d, kind) in enumerate(zip(directories, kinds, strict=True))
-    }
+    pairs = zip(map(RunDirectory, directories), kinds, strict=True)
+    runs = {str(i): _timed(_model(run, kind)) for i, (run, kind) in enumerate(pairs)}
     return [1e3 * timing.median for timing in interleave(runs, rounds, after_round=after_round).values()]
 
 
@@ -80,7 +79,7 @@ def _model(run: RunDirectory, kind: str) -> Any:
 
 
 def _timed(model: Any) -> Callable[[], object]:
-    image = torch.zeros(1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, device="cpu")
+    image = torch.zeros(1, *image_shape(model), device="cpu")
     model.eval()
 
     def call(model: nn.Module = model) -> object:

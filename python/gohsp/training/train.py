@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from gohsp.compress import compress
 from gohsp.masks.mask import ModelMask
-from gohsp.models.registry import is_compressed
+from gohsp.models.registry import family_of, is_compressed
 from gohsp.pruning.prune import PruneResult
 from gohsp.recipe import Admm, Distillation, Fit
 from gohsp.serialization import digest_weights
@@ -186,13 +185,12 @@ def _check(
 
 
 def _stream(model: nn.Module) -> str:
-    if not isinstance(model, VisionTransformer):
+    try:
+        family = family_of(model)
+    except TypeError:  # a teacher may be of no family
         return "no vision transformer"
-    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
-    features = (
-        model.patch_embed.proj.out_channels
-    )  # embed_dim keeps its old value where another tool narrowed the model
-    return f"{len(model.blocks)} blocks x {tokens} tokens x {features} features"
+    blocks, tokens, features = family.stream_shape(model)
+    return f"{blocks} blocks x {tokens} tokens x {features} features"
 
 
 def _distilled(

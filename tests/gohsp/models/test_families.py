@@ -124,6 +124,9 @@ class TowerFamily(Family):
     def stream_places(self, model: Any) -> list[nn.Module]:
         return [*model.layers]
 
+    def stream_shape(self, model: Any) -> tuple[int, int, int]:
+        return len(model.layers), self.tokens(model, SIDE, SIDE), DIM
+
     def image_shape(self, model: nn.Module) -> tuple[int, int, int]:
         return 3, SIDE, SIDE
 
