@@ -27,7 +27,7 @@ import timm
 import torch
 
 import gohsp
-from gohsp.mask import BlockLayout
+from gohsp.masks.layout import BlockLayout
 from gohsp_kernels._packing import round_up
 from gohsp_kernels.triton import config
 from gohsp_kernels.triton.attention import padded_width

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 import gohsp
 from bench.harness.results import read_table, write_table
 from bench.harness.timing import TIMES, time_against
-from gohsp.budget import BlockBudget
 from gohsp.count import Count
 from gohsp.demo.data import Images, load_folder
+from gohsp.pruning.budget import BlockBudget
+from gohsp.pruning.criteria import CRITERIA
+from gohsp.pruning.scoring import CHANNEL_TILE
 from gohsp.runs import img_focus
 from gohsp.runs.classifier import collect, fit_ridge, pool, top1
-from gohsp.scores import CRITERIA
-from gohsp.survey import CHANNEL_TILE
 
 IMAGE_SIZE = 98
 PENALTY = 0.05  # of the heads' ridge regression, for an image
@@ -68,8 +68,8 @@ class Trial:
 
 
 KEPT = ("heads", "qk", "v", "hidden", "attn_in", "attn_out", "mlp_in", "mlp_out")
-"""Fields of a :class:`gohsp.budget.BlockBudget` in the order of the column ``kept``. Stored studies have this order,
-whatever becomes of the order of the fields there."""
+"""Fields of a :class:`gohsp.pruning.budget.BlockBudget` in the order of the column ``kept``. Stored studies have this
+order, whatever becomes of the order of the fields there."""
 
 KEYS = ("study", "method", "optimiser", "removed", "budgets", "options", "seed")
 
@@ -81,7 +81,8 @@ class Outcome:
     Attributes:
         top1_kept, top1_refitted: Top-1 with the dense model's head, and with a head fitted on the pruned features.
         params_m, gmacs: Millions of parameters, billions of multiply-accumulates of the backbone.
-        error: Error of the residual stream after the last block on the calibration images, see gohsp.prune.PruneReport.
+        error: Error of the residual stream after the last block on the calibration images, see
+            :class:`gohsp.pruning.prune.PruneReport`.
         seconds: That pruning took.
         peak_gb: The most memory that the process has held so far.
         train, test, calibration: Numbers of images.

@@ -30,16 +30,16 @@ import gohsp
 from bench.harness.results import write_table
 from bench.harness.timing import TIMES, time_against
 from gohsp.files import read_json, write_json
-from gohsp.mask import ModelMask
+from gohsp.masks.mask import ModelMask
 from gohsp.models.registry import is_compressed
 from gohsp.recipe import Admm, Distillation, Recipe, make_recipe
 from gohsp.runs.datasets import Images, open_images
 from gohsp.runs.directory import open_model, set_classifier
-from gohsp.train import make_accelerator
 from gohsp.training import checkpoint
 from gohsp.training.evaluation import evaluate
 from gohsp.training.loop import CHECKPOINT, Loop, Stage
 from gohsp.training.losses import Distilled
+from gohsp.training.train import make_accelerator
 
 BATCH = 32
 RECIPE = Path("recipes/vit_small_cifar10_40_cpu.yaml")

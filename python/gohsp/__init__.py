@@ -7,13 +7,13 @@ import gohsp.models.timm_vit  # noqa: F401  registers the family
 from gohsp.compress import compress, densify
 from gohsp.count import count
 from gohsp.freeze import freeze
-from gohsp.io import load, save
-from gohsp.latency import LatencyTable
-from gohsp.mask import BlockMask, ModelMask
-from gohsp.prune import PruneResult, prune
-from gohsp.ranking import rank_heads
+from gohsp.masks.mask import BlockMask, ModelMask
+from gohsp.pruning.latency import LatencyTable
+from gohsp.pruning.prune import PruneResult, prune
+from gohsp.pruning.ranking import rank_heads
 from gohsp.recipe import Admm, Distillation, Fit
-from gohsp.train import TrainResult, train
+from gohsp.serialization import load, save
+from gohsp.training.train import TrainResult, train
 from gohsp_kernels import GraphedModel
 
 try:

@@ -261,12 +261,12 @@ def _target(text: str) -> dict[str, float]:
 
 def _work(verb: str, out: Path, recipe: Path | None, changes: dict[str, Any]) -> None:
     from gohsp.runs import commands
-    from gohsp.runs.directory import Run
+    from gohsp.runs.directory import RunDirectory
 
     # Of the processes that share a run, the first speaks.
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     with _one_line_errors(verb, console):
-        run = Run(out)
+        run = RunDirectory(out)
         do: Callable[[Work], None] = getattr(commands, verb)
         do(commands.Work(run, run.open_recipe(recipe, changes), console))
 

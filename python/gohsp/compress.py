@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import nn
 
 from gohsp.layers import PrunedBlock, find_bare_blocks
-from gohsp.mask import ModelMask
+from gohsp.masks.mask import ModelMask
 from gohsp.models.base import OpenModel
 from gohsp.models.registry import family_of, open_model
 

@@ -114,16 +114,35 @@ def count(model: nn.Module, input_size: int | Sequence[int] | None = None, *, ma
         ValueError: The input size does not suit the model, or the mask does not fit it.
         TypeError: The model is not a timm vision transformer that gohsp knows.
     """
-    opened = None if is_compressed(model) and mask is None else open_model(model)
-    modules = find_compact_blocks(model) if opened is None else [block.module for block in opened.blocks]
+    if not is_compressed(model) or mask is not None:
+        return count_opened(open_model(model), input_size, mask=mask)
+    blocks = find_compact_blocks(model)
     height, width = _image_size(model, input_size)
     tokens = _tokens(model, height, width)
-    if opened is None:
-        costs = [_count_modules(block.halves(), block.mask.size(), tokens) for block in modules]
-    else:
-        costs = _count_dense(opened, mask, tokens)
-    outside = count_parameters(model) - count_parameters(*modules)
-    macs = sum(_macs(*part) for part in family_of(model).modules_outside(model, height, width))
+    costs = [_count_modules(block.halves(), block.mask.size(), tokens) for block in blocks]
+    return _count_all(model, blocks, costs, (height, width), tokens)
+
+
+def count_opened(
+    opened: OpenModel, input_size: int | Sequence[int] | None = None, *, mask: Kept | None = None
+) -> Count:
+    """Count a dense model that is opened already; see :func:`count`.
+
+    Raises:
+        ValueError: The input size does not suit the model, or the mask does not fit it.
+    """
+    height, width = _image_size(opened.model, input_size)
+    tokens = _tokens(opened.model, height, width)
+    costs = _count_dense(opened, mask, tokens)
+    return _count_all(opened.model, [block.module for block in opened.blocks], costs, (height, width), tokens)
+
+
+def _count_all(
+    model: nn.Module, blocks: Sequence[nn.Module], costs: Sequence[BlockCount], size: tuple[int, int], tokens: int
+) -> Count:
+    """Add what stands outside the blocks to their costs."""
+    outside = count_parameters(model) - count_parameters(*blocks)
+    macs = sum(_macs(*part) for part in family_of(model).modules_outside(model, *size))
     return Count(
         params=outside + sum(cost.params for cost in costs),
         macs=macs + sum(cost.macs for cost in costs),

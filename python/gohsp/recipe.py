@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from gohsp.files import write_text
-from gohsp.prune import DEFAULT_TARGET, prune
+from gohsp.pruning.prune import DEFAULT_TARGET, prune
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]

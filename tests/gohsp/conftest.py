@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gohsp_kernels as gk
-from gohsp.mask import FIELDS, ModelMask
+from gohsp.masks.mask import FIELDS, ModelMask
 
 Make = Callable[..., Any]
 

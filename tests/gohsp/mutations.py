@@ -19,99 +19,100 @@ TESTS = Path(__file__).parent
 
 MUTATIONS = {
     "mask: q and k rows of a pruned head stay": Mutation(
-        "mask.py", "qk = (self.qk & self.heads[:, None]).flatten()", "qk = self.qk.flatten()",
-        "test_mask.py::test_apply_zeroes_exactly_the_pruned_entries",
+        "masks/mask.py", "qk = (self.qk & self.heads[:, None]).flatten()", "qk = self.qk.flatten()",
+        "masks/test_mask.py::test_apply_zeroes_exactly_the_pruned_entries",
     ),
     "mask: the bias of a pruned row stays": Mutation(
         "models/base.py", "                    layer.bias[mine] = 0", "                    pass",
-        "test_mask.py::test_apply_zeroes_exactly_the_pruned_entries",
+        "masks/test_mask.py::test_apply_zeroes_exactly_the_pruned_entries",
     ),
     "mask: an output that is not written stays": Mutation(
-        "mask.py", "write.clear_(~self.attn_out, ~v)", "write.clear_(None, ~v)",
-        "test_mask.py::test_apply_zeroes_exactly_the_pruned_entries",
+        "masks/mask.py", "write.clear_(~self.attn_out, ~v)", "write.clear_(None, ~v)",
+        "masks/test_mask.py::test_apply_zeroes_exactly_the_pruned_entries",
     ),
     "mask: a random one leaves a channel in one head of a block": Mutation(
-        "mask.py", "draws.amin(dim=-1, keepdim=True)", "draws.amin()",
-        "test_mask.py::test_random_never_empties_a_field_unless_asked",
+        "masks/mask.py", "draws.amin(dim=-1, keepdim=True)", "draws.amin()",
+        "masks/test_mask.py::test_random_never_empties_a_field_unless_asked",
     ),
     "mask: that of a compressed model shares its memory": Mutation(
-        "mask.py", "blocks = [block.mask.clone() for block", "blocks = [block.mask for block",
-        "test_mask.py::test_mask_of_a_compressed_model_is_a_copy",
+        "masks/mask.py", "blocks = [block.mask.clone() for block", "blocks = [block.mask for block",
+        "masks/test_mask.py::test_mask_of_a_compressed_model_is_a_copy",
     ),
     "mask: qk-norm wants the channels of pruned heads too": Mutation(
-        "mask.py", "bool(block.qk[block.heads].all())", "bool(block.qk.all())",
-        "test_mask.py::test_qk_norm_keeps_its_channels",
+        "masks/mask.py", "bool(block.qk[block.heads].all())", "bool(block.qk.all())",
+        "masks/test_mask.py::test_qk_norm_keeps_its_channels",
     ),
     "mask: a run of indices is read without its last": Mutation(
-        "mask.py", "kept[start : stop + 1] = True", "kept[start : max(stop, start + 1)] = True",
-        "test_mask.py::test_json_form_gives_the_mask_back",
+        "masks/ranges.py", "kept[start : stop + 1] = True", "kept[start : max(stop, start + 1)] = True",
+        "masks/test_mask.py::test_json_form_gives_the_mask_back",
     ),
     "mask: runs that touch are written with a gap": Mutation(
-        "mask.py", "index == runs[-1][1] + 1", "index == runs[-1][0] + 1",
-        "test_mask.py::test_json_form_is_readable",
+        "masks/ranges.py", "index == runs[-1][1] + 1", "index == runs[-1][0] + 1",
+        "masks/test_mask.py::test_json_form_is_readable",
     ),
     "layout: a head without V channels stays": Mutation(
-        "mask.py", "alive = self.heads & self.v.any(dim=1)", "alive = self.heads",
-        "test_mask.py::test_head_without_v_leaves_and_head_without_qk_stays",
+        "masks/mask.py", "alive = self.heads & self.v.any(dim=1)", "alive = self.heads",
+        "masks/test_mask.py::test_head_without_v_leaves_and_head_without_qk_stays",
     ),
     "layout: k rows begin after the q rows that are kept": Mutation(
-        "mask.py", "k_rows=q_rows + span", "k_rows=q_rows + len(q_rows)",
-        "test_mask.py::test_layout_of_a_mask_worked_out_by_hand",
+        "masks/mask.py", "k_rows=q_rows + span", "k_rows=q_rows + len(q_rows)",
+        "masks/test_mask.py::test_layout_of_a_mask_worked_out_by_hand",
     ),
     "layout: v rows begin after the q and k rows that are kept": Mutation(
-        "mask.py", "v_rows=v_cols + 2 * span", "v_rows=v_cols + 2 * len(q_rows)",
-        "test_mask.py::test_layout_of_a_mask_worked_out_by_hand",
+        "masks/mask.py", "v_rows=v_cols + 2 * span", "v_rows=v_cols + 2 * len(q_rows)",
+        "masks/test_mask.py::test_layout_of_a_mask_worked_out_by_hand",
     ),
     "layers: the softmax scale of the width that is left": Mutation(
         "layers/compact.py", "self.scale = attn.softmax_scale", "self.scale = max(1, *layout.qk_widths, 1) ** -0.5",
-        "test_layers.py::test_block_agrees_with_the_masked_dense_block",
+        "layers/test_compact.py::test_block_agrees_with_the_masked_dense_block",
     ),
     "layers: the first attention masks for the heads that are left": Mutation(
         "layers/attention.py", "head : head + 1] for head in heads]", "head : head + 1] for head in range(len(heads))]",
-        "test_layers.py::test_attention_masks",
+        "layers/test_compact.py::test_attention_masks",
     ),
     "layers: the norm of the MLP runs with another eps": Mutation(
         "layers/compact.py", "out_cols=mlp.out_cols,\n            eps=norm.eps,", "out_cols=mlp.out_cols,",
-        "test_layers.py::test_eps_of_each_norm_is_its_own",
+        "layers/test_compact.py::test_eps_of_each_norm_is_its_own",
     ),
     "layers: qk-norm runs with the eps of the block's norm": Mutation(
         "layers/compact.py", 'qk_eps=qk_norm.pop("eps", norm.eps),',
         'qk_eps=norm.eps if qk_norm.pop("eps", 1) else 0.0,',
-        "test_layers.py::test_eps_of_each_norm_is_its_own",
+        "layers/test_compact.py::test_eps_of_each_norm_is_its_own",
     ),
     "densify: the bias of q keeps the scale of another width": Mutation(
         "models/timm_vit.py", "attn.qkv.bias[: attn.attn_dim] *= factor", "attn.qkv.bias[: attn.attn_dim] *= 1.0",
         "test_compress.py::test_heads_of_one_width_become_timm_attention",
     ),
-    "statistics: the mean of what a layer gives is not weighted": Mutation(
-        "statistics.py", "self.y += rows @ y", "self.y += y.sum(dim=0)",
-        "test_statistics.py::test_weights_are_repetitions",
+    "moments: the mean of what a layer gives is not weighted": Mutation(
+        "pruning/moments.py", "self.y += rows @ y", "self.y += y.sum(dim=0)",
+        "pruning/test_moments.py::test_weights_are_repetitions",
     ),
     "fit: pulled towards zero": Mutation(
-        "statistics.py", "start = weight[:, kept]", "start = torch.zeros_like(weight[:, kept])",
-        "test_statistics.py::test_fit_is_the_stationary_point_of_its_objective",
+        "pruning/moments.py", "start = weight[:, kept]", "start = torch.zeros_like(weight[:, kept])",
+        "pruning/test_moments.py::test_fit_is_the_stationary_point_of_its_objective",
     ),
     "fit: moments about zero beside a bias": Mutation(
-        "statistics.py", "square = self.xx[kept][:, kept] / self.weight - torch.outer(mean_x, mean_x)",
+        "pruning/moments.py", "square = self.xx[kept][:, kept] / self.weight - torch.outer(mean_x, mean_x)",
         "square = self.xx[kept][:, kept] / self.weight",
-        "test_statistics.py::test_fit_is_the_stationary_point_of_its_objective",
+        "pruning/test_moments.py::test_fit_is_the_stationary_point_of_its_objective",
     ),
     "fit: the bias of the weights before": Mutation(
-        "statistics.py", "return fitted, mean_y - fitted @ mean_x", "return fitted, mean_y - start @ mean_x",
-        "test_statistics.py::test_the_bias_makes_the_mean_of_the_outputs_exact",
+        "pruning/moments.py", "return fitted, mean_y - fitted @ mean_x", "return fitted, mean_y - start @ mean_x",
+        "pruning/test_moments.py::test_the_bias_makes_the_mean_of_the_outputs_exact",
     ),
     "fit: damped by the largest variance": Mutation(
-        "statistics.py", "max(ridge, 1e-9) * square.diagonal().mean()", "max(ridge, 1e-9) * square.diagonal().max()",
-        "test_statistics.py::test_damping_is_relative_to_the_mean_diagonal",
+        "pruning/moments.py", "max(ridge, 1e-9) * square.diagonal().mean()",
+        "max(ridge, 1e-9) * square.diagonal().max()",
+        "pruning/test_moments.py::test_damping_is_relative_to_the_mean_diagonal",
     ),
     "sensitivity: terms are squared token by token": Mutation(
-        "statistics.py", "(x * gradient).sum(dim=1).double().square().sum(dim=0)",
+        "pruning/sensitivity.py", "(x * gradient).sum(dim=1).double().square().sum(dim=0)",
         "(x * gradient).double().square().sum(dim=(0, 1))",
-        "test_statistics.py::test_first_order_terms_are_gradients_by_a_factor_on_each_column",
+        "pruning/test_sensitivity.py::test_first_order_terms_are_gradients_by_a_factor_on_each_column",
     ),
     "sensitivity: token weights without the square root": Mutation(
-        "statistics.py", "(self.tokens / self.tokens.mean()).sqrt()", "(self.tokens / self.tokens.mean())",
-        "test_statistics.py::test_token_weights_follow_the_sensitivity_and_have_a_floor",
+        "pruning/sensitivity.py", "(self.tokens / self.tokens.mean()).sqrt()", "(self.tokens / self.tokens.mean())",
+        "pruning/test_sensitivity.py::test_token_weights_follow_the_sensitivity_and_have_a_floor",
     ),
     "count: one bias an input": Mutation(
         "count.py", "(inputs + (layer.read.bias is not None)) * rows",
@@ -132,136 +133,143 @@ MUTATIONS = {
         "test_count.py::test_compressed_models_agree_with_torch"
     ),
     "budget: what is outside the blocks is given to them": Mutation(
-        "budget.py", "solve(choices, limit - outside)", "solve(choices, limit)",
-        "test_budget.py::test_the_result_is_counted_exactly_and_nothing_more_fits",
+        "pruning/budget.py", "solve(choices, limit - outside)", "solve(choices, limit)",
+        "pruning/test_budget.py::test_the_result_is_counted_exactly_and_nothing_more_fits",
     ),
     "budget: costs are rounded down to a cell": Mutation(
-        "budget.py", "math.ceil((option.cost - least) / cell)", "math.floor((option.cost - least) / cell)",
-        "test_budget.py::test_costs_that_miss_the_limit_by_less_than_a_cell_are_not_taken",
+        "pruning/budget.py", "math.ceil((option.cost - least) / cell)", "math.floor((option.cost - least) / cell)",
+        "pruning/test_budget.py::test_costs_that_miss_the_limit_by_less_than_a_cell_are_not_taken",
     ),
     "budget: what the rounding leaves is not spent": Mutation(
-        "budget.py", "    return _spend_the_rest(choices, picks, limit)\n", "    return picks\n",
-        "test_budget.py::test_the_result_is_counted_exactly_and_nothing_more_fits",
+        "pruning/budget.py", "    return _spend_the_rest(choices, picks, limit)\n", "    return picks\n",
+        "pruning/test_budget.py::test_the_result_is_counted_exactly_and_nothing_more_fits",
     ),
     "budget: the way back through the table takes no room": Mutation(
-        "budget.py", "left -= cells[row][picks[row]]", "left -= min(cells[row])",
-        "test_budget.py::test_solve_finds_the_least_loss_of_all_choices",
+        "pruning/budget.py", "left -= cells[row][picks[row]]", "left -= min(cells[row])",
+        "pruning/test_budget.py::test_solve_finds_the_least_loss_of_all_choices",
     ),
     "budget: a cheap step behind a dear one is cheap": Mutation(
-        "budget.py", "highest = max(highest, step.loss)", "highest = step.loss",
-        "test_budget.py::test_a_cheap_step_behind_a_dear_one_does_not_hide_its_price",
+        "pruning/budget.py", "highest = max(highest, step.loss)", "highest = step.loss",
+        "pruning/test_budget.py::test_a_cheap_step_behind_a_dear_one_does_not_hide_its_price",
     ),
     "budget: losses are not weighed against what they save": Mutation(
-        "budget.py", "offers.append((step.loss / saved,", "offers.append((step.loss,",
-        "test_budget.py::test_options_of_a_half_follow_the_loss_for_each_unit_saved",
+        "pruning/budget.py", "offers.append((step.loss / saved,", "offers.append((step.loss,",
+        "pruning/test_budget.py::test_options_of_a_half_follow_the_loss_for_each_unit_saved",
     ),
     "budget: a head that gave channels takes its full width along": Mutation(
-        "budget.py", "after[name] -= widths[self._head(step)]", "after[name] -= max(widths)",
-        "test_budget.py::test_channels_of_a_head_that_has_gone_are_not_taken",
+        "pruning/budget.py", "after[name] -= widths[self._head(step)]", "after[name] -= max(widths)",
+        "pruning/test_budget.py::test_channels_of_a_head_that_has_gone_are_not_taken",
     ),
     "budget: channels of a head that has gone are taken": Mutation(
-        "budget.py", "self.alive[self._head(step)] = False", "self.alive[self._head(step)] = True",
-        "test_budget.py::test_channels_of_a_head_that_has_gone_are_not_taken",
+        "pruning/budget.py", "self.alive[self._head(step)] = False", "self.alive[self._head(step)] = True",
+        "pruning/test_budget.py::test_channels_of_a_head_that_has_gone_are_not_taken",
     ),
     "budget: floors are asked before a step, not after it": Mutation(
-        "budget.py", "self.widths_after(group, queue[0])[group] >= self.least[group]",
-        "self.kept[group] >= self.least[group]", "test_budget.py::test_floors_hold_in_every_block",
+        "pruning/budget.py", "self.widths_after(group, queue[0])[group] >= self.least[group]",
+        "self.kept[group] >= self.least[group]", "pruning/test_budget.py::test_floors_hold_in_every_block",
     ),
     "ranking: heads are like themselves": Mutation(
-        "ranking.py", "    graph.fill_diagonal_(0)\n    rows =", "    rows =",
-        "test_ranking.py::test_stationary_distribution_of_a_symmetric_graph_is_the_weighted_degree",
+        "pruning/ranking.py", "    graph.fill_diagonal_(0)\n    rows =", "    rows =",
+        "pruning/test_ranking.py::test_stationary_distribution_of_a_symmetric_graph_is_the_weighted_degree",
     ),
     "ranking: columns are normalised in the place of rows": Mutation(
-        "ranking.py", "rows = graph.sum(dim=1, keepdim=True)", "rows = graph.sum(dim=0, keepdim=True)",
-        "test_ranking.py::test_stationary_distribution_is_pagerank",
+        "pruning/ranking.py", "rows = graph.sum(dim=1, keepdim=True)", "rows = graph.sum(dim=0, keepdim=True)",
+        "pruning/test_ranking.py::test_stationary_distribution_is_pagerank",
     ),
     "ranking: teleport is the probability of staying on the graph": Mutation(
-        "ranking.py", "(1 - teleport) * steps + teleport * uniform", "teleport * steps + (1 - teleport) * uniform",
-        "test_ranking.py::test_stationary_distribution_is_pagerank",
+        "pruning/ranking.py", "(1 - teleport) * steps + teleport * uniform",
+        "teleport * steps + (1 - teleport) * uniform",
+        "pruning/test_ranking.py::test_stationary_distribution_is_pagerank",
     ),
     "ranking: a node that is like no other stays where it is": Mutation(
-        "ranking.py", ".clamp_min(torch.finfo(rows.dtype).tiny), uniform)",
+        "pruning/ranking.py", ".clamp_min(torch.finfo(rows.dtype).tiny), uniform)",
         ".clamp_min(torch.finfo(rows.dtype).tiny), torch.eye(count, dtype=graph.dtype))",
-        "test_ranking.py::test_a_node_that_is_like_no_other_jumps_anywhere_as_in_pagerank",
+        "pruning/test_ranking.py::test_a_node_that_is_like_no_other_jumps_anywhere_as_in_pagerank",
     ),
     "ranking: redundant scores do not sum to one": Mutation(
-        "ranking.py", "return (1 - pi) / (len(pi) - 1)", "return (1 - pi) / len(pi)",
-        "test_ranking.py::test_redundant_turns_the_order_round_and_sums_to_one",
+        "pruning/ranking.py", "return (1 - pi) / (len(pi) - 1)", "return (1 - pi) / len(pi)",
+        "pruning/test_ranking.py::test_redundant_turns_the_order_round_and_sums_to_one",
     ),
     "ranking: likeness is normalised twice": Mutation(
-        "ranking.py", "norms = energy.diagonal().sqrt()", "norms = energy.diagonal()",
-        "test_ranking.py::test_cka_is_its_definition",
+        "pruning/ranking.py", "norms = energy.diagonal().sqrt()", "norms = energy.diagonal()",
+        "pruning/test_ranking.py::test_cka_is_its_definition",
     ),
     "ranking: the directed graph points the other way": Mutation(
-        "ranking.py", "explained * spread[:, None]", "explained.T * spread[:, None]",
-        "test_ranking.py::test_explained_variance_is_that_of_a_regression",
+        "pruning/ranking.py", "explained * spread[:, None]", "explained.T * spread[:, None]",
+        "pruning/test_ranking.py::test_explained_variance_is_that_of_a_regression",
     ),
-    "scores: a column that has gone leaves the inverse as it was": Mutation(
-        "scores.py", "    inverse.addmm_(transfer, inverse[chosen], alpha=-1)\n", "",
-        "test_scores.py::test_losses_add_up_to_the_joint_error_of_all_that_has_gone",
+    "criteria: a column that has gone leaves the inverse as it was": Mutation(
+        "pruning/criteria.py", "    inverse.addmm_(transfer, inverse[chosen], alpha=-1)\n", "",
+        "pruning/test_criteria.py::test_losses_add_up_to_the_joint_error_of_all_that_has_gone",
     ),
-    "scores: the odd rest goes last": Mutation(
-        "scores.py", "return size % self.tile or self.tile", "return min(size, self.tile)",
-        "test_scores.py::test_the_odd_rest_goes_first_and_a_tile_stays",
+    "criteria: the odd rest goes last": Mutation(
+        "pruning/criteria.py", "return size % self.tile or self.tile", "return min(size, self.tile)",
+        "pruning/test_criteria.py::test_the_odd_rest_goes_first_and_a_tile_stays",
     ),
-    "scores: guides go by the place among the heads that are open": Mutation(
-        "scores.py", "_factor(evidence.guide, pool)\n            for pool, chosen in zip(pools,",
-        "_factor(evidence.guide, pool)\n            for pool, chosen in zip(range(len(pools)),",
-        "test_scores.py::test_guides_stay_with_their_heads",
+    "criteria: guides go by the place among the heads that are open": Mutation(
+        "pruning/criteria.py", "_factor(statistics.guide, pool)\n            for pool, chosen in zip(pools,",
+        "_factor(statistics.guide, pool)\n            for pool, chosen in zip(range(len(pools)),",
+        "pruning/test_criteria.py::test_guides_stay_with_their_heads",
     ),
-    "scores: an average head is not guided by one": Mutation(
-        "scores.py", "(len(importance) * importance).clamp_min", "importance.clamp_min",
-        "test_scores.py::test_head_guide_is_one_for_an_average_head",
+    "criteria: an average head is not guided by one": Mutation(
+        "pruning/criteria.py", "(len(importance) * importance).clamp_min", "importance.clamp_min",
+        "pruning/test_criteria.py::test_head_guide_is_one_for_an_average_head",
     ),
-    "scores: prices of outputs are not shares": Mutation(
-        "scores.py", "return self._scaled(self.outputs(evidence))", "return self.outputs(evidence).cpu()",
-        "test_scores.py::test_a_criterion_of_ones_own_is_on_one_scale",
+    "criteria: prices of outputs are not shares": Mutation(
+        "pruning/criteria.py", "return self._scaled(self.outputs(statistics))", "return self.outputs(statistics).cpu()",
+        "pruning/test_criteria.py::test_a_criterion_of_ones_own_is_on_one_scale",
     ),
-    "scores: QK energy with the mean of the keys": Mutation(
-        "scores.py", "centred = keys.double() - keys.double().mean(dim=2, keepdim=True)", "centred = keys.double()",
-        "test_scores.py::test_qk_energy_is_the_sum_of_squared_terms_of_the_scores",
+    "criteria: QK energy with the mean of the keys": Mutation(
+        "pruning/criteria.py", "centred = keys.double() - keys.double().mean(dim=2, keepdim=True)",
+        "centred = keys.double()",
+        "pruning/test_criteria.py::test_qk_energy_is_the_sum_of_squared_terms_of_the_scores",
     ),
-    "admm: the projection leaves the dual out": Mutation(
-        "admm.py", "by_score(free.square()", "by_score(w.square()",
-        "test_admm.py::test_the_steps_are_those_that_are_described"
+    "layerwise_admm: the projection leaves the dual out": Mutation(
+        "pruning/layerwise_admm.py", "by_score(free.square()", "by_score(w.square()",
+        "pruning/test_layerwise_admm.py::test_the_steps_are_those_that_are_described"
     ),
-    "admm: the dual does not add up": Mutation(
-        "admm.py", "dual = free - z", "dual = w - z", "test_admm.py::test_the_steps_are_those_that_are_described"
+    "layerwise_admm: the dual does not add up": Mutation(
+        "pruning/layerwise_admm.py", "dual = free - z", "dual = w - z",
+        "pruning/test_layerwise_admm.py::test_the_steps_are_those_that_are_described"
     ),
-    "admm: the dual grows with rho": Mutation(
-        "admm.py", "dual /= GROWTH", "dual *= GROWTH", "test_admm.py::test_the_steps_are_those_that_are_described"
+    "layerwise_admm: the dual grows with rho": Mutation(
+        "pruning/layerwise_admm.py", "dual /= GROWTH", "dual *= GROWTH",
+        "pruning/test_layerwise_admm.py::test_the_steps_are_those_that_are_described"
     ),
-    "admm: columns are not scaled to one variance": Mutation(
-        "admm.py", "weight = root.T @ evidence.weight * deviations", "weight = root.T @ evidence.weight",
-        "test_admm.py::test_units_of_the_inputs_do_not_matter",
+    "layerwise_admm: columns are not scaled to one variance": Mutation(
+        "pruning/layerwise_admm.py", "weight = root.T @ statistics.weight * deviations",
+        "weight = root.T @ statistics.weight",
+        "pruning/test_layerwise_admm.py::test_units_of_the_inputs_do_not_matter",
     ),
-    "cut: biases are not fitted": Mutation(
-        "cut.py", "offset if linear.has_bias else None", "None",
-        "test_prune.py::test_what_follows_from_the_rest_is_pruned_without_a_trace",
+    "layerwise: biases are not fitted": Mutation(
+        "pruning/layerwise.py", "offset if linear.has_bias else None", "None",
+        "pruning/test_prune.py::test_what_follows_from_the_rest_is_pruned_without_a_trace",
     ),
-    "cut: layer scale is not divided out of what a layer should give": Mutation(
-        "cut.py", "(wanted - part) * inverse, weights", "wanted - part, weights",
-        "test_prune.py::test_the_fit_sees_the_attention_that_is_left",
+    "layerwise: layer scale is not divided out of what a layer should give": Mutation(
+        "pruning/layerwise.py", "(wanted - part) * inverse, weights", "wanted - part, weights",
+        "pruning/test_prune.py::test_the_fit_sees_the_attention_that_is_left",
     ),
-    "cut: QK channels of the heads that are left are sought among all": Mutation(
-        "cut.py", "_marked(columns[left], size)", "_marked(left, size)",
-        "test_prune.py::test_the_target_is_met_exactly_as_counted",
+    "layerwise: QK channels of the heads that are left are sought among all": Mutation(
+        "pruning/layerwise.py", "_marked(columns[left], size)", "_marked(left, size)",
+        "pruning/test_prune.py::test_the_target_is_met_exactly_as_counted",
     ),
-    "cut: the fit does not see that QK channels have gone": Mutation(
-        "cut.py", "            self._cut_qk(index, block, budget.qk)\n            moments = self._gather(index)\n",
+    "layerwise: the fit does not see that QK channels have gone": Mutation(
+        "pruning/layerwise.py",
+        "            self._cut_qk(index, block, budget.qk)\n            moments = self._gather(index)\n",
         "            self._cut_qk(index, block, budget.qk)\n",
-        "test_prune.py::test_the_fit_sees_the_attention_that_is_left",
+        "pruning/test_prune.py::test_the_fit_sees_the_attention_that_is_left",
     ),
-    "survey: the graph does not guide the heads' budget": Mutation(
-        "survey.py", "replace(look.write, guide=guide)", "look.write",
-        "test_prune.py::test_the_graph_guides_the_budget_of_heads",
+    "scoring: the graph does not guide the heads' budget": Mutation(
+        "pruning/scoring.py", "replace(known.write, guide=guide)", "known.write",
+        "pruning/test_prune.py::test_the_graph_guides_the_budget_of_heads",
     ),
     "save: the number of neurons is rounded down": Mutation(
         "models/timm_vit.py", "(geometry.hidden + 0.5) / geometry.dim", "geometry.hidden / geometry.dim",
-        "test_io.py::test_round_trip",
+        "test_serialization.py::test_round_trip",
     ),
     "load: weights of another save are taken": Mutation(
-        "io.py", "if digest != _digest(plan):", "if not digest:", "test_io.py::test_files_of_two_saves_are_not_mixed"
+        "serialization.py", "if digest != _digest(plan):", "if not digest:",
+        "test_serialization.py::test_files_of_two_saves_are_not_mixed"
     ),
 }  # fmt: skip
 

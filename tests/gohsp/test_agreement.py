@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import gohsp
 import gohsp_kernels as gk
-from gohsp.mask import ModelMask
+from gohsp.masks.mask import ModelMask
 
 MODELS = (
     "vit_tiny_patch16_224",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import gohsp
 import gohsp_kernels as gk
 from gohsp.layers import RaggedAttention
-from gohsp.mask import ModelMask
+from gohsp.masks.mask import ModelMask
 from gohsp.models.timm_vit import PrunedVisionTransformer, PrunedVisionTransformerDistilled
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gohsp
-from gohsp.mask import ModelMask
+from gohsp.masks.mask import ModelMask
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("vit_tiny_patch16_224", {}),

@@ -17,7 +17,7 @@ from torch import Tensor
 import gohsp
 import gohsp_kernels as gk
 from gohsp.layers import FrozenEmbedding
-from gohsp.mask import ModelMask
+from gohsp.masks.mask import ModelMask
 from gohsp_kernels.formats import FORMATS
 
 from .conftest import randomize

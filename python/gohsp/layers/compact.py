@@ -21,7 +21,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 import gohsp_kernels as gk
 from gohsp.layers.attention import attend, head_masks
-from gohsp.mask import BlockLayout, BlockMask
+from gohsp.masks.layout import BlockLayout
+from gohsp.masks.mask import BlockMask
 from gohsp.models.base import Attention, CompactBlock, Mlp, OpenBlock, Projection
 from gohsp_kernels.reference import gather_columns, scatter_columns
 

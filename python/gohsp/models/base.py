@@ -404,6 +404,10 @@ class Family(ABC):
         """Return the modules whose outputs are the residual stream: each block, and the norm behind the last one."""
 
     @abstractmethod
+    def stream_shape(self, model: nn.Module) -> tuple[int, int, int]:
+        """Return (blocks, tokens, features) of the residual stream, for images of the model's own size."""
+
+    @abstractmethod
     def image_shape(self, model: nn.Module) -> tuple[int, int, int] | None:
         """Return (channels, height, width) of the images that it is made for, or None where any size will do."""
 

@@ -274,6 +274,11 @@ class TimmVit(Family):
     def stream_places(self, model: Any) -> list[nn.Module]:
         return [*model.blocks, model.norm]
 
+    def stream_shape(self, model: Any) -> tuple[int, int, int]:
+        embed = model.patch_embed
+        # embed_dim keeps its old value where another tool narrowed the model.
+        return len(model.blocks), embed.num_patches + model.num_prefix_tokens, embed.proj.out_channels
+
     def image_shape(self, model: Any) -> tuple[int, int, int] | None:
         size = model.patch_embed.img_size
         return None if size is None else (_projection_channels(model), *size)

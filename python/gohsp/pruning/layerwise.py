@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The second half of pruning: cut one sublayer after the other, each fed by the pruned network, and fit the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from gohsp.masks.mask import BlockMask, ModelMask
+from gohsp.models.base import Attention, BlockGeometry, OpenModel, Projection, Sublayer
+from gohsp.pruning import layerwise_admm
+from gohsp.pruning.budget import BlockBudget
+from gohsp.pruning.calibration import CHUNK
+from gohsp.pruning.criteria import CRITERIA, RIDGE, LayerStatistics, PruningGroups, by_score, head_guide
+from gohsp.pruning.moments import Moments, damped
+from gohsp.pruning.scoring import (
+    PruneSettings,
+    Scores,
+    channels_of,
+    columns_of,
+    heads_of,
+    neurons_of,
+    output_statistics,
+    qk_statistics,
+    read_statistics,
+    write_statistics,
+)
+
+OPTIMISERS = ("ridge", "admm", "drop")
+REFINE_BATCH = 32  # images
+REFINE_RATE = 2e-4  # of AdamW at the first step; it falls to nothing along a half cosine
+
+
+class LayerwisePruner:
+    """Prunes a model to its budgets, one layer after the other.
+
+    Args:
+        model: The dense model.
+        pruned: Its copy, which is cut.
+        mask: The full mask of the model, which is cut as well.
+        stream: Tokens before the first block, [images, N, D].
+        scores: What the dense model told.
+        settings: What was asked for.
+        generator: Source of all draws.
+    """
+
+    def __init__(
+        self,
+        model: OpenModel,
+        pruned: OpenModel,
+        mask: ModelMask,
+        stream: Tensor,
+        scores: Scores,
+        settings: PruneSettings,
+        generator: torch.Generator,
+    ) -> None:
+        self.dense_layers, self.layers, self.mask = model.sublayers, pruned.sublayers, mask
+        self.blocks = pruned.blocks
+        self.dense, self.stream = stream, stream.clone()
+        self.scores, self.settings, self.generator = scores, settings, generator
+
+    def run(self, budgets: list[BlockBudget], tick: Callable[[], None]) -> list[float]:
+        """Cut all blocks to their budgets and return the error of the stream after each."""
+        errors = []
+        for block, budget in enumerate(budgets):
+            before = self.stream.clone() if self.settings.refine else self.stream
+            for index, cut in ((2 * block, self._cut_attention), (2 * block + 1, self._cut_mlp)):
+                self.dense = _through(self.dense_layers[index], self.dense)
+                cut(index, budget)
+                self.stream = _through(self.layers[index], self.stream)
+                tick()
+            if self.settings.refine:
+                self._refine(block, before)
+            spread = self.dense - self.dense.mean(dim=(0, 1))
+            errors.append(float((self.stream - self.dense).square().sum() / spread.square().sum()))
+        return errors
+
+    def _cut_attention(self, index: int, budget: BlockBudget) -> None:
+        block, size = self.mask.blocks[index // 2], self.layers[index].geometry
+        block.attn_in = self._cut_inputs(index, budget.attn_in)
+        moments = self._gather(index)
+        kept = torch.arange(size.num_heads * size.head_dim, device="cpu")
+        if budget.heads < size.num_heads:
+            guide = head_guide(self.scores.heads[index // 2], self.settings.guidance)
+            kept = self._choose_written(index, moments, kept, heads_of(size), budget.heads * size.head_dim, guide)
+        block.heads = _marked(kept, size).any(dim=1)
+        if budget.v < len(kept):
+            kept = self._choose_written(index, moments, kept, channels_of(budget.heads, size), budget.v)
+        block.v = _marked(kept, size)
+        if budget.qk < budget.heads * size.head_dim:
+            self._cut_qk(index, block, budget.qk)
+            moments = self._gather(index)
+        self._refit(self.layers[index].write, moments, kept)
+        block.attn_out = self._cut_outputs(index, moments, budget.attn_out)
+
+    def _cut_qk(self, index: int, block: BlockMask, keep: int) -> None:
+        layer = self.layers[index]
+        assert isinstance(layer, Attention)
+        size = layer.geometry
+        statistics = qk_statistics(layer, self.stream, self.scores.sensitivities[index], self.generator)
+        scores = CRITERIA[self.settings.method].qk_costs(statistics)
+        heads = block.heads.nonzero().flatten()
+        left = by_score(scores[heads].flatten(), channels_of(len(heads), size), keep).left
+        columns = torch.arange(size.num_heads * size.head_dim, device="cpu").view(size.num_heads, -1)[heads].flatten()
+        block.qk = _marked(columns[left], size)
+        gone = (~block.qk).flatten()
+        layer.read.clear_(torch.cat((gone, gone, torch.zeros_like(gone))))
+
+    def _cut_mlp(self, index: int, budget: BlockBudget) -> None:
+        block, size = self.mask.blocks[index // 2], self.layers[index].geometry
+        block.mlp_in = self._cut_inputs(index, budget.mlp_in)
+        moments = self._gather(index)
+        kept = torch.arange(size.hidden, device="cpu")
+        if budget.hidden < len(kept):
+            kept = self._choose_written(index, moments, kept, neurons_of(size), budget.hidden)
+        block.hidden = torch.zeros_like(block.hidden).index_fill(0, kept, True)
+        self._refit(self.layers[index].write, moments, kept)
+        block.mlp_out = self._cut_outputs(index, moments, budget.mlp_out)
+
+    def _cut_inputs(self, index: int, keep: int) -> Tensor:
+        """Choose which residual features a sublayer reads, and let these stand in for the others. Returns the mask."""
+        layer = self.layers[index]
+        dim = layer.geometry.dim
+        mask = torch.ones(dim, dtype=torch.bool, device="cpu")
+        if keep == dim:
+            return mask
+        sensitivity = self.scores.sensitivities[index]
+        moments = Moments(layer.read.in_features, layer.read.out_features, self.stream.device)
+        for part in self.stream.split(CHUNK):
+            seen = layer.norm(part)
+            moments.update(seen, layer.read(seen), sensitivity.weights().expand(part.shape[:2]))
+        statistics = read_statistics(layer, moments, sensitivity, self.generator)
+        kept = self._choose(statistics, columns_of(dim), keep)
+        self._refit(layer.read, moments, kept)
+        return torch.zeros_like(mask).index_fill(0, kept, True)
+
+    def _cut_outputs(self, index: int, moments: Moments, keep: int) -> Tensor:
+        """Choose which residual features a sublayer writes, and silence the others. Returns the mask."""
+        layer = self.layers[index]
+        dim = layer.geometry.dim
+        mask = torch.ones(dim, dtype=torch.bool, device="cpu")
+        if keep == dim:
+            return mask
+        statistics = output_statistics(layer, moments, self.scores.sensitivities[index], self.generator)
+        scores = CRITERIA[self.settings.method].output_costs(statistics)
+        kept = by_score(scores, columns_of(dim), keep).left
+        mask = torch.zeros_like(mask).index_fill(0, kept, True)
+        layer.write.clear_(~mask)
+        return mask
+
+    def _gather(self, index: int) -> Moments:
+        """Gather what write reads in the pruned network, and what it should give to bring the stream to the dense one.
+
+        The target is the gap between the two streams with layer scale divided out, so that each layer also mends what
+        the layers before it broke.
+        """
+        layer = self.layers[index]
+        weights = self.scores.sensitivities[index].weights()
+        moments = Moments(layer.write.in_features, layer.write.out_features, self.stream.device)
+        gain = layer.gain()
+        inverse = torch.where(gain == 0, 0.0, 1 / gain)  # a feature that is never written asks for nothing
+        for part, wanted in zip(self.stream.split(CHUNK), self.dense.split(CHUNK), strict=True):
+            hidden, _ = layer.trace(part)
+            moments.update(hidden, (wanted - part) * inverse, weights.expand(hidden.shape[:2]))
+        return moments
+
+    def _written(self, index: int, moments: Moments, weight: Tensor) -> LayerStatistics:
+        return write_statistics(self.layers[index], weight, moments, self.scores.sensitivities[index], self.generator)
+
+    def _choose_written(
+        self, index: int, moments: Moments, kept: Tensor, groups: PruningGroups, keep: int, guide: Tensor | None = None
+    ) -> Tensor:
+        """Return which of some columns of write stay."""
+        write = self.layers[index].write
+        columns = kept.to(self.stream.device)
+        weight = write.weight.detach().double()
+        if self.settings.optimiser != "drop":
+            fitted, _ = moments.fit(weight, columns, RIDGE, intercept=write.has_bias)
+            weight = weight.index_copy(1, columns, fitted)
+        statistics = replace(self._written(index, moments, weight).of(columns), guide=guide)
+        return kept[self._choose(statistics, groups, keep)]
+
+    def _choose(self, statistics: LayerStatistics, groups: PruningGroups, keep: int) -> Tensor:
+        criterion = CRITERIA[self.settings.method]
+        if self.settings.optimiser != "admm":
+            return criterion.eliminate(statistics, groups, keep).left
+        guided = statistics if criterion.guided else replace(statistics, guide=None)
+        return layerwise_admm.choose(guided, groups, keep, criterion.favours(statistics, groups))
+
+    def _refit(self, linear: Projection, moments: Moments, kept: Tensor) -> None:
+        """Fit a linear layer on the columns that stay, unless these are to be left as they are; zero the others."""
+        dense = linear.weight.detach()
+        columns = kept.to(dense.device)
+        left, bias = dense[:, columns], None
+        if self.settings.optimiser != "drop":
+            fitted, offset = moments.fit(dense.double(), columns, self.settings.ridge, intercept=linear.has_bias)
+            left, bias = fitted.to(dense.dtype), offset if linear.has_bias else None
+        linear.write_(torch.zeros_like(dense).index_copy(1, columns, left), bias)
+
+    def _refine(self, block: int, before: Tensor) -> None:
+        """Train a block for some steps to give the dense block's output from what the pruned network feeds it.
+
+        What has been cut stays zero, since zeros on both sides of a group have no gradient.
+        """
+        index, module = 2 * block + 1, self.blocks[block].module
+        self.mask.blocks[block].apply_(self.blocks[block])
+        sensitivity = self.scores.sensitivities[index]
+        root = torch.linalg.cholesky(damped(sensitivity.metric, 1e-2))
+        root = (root / root.square().sum().sqrt()).to(before.dtype)
+        tokens = sensitivity.weights().to(before.dtype)[:, None]
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=REFINE_RATE, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.settings.refine)
+        order = torch.empty(0, dtype=torch.int64, device="cpu")
+        for _ in range(self.settings.refine):
+            if len(order) == 0:
+                order = torch.randperm(len(before), generator=self.generator, device="cpu")
+            batch, order = order[:REFINE_BATCH].to(before.device), order[REFINE_BATCH:]
+            with torch.inference_mode(False), torch.enable_grad():
+                error = (module(before[batch]) - self.dense[batch]) @ root
+                loss = (error.square() * tokens).sum(dim=-1).mean()
+                gradients = torch.autograd.grad(loss, parameters)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+            schedule.step()
+        for parameter in parameters:
+            parameter.grad = None
+        self.stream = _through(module, before)
+
+
+def _through(module: nn.Module | Sublayer, stream: Tensor) -> Tensor:
+    return torch.cat([module(part) for part in stream.split(CHUNK)])
+
+
+def _marked(columns: Tensor, size: BlockGeometry) -> Tensor:
+    """Return a boolean [H, d] that is True at some columns of head outputs."""
+    marked = torch.zeros(size.num_heads * size.head_dim, dtype=torch.bool, device="cpu")
+    marked[columns] = True
+    return marked.view(size.num_heads, size.head_dim)

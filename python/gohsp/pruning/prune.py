@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One-shot pruning without training or labels: choose what to keep, then let what is left take over.
+
+Three passes over the calibration images, all of them block by block on cached tokens:
+
+1. score: the dense model tells how sensitive its features are to errors after each sublayer, how alike its heads are,
+   and what each step of an elimination would cost;
+2. budget: those costs, on one scale for all blocks, decide how much each block keeps;
+3. cut and fit: from the first block to the last, each fed by the pruned network, the groups are chosen, and proj and
+   fc2 are re-fitted so that the residual stream comes back to where the dense model's was.
+
+GOHSP fixes that a graph ranking of heads guides, softly, an optimisation that imposes head sparsity and column sparsity
+together. The closed forms used here (backward elimination, ridge regression, sensitivities) are our choice.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gohsp.compress import refuse_hooks
+from gohsp.count import Count, count_opened
+from gohsp.masks.mask import ModelMask
+from gohsp.models.base import Geometry, OpenModel
+from gohsp.models.hooks import evaluating
+from gohsp.models.registry import open_model
+from gohsp.pruning.budget import GROUPS, BlockBudget, BlockPlan, allocate, counted, parse_target
+from gohsp.pruning.calibration import embed
+from gohsp.pruning.criteria import CRITERIA
+from gohsp.pruning.latency import LatencyTable
+from gohsp.pruning.layerwise import OPTIMISERS, LayerwisePruner
+from gohsp.pruning.ranking import check_reading, check_scores
+from gohsp.pruning.scoring import PruneSettings, Scores, score_groups
+from gohsp.pruning.sensitivity import measure_sensitivities
+
+DEFAULT_TARGET: Mapping[str, float] = MappingProxyType({"params": 0.65})
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What :func:`prune` did.
+
+    Attributes:
+        method: The criterion.
+        dense, pruned: Costs of the model before and after.
+        importance: Scores of the heads, [H] a block with the sum 1: those that were given, or the graph's with how they
+            were read; see :func:`gohsp.rank_heads`.
+        budgets: What each block was given.
+        errors: After each block, the squared error of the pruned residual stream on the calibration images, as a share
+            of the dense stream's variance. The fit has seen these images; expect more on others.
+    """
+
+    method: str
+    dense: Count
+    pruned: Count
+    importance: Sequence[Tensor]
+    budgets: list[BlockBudget]
+    errors: list[float]
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A mask, and the dense-shaped model that it has been applied to.
+
+    Attributes:
+        mask: What is kept.
+        model: A copy of the given model with re-fitted weights and pruned entries at zero, so that
+            ``gohsp.compress(model, mask)`` computes the same.
+        report: How it came about.
+    """
+
+    mask: ModelMask
+    model: nn.Module
+    report: PruneReport
+
+
+def prune(
+    model: nn.Module,
+    batches: Iterable[Any],
+    target: Mapping[str, float] = DEFAULT_TARGET,
+    method: str = "gohsp",
+    *,
+    groups: Sequence[str] = ("heads", "hidden"),
+    optimiser: str = "ridge",
+    refine: int = 0,
+    budgets: Sequence[BlockBudget] | None = None,
+    floors: Mapping[str, float] = MappingProxyType({}),
+    latency: LatencyTable | None = None,
+    importance: Sequence[Tensor] | None = None,
+    similarity: str = "cka",
+    teleport: float = 0.0,
+    high_is: str = "important",
+    guidance: float = 1.0,
+    ridge: float = 0.3,
+    max_images: int | None = None,
+    seed: int = 0,
+    on_progress: Callable[[int, int], object] | None = None,
+) -> PruneResult:
+    """Prune a vision transformer to a target, in one shot, from unlabelled images alone.
+
+    Args:
+        model: Dense timm vision transformer. It is not changed.
+        batches: Batches of normalised images of one size, [B, C, height, width] each or (images, ...). A few hundred
+            images are enough; their tokens are kept in memory (two or three times N * D numbers an image).
+        target: Share of the dense model's cost to keep, everything counted: {"params": share}, {"macs": share} or, with
+            a latency table, {"ms": share}.
+        method: Criterion of the choice: "gohsp", or one of the others in :data:`gohsp.pruning.criteria.CRITERIA` to
+            compare with.
+        groups: What may go: "heads", "hidden" (neurons, in tiles of 16), "qk" and "v" (channels of a head, in tiles of
+            8), "attn_in", "attn_out", "mlp_in", "mlp_out" (residual features that a sublayer reads or writes, in tiles
+            of 16). One head, one tile of each kept head and one tile of everything else stay in every block.
+        optimiser: How the choice and the weights are found, layer by layer: "ridge" chooses by the criterion and
+            re-fits proj and fc2 on what is kept; "admm" lets an optimisation over the constraint set choose, with the
+            criterion as its guide, and re-fits as well; "drop" chooses by the criterion and leaves the weights alone.
+        refine: Steps of training that each block gets after its fit, towards the dense block's output.
+        budgets: What each block keeps, instead of a target, such as the budgets in another report.
+        floors: The least share of a kind of group that stays in each block, such as {"heads": 0.5}.
+        latency: What the sublayers cost on this machine, for a target in milliseconds.
+        importance: Scores of the heads, non-negative [H] a block, high = keep: those of :func:`gohsp.rank_heads`, or a
+            ranking of one's own. By default the graph ranks them here, on all of the images.
+        similarity, teleport, high_is: The graph's, where it ranks here; see :func:`gohsp.rank_heads`.
+        guidance: How much a head's score sways the choice of heads by "gohsp": costs are multiplied by
+            ``(H * score) ** guidance``; 0 leaves the scores out.
+        ridge: How strongly the re-fit is held to the dense weights, relative to the mean variance of its inputs.
+        max_images: Use no more images than that.
+        seed: Of everything that is drawn at random.
+        on_progress: Called with (steps done, steps in all).
+
+    Returns:
+        The mask, the pruned model in dense shape, and a report.
+
+    Raises:
+        TypeError: The model, the batches or the target are not of a kind that is known.
+        ValueError: A parameter is out of its range, the target is out of reach (the message names the nearest that is
+            not), there are no images, or the model cannot be pruned or has hooks where :func:`gohsp.compress` wants
+            none.
+    """
+    opened = open_model(model)
+    refuse_hooks(opened)
+    kind, share = parse_target(target)
+    depth = len(opened.blocks)
+    if budgets is not None and len(budgets) != depth:
+        raise ValueError(f"budgets: wanted one for each of {depth} blocks, got {len(budgets)}")
+    settings = PruneSettings(
+        method, tuple(groups), optimiser, refine, similarity, teleport, high_is, float(guidance), float(ridge)
+    )
+    size = opened.geometry
+    _check(settings, floors, size)
+    if kind == "ms":
+        _check_latency(latency, settings, size)
+    if importance is not None:
+        importance = check_scores(importance, [block.num_heads for block in size.blocks])
+    pruned = copy.deepcopy(model)
+    opened_copy = open_model(pruned)
+    mask = ModelMask.full_of(opened)
+    generator = torch.Generator().manual_seed(seed)
+    tick = _ticker(on_progress, 1 + 4 * depth)
+    with torch.no_grad(), evaluating(model), evaluating(pruned):
+        stream, image_size = embed(opened, batches, max_images)
+        sensitivities = measure_sensitivities(opened, stream, seed)
+        tick()
+        scores = score_groups(opened, stream, sensitivities, settings, generator, tick, importance)
+        dense = count_opened(opened, image_size)
+        if budgets is None:
+            plans, outside = _plans(opened, scores, dense, kind, latency)
+            budgets = allocate(plans, share, outside, floors, None if kind == "ms" else getattr(dense, kind))
+        pruner = LayerwisePruner(opened, opened_copy, mask, stream, scores, settings, generator)
+        errors = pruner.run(list(budgets), tick)
+        mask.apply_to_(opened_copy)
+    left = count_opened(opened, image_size, mask=mask)
+    report = PruneReport(method, dense, left, scores.heads, list(budgets), errors)
+    return PruneResult(mask, pruned, report)
+
+
+def _check(settings: PruneSettings, floors: Mapping[str, float], size: Geometry) -> None:
+    if settings.method not in CRITERIA:
+        raise ValueError(f"method: wanted one of {', '.join(CRITERIA)}, got {settings.method!r}")
+    if settings.optimiser not in OPTIMISERS:
+        raise ValueError(f"optimiser: wanted one of {', '.join(OPTIMISERS)}, got {settings.optimiser!r}")
+    groups = settings.groups
+    if not groups or len(set(groups)) != len(groups) or not set(groups) <= set(GROUPS):
+        raise ValueError(f"groups: wanted some of {', '.join(GROUPS)}, each once, got {groups!r}")
+    if "qk" in groups and any(block.qk_norm for block in size.blocks):
+        raise ValueError("groups: wanted no 'qk' for a model with qk-norm, which mixes the channels of a head")
+    for group, floor in floors.items():
+        if group not in groups or not 0 <= floor <= 1:
+            raise ValueError(f"floors: wanted shares from 0 to 1 of {', '.join(groups)}, got {group!r}: {floor!r}")
+    check_reading(settings.similarity, settings.teleport, settings.high_is)
+    if settings.refine < 0:
+        raise ValueError(f"refine: wanted a number of steps, 0 or more, got {settings.refine}")
+    if not math.isfinite(settings.guidance):
+        raise ValueError(f"guidance: wanted a finite number, got {settings.guidance}")
+    if not (math.isfinite(settings.ridge) and settings.ridge >= 0):
+        raise ValueError(f"ridge: wanted a non-negative number, got {settings.ridge}")
+
+
+def _check_latency(latency: LatencyTable | None, settings: PruneSettings, size: Geometry) -> None:
+    if latency is None:
+        raise ValueError("latency: wanted a table for a target in ms, such as LatencyTable.measure(model), got None")
+    if columns := {"attn_in", "attn_out", "mlp_in", "mlp_out"} & set(settings.groups):
+        raise ValueError(f"groups: a target in ms knows nothing of {', '.join(sorted(columns))}")
+    latency.check(size)
+
+
+def _ticker(on_progress: Callable[[int, int], object] | None, total: int) -> Callable[[], None]:
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if on_progress is not None:
+            on_progress(done, total)
+
+    return tick
+
+
+def _plans(
+    opened: OpenModel, scores: Scores, dense: Count, kind: str, latency: LatencyTable | None
+) -> tuple[list[BlockPlan], float]:
+    """Return the blocks as the budget sees them, and the cost of all that is outside them."""
+    blocks = [(block, BlockBudget.whole(block.geometry)) for block in opened.blocks]
+    pairs = list(zip(blocks, scores.steps, strict=True))
+    if kind == "ms":
+        assert latency is not None
+        return [BlockPlan(full, steps, latency.block_cost) for (_, full), steps in pairs], latency.outside
+    outside = getattr(dense, kind) - sum(getattr(block, kind) for block in dense.blocks)
+    plans = [BlockPlan(full, steps, counted(block, dense.tokens, kind)) for (block, full), steps in pairs]
+    return plans, outside

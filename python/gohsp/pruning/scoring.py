@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first look at a dense model: what each step of an elimination would cost, in every block and every matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gohsp.models.base import Attention, BlockGeometry, Mlp, OpenModel, Sublayer
+from gohsp.models.hooks import inputs_of
+from gohsp.pruning.budget import Step
+from gohsp.pruning.calibration import CHUNK
+from gohsp.pruning.criteria import (
+    CRITERIA,
+    LayerStatistics,
+    OutputStatistics,
+    PruningGroups,
+    QKStatistics,
+    RemovalOrder,
+    by_score,
+    head_guide,
+    qk_energy,
+)
+from gohsp.pruning.moments import Moments
+from gohsp.pruning.ranking import SIMILARITIES, HeadScores, read_by_loss, stationary_distribution
+from gohsp.pruning.sensitivity import Sensitivity
+
+HIDDEN_TILE = 16  # neurons: a panel of the GEMM kernels
+CHANNEL_TILE = 8  # QK and V channels of a head
+COLUMN_TILE = 16  # residual features that a sublayer reads or writes
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """What :func:`gohsp.prune` was asked for; the meaning of each stands there."""
+
+    method: str
+    groups: tuple[str, ...]
+    optimiser: str
+    refine: int
+    similarity: str
+    teleport: float
+    high_is: str
+    guidance: float
+    ridge: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the dense model told.
+
+    Attributes:
+        sensitivities: Of each sublayer.
+        heads: Scores of the heads, [H] a block: the graph's, or those that were given.
+        steps: For each block the steps of each kind of group that may go.
+    """
+
+    sensitivities: list[Sensitivity]
+    heads: Sequence[Tensor]
+    steps: list[dict[str, list[Step]]]
+
+
+@dataclass(frozen=True)
+class _SublayerStatistics:
+    """What a criterion may know of one attention or MLP half."""
+
+    write: LayerStatistics
+    read: LayerStatistics | None
+    qk: QKStatistics | None
+    outputs: OutputStatistics
+
+
+def score_groups(
+    opened: OpenModel,
+    stream: Tensor,
+    sensitivities: list[Sensitivity],
+    settings: PruneSettings,
+    generator: torch.Generator,
+    tick: Callable[[], None],
+    importance: Sequence[Tensor] | None = None,
+) -> Scores:
+    """Walk once through a dense model.
+
+    Args:
+        opened: Dense model in evaluation mode.
+        stream: Tokens before its first block, [images, N, D].
+        sensitivities: Of its sublayers.
+        settings: What was asked for.
+        generator: Source of the draws of the random criterion.
+        tick: Called after each sublayer.
+        importance: Scores of the heads; ranked by the graph where none are given.
+    """
+    x = stream.clone()
+    chains: list[Tensor] = []
+    attentions: list[tuple[Attention, _SublayerStatistics]] = []
+    steps = []
+    for layer, sensitivity in zip(opened.sublayers, sensitivities, strict=True):
+        size, graph = layer.geometry, None
+        if isinstance(layer, Attention) and importance is None:
+            graph = SIMILARITIES[settings.similarity](size.num_heads, size.head_dim, x.device)
+        known = _sublayer_statistics(layer, x, sensitivity, settings, generator, graph)
+        if graph is not None:
+            chains.append(stationary_distribution(graph.result(), settings.teleport).cpu())
+        if isinstance(layer, Attention):
+            attentions.append((layer, known))
+        else:
+            steps.append(_mlp_steps(layer, known, settings))
+        tick()
+    heads = _read(chains, [known.write for _, known in attentions], settings) if importance is None else importance
+    for found, scores, (layer, known) in zip(steps, heads, attentions, strict=True):
+        found |= _attention_steps(layer, known, head_guide(scores, settings.guidance), settings)
+    return Scores(sensitivities, heads, [{g: s[g] for g in settings.groups} for s in steps])
+
+
+def _sublayer_statistics(
+    layer: Attention | Mlp,
+    x: Tensor,
+    sensitivity: Sensitivity,
+    settings: PruneSettings,
+    generator: torch.Generator,
+    graph: Any = None,
+) -> _SublayerStatistics:
+    """Run a sublayer on the stream, in place, and gather what its inputs and outputs are like."""
+    reads = layer.prefix + "_in" in settings.groups
+    moments = Moments(layer.write.in_features, device=x.device)
+    seen = Moments(layer.read.in_features, device=x.device)
+    qk = None
+    if "qk" in settings.groups and isinstance(layer, Attention):
+        qk = qk_statistics(layer, x, sensitivity, generator)
+    for part in x.split(CHUNK):
+        with inputs_of(layer.read.layers[0], layer.write.layers[0]) as inputs:
+            after = layer(part)
+        weights = sensitivity.weights().expand(part.shape[:2])
+        moments.update(inputs[1], weight=weights)
+        if reads:
+            seen.update(inputs[0], weight=weights)
+        if graph is not None and isinstance(layer, Attention):
+            size = layer.geometry
+            attention = layer.probabilities(inputs[0]) if graph.needs_attention else None
+            graph.update(inputs[1].unflatten(-1, (size.num_heads, size.head_dim)), attention)
+        part.copy_(after)
+    write = write_statistics(layer, layer.write.weight, moments, sensitivity, generator)
+    read = read_statistics(layer, seen, sensitivity, generator) if reads else None
+    return _SublayerStatistics(write, read, qk, output_statistics(layer, moments, sensitivity, generator))
+
+
+def _read(chains: list[Tensor], layers: list[LayerStatistics], settings: PruneSettings) -> HeadScores:
+    if settings.high_is != "auto":
+        return HeadScores(chains, settings.high_is)
+    return read_by_loss(chains, [layer.weight for layer in layers], [layer.covariance for layer in layers])
+
+
+def _attention_steps(
+    layer: Attention, known: _SublayerStatistics, guide: Tensor, settings: PruneSettings
+) -> dict[str, list[Step]]:
+    criterion, found, size = CRITERIA[settings.method], _column_steps(layer, known, settings), layer.geometry
+    orders: dict[str, RemovalOrder] = {}
+    if "heads" in settings.groups:
+        orders["heads"] = criterion.eliminate(replace(known.write, guide=guide), heads_of(size))
+    if known.qk is not None:
+        costs = criterion.qk_costs(known.qk)
+        orders["qk"] = by_score(costs.flatten(), channels_of(size.num_heads, size))
+    if "v" in settings.groups:
+        orders["v"] = criterion.eliminate(known.write, channels_of(size.num_heads, size))
+    for group, order in orders.items():
+        found[group] = [
+            Step(1 if group == "heads" else len(columns), loss, int(columns[0]) // size.head_dim)
+            for columns, loss in order.steps_with_losses()
+        ]
+    return found
+
+
+def _mlp_steps(layer: Mlp, known: _SublayerStatistics, settings: PruneSettings) -> dict[str, list[Step]]:
+    found = _column_steps(layer, known, settings)
+    if "hidden" in settings.groups:
+        found["hidden"] = _plain_steps(CRITERIA[settings.method].eliminate(known.write, neurons_of(layer.geometry)))
+    return found
+
+
+def _column_steps(layer: Attention | Mlp, known: _SublayerStatistics, settings: PruneSettings) -> dict[str, list[Step]]:
+    found, prefix = {}, layer.prefix
+    if known.read is not None:
+        groups = columns_of(layer.read.in_features)
+        found[prefix + "_in"] = _plain_steps(CRITERIA[settings.method].eliminate(known.read, groups))
+    if prefix + "_out" in settings.groups:
+        costs = CRITERIA[settings.method].output_costs(known.outputs)
+        found[prefix + "_out"] = _plain_steps(by_score(costs, columns_of(len(costs))))
+    return found
+
+
+def _plain_steps(order: RemovalOrder) -> list[Step]:
+    return [Step(len(columns), loss) for columns, loss in order.steps_with_losses()]
+
+
+def write_statistics(
+    layer: Sublayer, weight: Tensor, moments: Moments, sensitivity: Sensitivity, generator: torch.Generator
+) -> LayerStatistics:
+    """Return what a criterion may know of the layer that writes, with given weights [D, m]."""
+    return LayerStatistics(
+        weight.detach().double() * layer.gain()[:, None],
+        moments.covariance(),
+        sensitivity.metric,
+        generator,
+        taylor=sensitivity.taylor,
+        sample=moments.sample,
+    )
+
+
+def read_statistics(
+    layer: Sublayer, moments: Moments, sensitivity: Sensitivity, generator: torch.Generator
+) -> LayerStatistics:
+    """Return what a criterion may know of the layer that reads, from the moments of its inputs."""
+    return LayerStatistics(
+        layer.read.weight.detach().double(),
+        moments.covariance(),
+        torch.diag(sensitivity.rows),
+        generator,
+        taylor=sensitivity.taylor_in,
+        sample=moments.sample,
+    )
+
+
+def output_statistics(
+    layer: Sublayer, moments: Moments, sensitivity: Sensitivity, generator: torch.Generator
+) -> OutputStatistics:
+    """Return what a criterion may know of the outputs of a sublayer, from the moments of what ``write`` reads."""
+    weight = layer.write.weight.detach().double()
+    mean = weight @ moments.mean()
+    if layer.write.bias is not None:
+        mean = mean + layer.write.bias.detach().double()
+    spread = (weight @ moments.covariance() * weight).sum(dim=1)
+    energy = (spread + mean.square()) * layer.gain().square()
+    return OutputStatistics(layer.write.weight, energy, sensitivity.metric, generator)
+
+
+def qk_statistics(layer: Attention, x: Tensor, sensitivity: Sensitivity, generator: torch.Generator) -> QKStatistics:
+    """Return what a criterion may know of the QK channels of an attention half on the stream x [images, N, D]."""
+    size = layer.geometry
+    heads, width = size.num_heads, size.head_dim
+    channels = torch.zeros(heads, width, dtype=torch.float64, device=x.device)
+    moments = Moments(heads * width, device=x.device)
+    for part in x.split(CHUNK):
+        q, k, v, mixed = layer.mixed(layer.norm(part))
+        channels += qk_energy(q, k)
+        gap = mixed - v.mean(dim=2, keepdim=True)
+        moments.update(gap.transpose(1, 2).flatten(2), weight=sensitivity.weights().expand(part.shape[:2]))
+    weight = layer.written()
+    cost = weight.T @ sensitivity.metric @ weight * (moments.xx / moments.weight)
+    worth = torch.stack([cost[head][:, head].sum() for head in heads_of(size).pools])
+    return QKStatistics(layer.read.weight, channels, worth, generator)
+
+
+def heads_of(size: BlockGeometry) -> PruningGroups:
+    """Whole heads; the last one of a block stays."""
+    return PruningGroups(
+        list(torch.arange(size.num_heads * size.head_dim, device="cpu").split(size.head_dim)), size.head_dim, 0
+    )
+
+
+def channels_of(heads: int, size: BlockGeometry) -> PruningGroups:
+    """Tiles of channels, of which one stays in each of so many heads."""
+    # A divisor of the width, so that every head can give the same number of whole tiles.
+    tile = math.gcd(CHANNEL_TILE, size.head_dim)
+    return PruningGroups(list(torch.arange(heads * size.head_dim, device="cpu").split(size.head_dim)), tile, tile)
+
+
+def neurons_of(size: BlockGeometry) -> PruningGroups:
+    """Tiles of neurons, of which one stays."""
+    return PruningGroups([torch.arange(size.hidden, device="cpu")], HIDDEN_TILE, min(HIDDEN_TILE, size.hidden))
+
+
+def columns_of(features: int) -> PruningGroups:
+    """Tiles of residual features, of which one stays."""
+    return PruningGroups([torch.arange(features, device="cpu")], COLUMN_TILE, min(COLUMN_TILE, features))

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands rank, prune, train, evaluate and report, from one to the next on a small model and digits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from timm.models import _registry, register_model
+from timm.models.vision_transformer import VisionTransformer
+from typer.testing import CliRunner, Result
+
+import gohsp
+from gohsp.cli import app
+from gohsp.recipe import ModelSource, read_recipe
+from gohsp.runs.directory import RunDirectory, open_model, read_scores
+
+Call = Callable[..., Result]
+NAME = "commands_vit_tiny"
+
+
+def commands_vit_tiny(pretrained: bool = False, img_size: int = 8, num_classes: int = 10, **timm_options: Any) -> Any:
+    """Two blocks of 4 heads x 8 on 32 features."""
+    sizes = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_ratio": 4}
+    return VisionTransformer(img_size=img_size, num_classes=num_classes, **sizes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_model_in_timm() -> Any:
+    register_model(commands_vit_tiny)
+    yield
+    del _registry._model_entrypoints[NAME]
+
+
+@pytest.fixture
+def call() -> Call:
+    def invoke(*arguments: object) -> Result:
+        environment = {"COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb"}
+        return CliRunner().invoke(app, [str(argument) for argument in arguments], env=environment)
+
+    return invoke
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    values = {
+        "model": {"name": NAME, "pretrained": False},
+        "data": {"source": "digits", "train_images": 64, "test_images": 40, "workers": 0},
+        "prune": {"target": {"params": 0.7}, "images": 32},
+        "augment": None,
+        "fit": {"epochs": 1, "batch_size": 16, "lr": 1e-3, "warmup_epochs": 0, "mixup": 0, "cutmix": 0},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def done(result: Result) -> str:
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refused(result: Result, message: str) -> None:
+    assert result.exit_code == 1, result.output
+    assert message in result.output.replace("\n", " ")
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.slow
+def test_each_command_goes_on_from_the_one_before(call: Call, recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    out = ("--out", run.directory)
+    assert "gohsp prune --out" in done(call("rank", "--recipe", recipe, *out)).replace("\n", " ")
+    first = read_scores(run.scores)
+    assert [float(block.sum()) for block in first] == pytest.approx([1, 1])
+    assert "% of the parameters" in done(call("prune", *out))
+    assert all(torch.allclose(a, b) for a, b in zip(first, read_scores(run.scores), strict=True))
+    pruned = gohsp.load(run.pruned)
+    assert gohsp.ModelMask.of(pruned).blocks == gohsp.ModelMask.load(run.mask).blocks
+    assert "finetune" in done(call("train", *out, "--epochs", 2))
+    trained = gohsp.load(run.model)
+    assert gohsp.ModelMask.of(trained).blocks == gohsp.ModelMask.load(run.mask).blocks
+    assert not torch.equal(trained.head.weight, pruned.head.weight)
+    assert read_recipe(run.recipe).fit.epochs == 2
+    assert "model: top-1" in done(call("evaluate", *out))
+    found = json.loads(run.evaluation.read_text())
+    assert found["params"] == sum(p.numel() for p in trained.parameters()) and found["images"] == 40
+
+    dense = tmp_path / "dense"
+    assert "dense: top-1" in done(call("evaluate", "--recipe", recipe, "--out", dense))
+    markdown, picture = tmp_path / "report.md", tmp_path / "report.svg"
+    output = done(call("report", dense, run.directory, "--out", markdown, "--picture", picture, "--rounds", 2))
+    assert "ms" in output
+    lines = markdown.read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| dense", "| run"]
+    assert lines[2].endswith("| 1.00 |") and f"{found['top1']:.2%}" in lines[3]
+    assert picture.read_text().lstrip().startswith("<?xml")
+
+
+def test_pruning_takes_the_scores_of_rank_and_ranks_again_where_they_are_of_another_ranking(
+    call: Call, recipe: Path, tmp_path: Path
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    out = ("--out", run.directory)
+    done(call("rank", "--recipe", recipe, *out))
+    stored = json.loads(run.scores.read_text())
+    stored["scores"] = [[0.0, 0.0, 0.0, 1.0]] * 2  # a ranking of one's own: the last head above all
+    run.scores.write_text(json.dumps(stored))
+    done(call("prune", *out, "--groups", "heads", "--target", "params=0.85"))
+    for block in gohsp.ModelMask.load(run.mask).blocks:
+        assert block.heads[3] and not block.heads.all()
+    assert json.loads(run.scores.read_text()) == stored
+    done(call("prune", *out, "--images", 16))
+    again = json.loads(run.scores.read_text())
+    assert again["ranked"] != stored["ranked"] and again["scores"] != stored["scores"]
+
+
+def test_the_runs_seed_is_that_of_pruning(
+    call: Call, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds, prune = [], gohsp.prune
+
+    def record(*arguments: Any, **options: Any) -> gohsp.PruneResult:
+        seeds.append(options["seed"])
+        return prune(*arguments, **options)
+
+    monkeypatch.setattr(gohsp, "prune", record)
+    done(call("prune", "--recipe", recipe, "--out", tmp_path / "run", "--seed", 3))
+    assert seeds == [3]
+
+
+def test_training_prunes_first_where_nothing_was_pruned_and_by_admm_if_asked(
+    call: Call, recipe: Path, tmp_path: Path
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    output = done(call("train", "--recipe", recipe, "--out", run.directory, "--admm-epochs", 2, "--distill", "soft"))
+    assert "admm" in output and "finetune" in output
+    plan, trained = gohsp.ModelMask.load(run.mask), gohsp.ModelMask.of(gohsp.load(run.model))
+    for wanted, block in zip(plan.blocks, trained.blocks, strict=True):
+        assert (wanted.heads.sum(), wanted.hidden.sum()) == (block.heads.sum(), block.hidden.sum())
+
+
+def test_a_run_that_is_over_is_not_trained_again(call: Call, recipe: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "run")
+    done(call("train", "--recipe", recipe, *out))
+    first = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    done(call("train", *out))
+    second = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    refused(call("train", *out, "--lr", 0.5), "belongs to a run with another fit")
+
+
+def test_options_override_the_recipe_and_are_remembered(call: Call, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ("--target", "macs=0.8", "--groups", "hidden", "--images", 16, "--seed", 3, "--method", "l2")
+    done(call("prune", "--recipe", recipe, "--out", out, *arguments))
+    kept = read_recipe(out / "recipe.yaml")
+    assert (kept.prune.target, kept.prune.groups, kept.prune.images) == ({"macs": 0.8}, ("hidden",), 16)
+    assert (kept.seed, kept.prune.method) == (3, "l2")
+    assert all(block.heads.all() for block in gohsp.ModelMask.load(out / "mask.json").blocks)
+
+
+def test_a_saved_model_is_evaluated_by_its_directory(call: Call, recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    done(call("prune", "--recipe", recipe, "--out", run.directory))
+    output = done(call("evaluate", "--recipe", recipe, "--model", run.pruned, "--out", tmp_path / "other"))
+    assert "compressed: top-1" in output
+    output = done(call("evaluate", "--out", run.directory))
+    assert "pruned: top-1" in output
+    refused(call("rank", "--recipe", recipe, "--model", run.pruned, "--out", tmp_path / "third"), "already compressed")
+
+
+def test_local_weights_are_read_with_their_classes(tmp_path: Path) -> None:
+    model = timm.create_model(NAME, num_classes=7)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    back = open_model(ModelSource(name=NAME, checkpoint=tmp_path / "w.safetensors"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters(), strict=True))
+
+
+def test_random_weights_are_the_same_each_time() -> None:
+    first, second, third = (open_model(ModelSource(name=NAME, pretrained=False), seed) for seed in (0, 0, 1))
+    assert torch.equal(first.head.weight, second.head.weight)
+    assert not torch.equal(first.head.weight, third.head.weight)
+
+
+def test_a_fitted_classifier_is_kept_beside_the_run(call: Call, recipe: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(recipe.read_text())
+    values["model"]["fit_head"] = 64
+    recipe.write_text(yaml.safe_dump(values))
+    output = done(call("evaluate", "--recipe", recipe, "--out", tmp_path / "run"))
+    assert "fitted in closed form on 64" in output
+    # Of random features, but far from one in ten.
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["top1"] > 0.4
+    head = (tmp_path / "run" / "head.safetensors").read_bytes()
+    done(call("evaluate", "--out", tmp_path / "run"))
+    assert (tmp_path / "run" / "head.safetensors").read_bytes() == head
+
+
+@pytest.mark.parametrize("verb", ["rank", "prune", "train", "evaluate", "report"])
+def test_help_teaches_by_an_example(call: Call, verb: str) -> None:
+    output = done(call(verb, "--help"))
+    assert f"gohsp {verb} " in output.split("Options")[0].split("Usage", 1)[1].split("\n", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("prune", "--data", "digits"), "options: model: Field required"),
+        (("prune", "--model", "no_such_vit", "--data", "digits"), "no_such_vit is no directory that gohsp.save wrote"),
+        (("prune", "--recipe", "none.yaml"), "none.yaml"),
+        (("prune", "--model", NAME, "--no-pretrained", "--data", "nowhere"), "data: wanted a folder of images"),
+        (("prune", "--model", NAME, "--data", "digits", "--checkpoint", "w.pth"), "wanted a .safetensors file"),
+        (("prune", "--model", NAME, "--data", "digits", "--checkpoint", "w.safetensors"), "there is no file"),
+        (("prune", "--model", NAME, "--data", "digits", "--no-pretrained", "--target", "params=7"), "target"),
+        (("report", "nothing-here"), "wanted a run that was evaluated"),
+    ],
+)
+def test_mistakes_are_answered_in_one_line(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(call(*arguments), message)
+
+
+def test_a_target_in_time_is_measured_once(
+    call: Call, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = {"dim": 32, "num_heads": 4, "head_dim": 8, "hidden": 128, "batch": 1, "threads": 1, "outside": 0.5}
+    steps = {"attention": (1.0, 2.0, 3.0, 4.0), "neurons": (32, 64, 96, 128), "mlp": (1.0, 2.0, 3.0, 4.0)}
+    measured = []
+
+    def measure(model: Any) -> gohsp.LatencyTable:
+        measured.append(model)
+        return gohsp.LatencyTable.model_validate(size | steps)
+
+    monkeypatch.setattr(gohsp.LatencyTable, "measure", measure)
+    run = RunDirectory(tmp_path / "run")
+    for share in (0.6, 0.8):
+        result = call("prune", "--recipe", recipe, "--out", run.directory, "--target", f"ms={share}")
+        assert result.exit_code == 0, result.output
+        mask = gohsp.ModelMask.load(run.mask)
+        ms = 0.5 + sum(int(block.heads.sum()) + int(block.hidden.sum()) / 32 for block in mask.blocks)
+        assert 0.75 * share * 16.5 < ms <= share * 16.5
+    assert len(measured) == 1 and gohsp.LatencyTable.load(run.latency).mlp == steps["mlp"]
+
+
+def test_a_target_without_a_number_is_refused(call: Call) -> None:
+    result = call("prune", "--target", "params")
+    assert result.exit_code == 2 and "KIND=SHARE" in result.output
+
+
+def test_training_by_admm_needs_counts(call: Call, recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    done(call("prune", "--recipe", recipe, "--out", run.directory))
+    run.mask.unlink()
+    refused(call("train", "--out", run.directory, "--admm-epochs", 1), "it has no mask.json")
+
+
+def test_damaged_scores_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    path.write_text('{"format": 1, "ranked": {}, "scores": []}')
+    with pytest.raises(ValueError, match="wanted format 2"):
+        read_scores(path)
+    path.write_text('{"format": 2, "ranked": {}, "scores": ["a"]}')
+    with pytest.raises(ValueError, match="list of numbers a block"):
+        read_scores(path)

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saving and loading: what comes back is the same model, and damaged files are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+import gohsp
+from gohsp.masks.mask import ModelMask
+from gohsp.serialization import PLAN, WEIGHTS, _digest
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("vit_tiny_patch16_224", {}),
+    "distilled": ("deit_tiny_distilled_patch16_224", {}),
+    "DINOv2": ("vit_small_patch14_dinov2", {"img_size": 56, "num_classes": 0}),
+    "no layer scale where timm has it": ("vit_small_patch14_dinov2", {"img_size": 56, "init_values": 0.0}),
+    "qk-norm, no biases": ("vit_tiny_patch16_224", {"qk_norm": True, "qkv_bias": False, "proj_bias": False}),
+    "average pool": ("vit_tiny_patch16_224", {"global_pool": "avg"}),
+    "attention pool": ("vit_tiny_patch16_224", {"global_pool": "map"}),
+    "no class token": ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False, "pos_embed": "none"}),
+    "registers": ("vit_tiny_patch16_224", {"reg_tokens": 2, "no_embed_class": True, "pool_include_prefix": True}),
+    "CLIP": ("vit_base_patch32_clip_224", {"img_size": 64, "embed_dim": 96, "num_heads": 4}),
+    "rates": ("vit_tiny_patch16_224", {"drop_path_rate": 0.1, "attn_drop_rate": 0.2, "patch_drop_rate": 0.3}),
+    "any image size": ("vit_tiny_patch16_224", {"dynamic_img_size": True, "in_chans": 3, "act_layer": "gelu_tanh"}),
+    "odd sizes": ("vit_tiny_patch16_224", {"img_size": (32, 64), "mlp_ratio": 2.345, "final_norm": False}),
+    "neurons that no ratio gives": ("vit_tiny_patch16_224", {"embed_dim": 60, "mlp_ratio": 123.5 / 60}),  # 123
+}
+
+
+@pytest.fixture
+def saved(make_model: Callable[..., Any], tmp_path: Path) -> tuple[Any, Path]:
+    """Return a compressed model and the directory that it is saved in."""
+    model = make_model()
+    compact = gohsp.compress(model, ModelMask.random(model, 0.6, torch.Generator().manual_seed(0)))
+    gohsp.save(compact, tmp_path / "model")
+    return compact, tmp_path / "model"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_round_trip(make_model: Callable[..., Any], tmp_path: Path, variant: str) -> None:
+    name, arguments = VARIANTS[variant]
+    model = make_model(name, **arguments).float()
+    compact = gohsp.compress(model, ModelMask.random(model, 0.6, torch.Generator().manual_seed(0))).train()
+    gohsp.save(compact, tmp_path)
+    loaded = gohsp.load(tmp_path)
+    assert type(loaded) is type(compact)
+    assert not loaded.training
+    assert str(loaded) == str(compact)
+    state = loaded.state_dict()
+    assert list(state) == list(compact.state_dict())
+    for key, value in compact.state_dict().items():
+        assert torch.equal(state[key], value) and state[key].dtype == value.dtype
+    assert ModelMask.of(loaded) == ModelMask.of(compact)
+    assert timm.data.resolve_model_data_config(loaded) == timm.data.resolve_model_data_config(compact)
+    side = model.patch_embed.img_size
+    x = torch.randn(2, 3, *side, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(loaded(x), compact.eval()(x))
+        assert torch.equal(loaded.forward_features(x), compact.forward_features(x))
+
+
+def test_round_trip_of_a_model_that_timm_has_no_name_for(tmp_path: Path) -> None:
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5).eval()
+    compact = gohsp.compress(model, ModelMask.random(model))
+    gohsp.save(compact, tmp_path)
+    assert json.loads((tmp_path / PLAN).read_text())["model"]["architecture"] is None
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(gohsp.load(tmp_path)(x), compact(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtype_is_kept(make_model: Callable[..., Any], tmp_path: Path, dtype: torch.dtype) -> None:
+    model = make_model()
+    gohsp.save(gohsp.compress(model, ModelMask.random(model)).to(dtype), tmp_path)
+    assert {parameter.dtype for parameter in gohsp.load(tmp_path).parameters()} == {dtype}
+
+
+def test_loaded_model_can_be_trained_and_saved_again(
+    saved: tuple[Any, Path], images: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    loaded = gohsp.load(saved[1]).train()
+    loaded(images()).sum().backward()
+    assert all(parameter.grad is not None for parameter in loaded.parameters())
+    with torch.no_grad():
+        for parameter in loaded.parameters():
+            parameter.sub_(0.01 * parameter.grad)
+    gohsp.save(loaded, tmp_path / "again")
+    again = gohsp.load(tmp_path / "again")
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_only_the_two_files_are_left(saved: tuple[Any, Path]) -> None:
+    compact, directory = saved
+    gohsp.save(compact, directory)  # over the old one
+    assert sorted(os.listdir(directory)) == [WEIGHTS, PLAN]
+
+
+def test_changed_head_and_pooling_come_back(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    model = make_model()
+    compact = gohsp.compress(model, ModelMask.random(model))
+    compact.reset_classifier(11, "avg")
+    gohsp.save(compact, tmp_path)
+    loaded = gohsp.load(tmp_path)
+    assert loaded.num_classes == 11 and loaded.global_pool == "avg"
+    x = torch.randn(2, 3, 48, 48, dtype=torch.float64)
+    with torch.no_grad():
+        compact.head.double()
+        assert torch.equal(loaded.double()(x), compact(x))
+
+
+def test_truncated_model_comes_back(saved: tuple[Any, Path], images: Callable[..., Tensor], tmp_path: Path) -> None:
+    compact, _ = saved
+    compact.prune_intermediate_layers(indices=[0], prune_head=False)
+    gohsp.save(compact, tmp_path / "short")
+    with torch.no_grad():
+        assert torch.equal(gohsp.load(tmp_path / "short")(images()), compact(images()))
+
+
+def test_what_cannot_be_saved_is_refused(make_model: Callable[..., Any], tmp_path: Path) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match=r"wanted a model made by gohsp\.compress, got VisionTransformer"):
+        gohsp.save(model, tmp_path / "x")
+    compact = gohsp.compress(model, ModelMask.random(model))
+    compact.head = nn.Sequential(nn.Linear(192, 8), nn.Linear(8, 5))
+    with pytest.raises(ValueError, match=r"model: plan\.json cannot describe it; it has '\(head\): Sequential\('"):
+        gohsp.save(compact, tmp_path / "x")
+    compact = gohsp.compress(model, ModelMask.random(model))
+    compact.register_buffer("extra", torch.zeros(1))
+    with pytest.raises(ValueError, match=r"unknown tensors \['extra'\]"):
+        gohsp.save(compact, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("name", [PLAN, WEIGHTS])
+def test_missing_file(saved: tuple[Any, Path], name: str) -> None:
+    (saved[1] / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"wanted a directory that gohsp.save wrote, but it has no {name}"):
+        gohsp.load(saved[1])
+
+
+def edit_plan(directory: Path, edit: Callable[[Any], None], sign: bool) -> None:
+    """Change the plan; with ``sign`` the weights are made to vouch for the change."""
+    plan = json.loads((directory / PLAN).read_text())
+    edit(plan)
+    (directory / PLAN).write_text(json.dumps(plan))
+    if sign:
+        tensors = load_file(directory / WEIGHTS)
+        save_file(tensors, directory / WEIGHTS, metadata={"plan_sha256": _digest(plan)})
+
+
+def test_a_changed_plan_is_noticed_even_if_the_shapes_fit(saved: tuple[Any, Path]) -> None:
+    def other_columns(plan: Any) -> None:
+        first = plan["mask"]["blocks"][0]
+        kept = ModelMask.from_dict(plan["mask"]).blocks[0].attn_in.roll(1)
+        first["attn_in"] = ",".join(map(str, kept.nonzero().flatten().tolist()))
+
+    edit_plan(saved[1], other_columns, sign=False)
+    with pytest.raises(ValueError, match="are not of one save, or one of them was changed"):
+        gohsp.load(saved[1])
+
+
+def test_files_of_two_saves_are_not_mixed(saved: tuple[Any, Path], make_model: Callable[..., Any]) -> None:
+    model = make_model()
+    other = saved[1].with_name("other")
+    gohsp.save(gohsp.compress(model, ModelMask.random(model)), other)
+    os.replace(other / PLAN, saved[1] / PLAN)
+    with pytest.raises(ValueError, match="are not of one save"):
+        gohsp.load(saved[1])
+
+
+def put(*path: Any, value: Any) -> Callable[[Any], None]:
+    def edit(plan: Any) -> None:
+        for key in path[:-1]:
+            plan = plan[key]
+        plan[path[-1]] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (put("format", value=2), r"plan\.json: wanted format 1, got 2"),
+        (put("note", value=""), r"plan\.json: missing keys \[\], unknown keys \['note'\]"),
+        (put("model", "class", value="os.system"), r"plan\.model\.class: wanted one of .*VisionTransformer"),
+        (put("model", "architecture", value="hf-hub:x/y"), r"plan\.model\.architecture: .* knows no 'hf-hub:x/y'"),
+        (put("model", "architecture", value="resnet18"), r"plan\.model"),
+        (put("model", "extra", value=1), r"plan\.model: missing keys \[\], unknown keys \['extra'\]"),
+        (put("model", "arguments", "embed_dimm", value=1), r"plan\.model\.arguments: they do not make a VisionTrans"),
+        (put("model", "arguments", "activation", value="eval"), r"plan\.model\.arguments: .*KeyError\('eval'\)"),
+        (put("model", "arguments", "depth", value=3), r"mask: it is made for .*depth=2"),
+        (put("model", "arguments", "num_classes", value=6), r"head\.bias: wanted shape \(6,\), got \(5,\)"),
+        (put("model", "arguments", "qkv_bias", value=False), r"unknown tensors \['blocks\.0\.attn\.qkv\.bias'"),
+        (put("mask", "blocks", 0, "hidden", value="0-9"), r"blocks\.0\.mlp\.fc1\.bias: wanted shape \(10,\), got"),
+        (put("mask", "blocks", 0, "hidden", value="0-900"), r"mask\.blocks\[0\]\.hidden: wanted ascending indices"),
+    ],
+)
+def test_wrong_plans_are_refused(saved: tuple[Any, Path], edit: Callable[[Any], None], message: str) -> None:
+    edit_plan(saved[1], edit, sign=True)
+    with pytest.raises(ValueError, match=message):
+        gohsp.load(saved[1])
+
+
+def test_damaged_files_are_refused(saved: tuple[Any, Path]) -> None:
+    directory = saved[1]
+    weights = (directory / WEIGHTS).read_bytes()
+    (directory / WEIGHTS).write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match=r"model\.safetensors: wanted a safetensors file, but"):
+        gohsp.load(directory)
+    (directory / WEIGHTS).write_bytes(weights)
+    plan = (directory / PLAN).read_text()
+    (directory / PLAN).write_text(plan[: len(plan) // 2])
+    with pytest.raises(ValueError, match=r"plan\.json: wanted JSON"):
+        gohsp.load(directory)
+
+
+def test_a_failed_save_leaves_no_half_model(
+    saved: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch, images: Callable[..., Tensor]
+) -> None:
+    compact, directory = saved
+    with torch.no_grad():
+        old = compact(images())
+        compact.head.bias.add_(1)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("gohsp.serialization.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        gohsp.save(compact, directory)
+    with torch.no_grad():
+        assert torch.equal(gohsp.load(directory)(images()), old)
