@@ -273,11 +273,8 @@ def pack_attention(sublayer: AttentionSublayer, x: Tensor) -> Packed:
     source = _arrange(qkv, sublayer.in_cols, features, x.dtype, norm=True)
     norm = qk_norm_table(*sublayer.norms) if heads.table else None
     norm_width = 0 if norm is None else norm.shape[1]
-    parts = _Parts(
-        x.dtype,
-        x.device,
-        [features, len(heads.table), heads.widest, norm_width],
-    )
+    kind = _native.numbers("sublayers")["attention"]
+    parts = _Parts(x.dtype, x.device, [kind, features, len(heads.table), heads.widest, norm_width])
     parts.matrix(source.weight, bias, None, row_sum=source.form != "copy")
     proj = _moved(double(sublayer.proj_weight), 1, heads.columns, heads.out_channels)
     target = _spread(proj, sublayer.proj_bias, sublayer.layer_scale, sublayer.out_cols, features, x.dtype)
@@ -300,11 +297,8 @@ def pack_mlp(sublayer: MlpSublayer, x: Tensor) -> Packed:
     added = -fc1.shape[0] % CHANNELS  # neurons of zero: every activation keeps zero
     fc1, bias = (torch.cat([t, t.new_zeros(added, *t.shape[1:])]) for t in (fc1, bias))
     source = _arrange(fc1, sublayer.in_cols, features, x.dtype, norm=True)
-    parts = _Parts(
-        x.dtype,
-        x.device,
-        [features, _native.numbers("activations")[sublayer.activation]],
-    )
+    kind, activation = _native.numbers("sublayers")["mlp"], _native.numbers("activations")[sublayer.activation]
+    parts = _Parts(x.dtype, x.device, [kind, features, activation])
     parts.matrix(source.weight, bias, None, row_sum=source.form != "copy")
     fc2 = F.pad(sublayer.fc2_weight, (0, added))
     target = _spread(fc2, sublayer.fc2_bias, sublayer.layer_scale, sublayer.out_cols, features, x.dtype)
