@@ -13,7 +13,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
-# Bytecode is compiled when a module is first imported: of thousands that are installed, hundreds are.
+# Bytecode is compiled when a module is first imported: of thousands that are installed, hundreds are. It has to be kept
+# then, whatever the environment says: torch and timm take 12 s to compile, in each of a hundred processes of the tests.
+export PYTHONDONTWRITEBYTECODE :=
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 
 TORCH := torch==2.14.1 torchvision==0.29.1
