@@ -310,6 +310,7 @@ class CpuBackend:
     """The native kernels on CPU tensors in float32."""
 
     name = "cpu"
+    operators = _RUN.keys()
 
     def missing(self, request: Request) -> str:
         native = _native.load()

@@ -401,6 +401,7 @@ class CudaBackend:
     """The kernels in CUDA C++ on NVIDIA GPUs, for inference."""
 
     name = "cuda"
+    operators = _RUN.keys()
 
     def missing(self, request: Request) -> str:
         library = _native.load_cuda()

@@ -87,8 +87,14 @@ def can_run(
     return _supported(backend, request)
 
 
+def _missing(backend: str, request: Request) -> str:
+    if request.operator and request.operator not in BACKENDS[backend].operators:
+        return f"has no {request.operator}"
+    return BACKENDS[backend].missing(request)
+
+
 def _supported(backend: str, request: Request) -> Support:
-    reason = BACKENDS[backend].missing(request)
+    reason = _missing(backend, request)
     return Support(not reason, reason)
 
 
@@ -131,22 +137,23 @@ def choose(
     needs_grad: bool,
     widest_head: int = 0,
     rows: int = 0,
+    operator: str = "",
 ) -> str:
-    """The backend that runs a call on ``rows`` rows of activations.
+    """The backend that runs a call of an operator on ``rows`` rows of activations.
 
     Raises:
         ValueError: if the named backend does not exist.
         RuntimeError: if the named backend cannot run the call; the message is its reason.
     """
     wanted = selected() if backend is None else _check_name(backend)
-    request = Request(device, dtype, needs_grad, widest_head=widest_head, rows=rows)
+    request = Request(device, dtype, needs_grad, widest_head=widest_head, rows=rows, operator=operator)
     if wanted != "auto":
         support = _supported(wanted, request)
         if not support:
             raise RuntimeError(f"backend {wanted!r}: {support.reason}")
         return wanted
     for name in _in_order(request):
-        reason = BACKENDS[name].only_named(request) or BACKENDS[name].missing(request)
+        reason = BACKENDS[name].only_named(request) or _missing(name, request)
         if not reason:
             return name
         _log_once(f"backend {name!r} passed over: {reason}")

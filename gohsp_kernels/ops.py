@@ -32,6 +32,10 @@ def _rows(x: Tensor) -> int:
     return x.numel() // max(x.shape[-1], 1)
 
 
+def _chosen(operator: Descriptor, backend: str | None, x: Tensor, dtype: torch.dtype, differentiable: bool) -> str:
+    return dispatch.choose(backend, x.device, dtype, differentiable, operator.widest_head, _rows(x), operator.name)
+
+
 def _on_reference(dtype: torch.dtype | None, operator: Descriptor, x: Tensor, num_queries: int | None) -> Tensor:
     """The reference, where autocast reaches each operation; a head without scores has none that would cast it."""
     if dtype is not None and not operator.residual:
@@ -55,7 +59,7 @@ def run(operator: Descriptor, x: Tensor, backend: str | None, num_queries: int |
         return run_in(dtype, node, x, *operator.flat(num_queries), residual=operator.residual)
     if isinstance(x, FakeTensor) and not differentiable:  # only shapes are wanted, and nothing can be packed
         return run_in(dtype, node, x, *operator.flat(num_queries), residual=operator.residual)
-    chosen = dispatch.choose(backend, x.device, dtype or x.dtype, differentiable, operator.widest_head, _rows(x))
+    chosen = _chosen(operator, backend, x, dtype or x.dtype, differentiable)
     if chosen == "reference":
         return _on_reference(dtype, operator, x, num_queries)
 
@@ -77,7 +81,7 @@ def _graph_node(kind: type[Descriptor]) -> Callable[..., Tensor]:
         operator, num_queries = kind.from_flat(flat)
         # Not all could be checked while the call was traced, when nothing was in its columns yet.
         operator.check(x.shape[-1])
-        chosen = dispatch.choose(None, x.device, x.dtype, False, operator.widest_head, _rows(x))
+        chosen = _chosen(operator, None, x, x.dtype, False)
         if chosen == "reference":
             operator, _ = kind.from_flat(_in_dtype_of(x, flat))
         # Its result has the dtype of x: what autocast asks for was done when the call was traced.

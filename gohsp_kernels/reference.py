@@ -238,6 +238,7 @@ class ReferenceBackend:
     """Plain PyTorch: runs every call, and defines what it means."""
 
     name = "reference"
+    operators = _RUN.keys()
 
     def missing(self, request: Request) -> str:
         return ""

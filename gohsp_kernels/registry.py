@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ class Request:
         widest_head: most channels that a head has.
         weights: one of ``dispatch.WEIGHTS``.
         rows: of activations; 0 where it is not known.
+        operator: name of the one that is called; empty for those that all backends have.
     """
 
     device: torch.device
@@ -37,12 +38,17 @@ class Request:
     widest_head: int = 0
     weights: str = "float32"
     rows: int = 0
+    operator: str = ""
 
 
 class Backend(Protocol):
-    """A way to compute the operators. Each means the same on all of them."""
+    """A way to compute operators. Each means the same on all backends that have it."""
 
     name: str
+
+    @property
+    def operators(self) -> Collection[str]:
+        """Names of those that it has."""
 
     def missing(self, request: Request) -> str:
         """Why it cannot run such a call, or the empty string if it can."""

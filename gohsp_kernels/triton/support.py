@@ -27,6 +27,7 @@ class TritonBackend:
     """The Triton kernels on NVIDIA and AMD GPUs, and on CPU tensors under TRITON_INTERPRET=1."""
 
     name = "triton"
+    operators = ("packed_linear", "ragged_attention", "attention_sublayer", "mlp_sublayer")
 
     def missing(self, request: Request) -> str:
         if importlib.util.find_spec("triton") is None:

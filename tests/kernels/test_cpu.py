@@ -20,6 +20,8 @@ from gohsp_kernels.testing import Maker, error, poisoned
 
 from . import cases
 
+checks = pytest.importorskip("gohsp_kernels._checks", reason="the checks module is not built")
+
 TOLERANCE = testing.TOLERANCE[torch.float32]
 check = partial(cases.check, dtype=torch.float32, backend="cpu")
 
@@ -108,20 +110,10 @@ def test_the_operators_refuse_plans_that_lead_elsewhere(scatter: bool) -> None:
     assert refused >= 2
 
 
-OTHER_CAPABILITIES = [
-    line.partition("(")[2].partition(",")[0]
-    for line in (Path(__file__).parents[2] / "csrc" / "cpu" / "isa" / "isa.def").read_text().splitlines()
-    if line.startswith("GOHSP_ISA_SET(") and f"({cpu.capability()}," not in line
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", OTHER_CAPABILITIES)
+@pytest.mark.parametrize("capability", [c for c in checks.capabilities() if c != cpu.capability()])
 def test_other_instruction_sets(capability: str) -> None:
     """This file and the operators again, in a process that was told to use another instruction set."""
-    checks = pytest.importorskip("gohsp_kernels._checks", reason="the checks module is not built")
-    if capability not in checks.capabilities():
-        pytest.skip(f"this machine or build has no {capability}")
     here = Path(__file__)
     cases.run_again([here, here.with_name("test_operators.py")], capability)
 

@@ -116,6 +116,7 @@ class Counting:
     """A backend from outside: the reference, for float32 alone, with a count of its calls."""
 
     name = "counting"
+    operators = ("attention_sublayer", "mlp_sublayer")
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -156,6 +157,14 @@ def test_a_backend_from_outside_is_a_peer(counting: Counting) -> None:
     call.operator.key.requires_grad_()
     assert call.run().requires_grad and len(counting.calls) == 2
     assert call.run("counting").requires_grad and len(counting.calls) == 3
+
+
+def test_a_backend_is_not_asked_for_an_operator_that_it_does_not_have(counting: Counting) -> None:
+    call = samples()["packed_linear"]
+    assert error(call.run(), call.run("reference")) < 1e-6
+    with pytest.raises(RuntimeError, match="backend 'counting': has no packed_linear"):
+        call.run("counting")
+    assert counting.calls == []
 
 
 def test_a_backend_without_chains_gets_its_sublayers_one_by_one(counting: Counting) -> None:
