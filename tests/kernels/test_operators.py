@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from gohsp_kernels import _native
 from gohsp_kernels.descriptors import OPERATORS
+from gohsp_kernels.registry import BACKENDS
 from gohsp_kernels.testing import EDGES, Call, Maker, samples
 
 from .cases import CHOICES, calls, check, choosing, run
@@ -59,6 +60,15 @@ def with_choices() -> list[Any]:
         if backend == "cpu" or not CPU_ALONE
         for choice in (CHOICES if backend == "cuda" else ("",))
     ]
+
+
+@pytest.fixture(autouse=True)
+def backend_has_the_operator(request: pytest.FixtureRequest) -> None:
+    """Skip what the operator's author gave no kernel of this backend."""
+    values = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    operator, backend = values.get("operator", values.get("edge", "").partition(",")[0]), values.get("backend")
+    if operator and backend and operator not in BACKENDS[backend].operators:
+        pytest.skip(f"the backend {backend!r} has no {operator}")
 
 
 def test_the_edges_are_of_every_operator() -> None:
