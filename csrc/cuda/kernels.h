@@ -92,10 +92,12 @@ struct ChecksumParams {
 // where it needs them). Throws std::runtime_error.
 void launch_rows(Precision precision, const RowsParams& params, Stream stream, bool follows);
 void launch_linear(Precision precision, const LinearParams& params, Stream stream, bool follows);
-// Parts of launch_linear: float32; and 16 bits on GPUs that have wgmma (compute capability 9.0), false where few rows go
-// better without.
+// Parts of launch_linear: float32, and 16 bits on one generation of GPUs.
 void launch_linear_float(Precision precision, const LinearParams& params, Stream stream, bool follows);
-bool launch_linear_hopper(Precision precision, const LinearParams& params, Stream stream, bool follows);
+#define GOHSP_LINEAR_FORM(name, ...) \
+  bool launch_linear_##name(Precision precision, const LinearParams& params, Stream stream, bool follows);
+#include "linear_forms.def"
+#undef GOHSP_LINEAR_FORM
 void launch_attention(Precision precision, int64_t widest, const AttentionParams& params, Stream stream, bool follows);
 
 void launch_checksum(const ChecksumParams& params, int64_t count, Stream stream);

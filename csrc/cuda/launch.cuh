@@ -69,8 +69,6 @@ inline int capability() {
   return major;
 }
 
-inline bool is_hopper() { return capability() == 9; }
-
 // Whether so many blocks are enough for a tile of so many rows.
 inline bool enough(int64_t blocks, int) { return blocks >= processors(); }
 
@@ -96,13 +94,13 @@ void launch(int64_t blocks, int threads, int shared_bytes, const Params& params,
 namespace emulate {
 // The tests set these to reach every tile. Rows of the largest tile of a linear layer; 0: as on a GPU.
 inline int largest_tile = 0;
-inline bool pretended_hopper = false;
+inline int pretended_capability = 8;  // major
 inline int64_t pretended_processors = 108;
 inline std::map<std::string, std::pair<int, int> > launched;  // threads and shared bytes of a block, by kernel
 }  // namespace emulate
 
 inline int64_t processors() { return emulate::pretended_processors; }
-inline bool is_hopper() { return emulate::pretended_hopper; }
+inline int capability() { return emulate::pretended_capability; }
 
 inline bool enough(int64_t blocks, int rows) {
   return emulate::largest_tile > 0 ? rows <= emulate::largest_tile : blocks >= processors();

@@ -2,6 +2,11 @@
 // Products in 16 bits; the others are in linear_float.cu, so that two compilers can work at once.
 #include "launch_linear.cuh"
 
+// Those of linear_forms.def that this build has; CMake writes the list.
+#ifndef GOHSP_LINEAR_FORMS
+#define GOHSP_LINEAR_FORMS "linear_forms.def"
+#endif
+
 namespace gohsp::cuda {
 
 // The largest tile that gives every multiprocessor a block: it reads least. Of few rows the smallest, whose depth the
@@ -16,7 +21,10 @@ void launch_16_bit(const LinearParams& p, Stream stream, bool follows) {
 }
 
 void launch_linear(Precision precision, const LinearParams& params, Stream stream, bool follows) {
-  if (launch_linear_hopper(precision, params, stream, follows)) return;
+#define GOHSP_LINEAR_FORM(name, major, ...) \
+  if (capability() == major && launch_linear_##name(precision, params, stream, follows)) return;
+#include GOHSP_LINEAR_FORMS
+#undef GOHSP_LINEAR_FORM
   switch (precision) {
     case Precision::f16: return launch_16_bit<F16>(params, stream, follows);
     case Precision::bf16: return launch_16_bit<Bf16>(params, stream, follows);

@@ -18,7 +18,6 @@ bool launch_warpgroups(const LinearParams& p, Stream stream, bool follows) {
 }
 
 bool launch_linear_hopper(Precision precision, const LinearParams& params, Stream stream, bool follows) {
-  if (!is_hopper()) return false;
   switch (precision) {
     case Precision::f16: return launch_warpgroups<F16>(params, stream, follows);
     case Precision::bf16: return launch_warpgroups<Bf16>(params, stream, follows);

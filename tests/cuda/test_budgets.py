@@ -84,10 +84,10 @@ def test_blocks_are_what_the_launches_ask_for(costs: list[static.Cost]) -> None:
     """The table's threads and shared bytes against those of launches in emulation."""
     from .helpers import checks, run
 
-    before = checks.pretend_processors(1), checks.pretend_hopper(False), checks.largest_tile(0)
+    before = checks.pretend_processors(1), checks.pretend_capability(8), checks.largest_tile(0)
     maker = Maker(0)
-    for hopper, rows in ((False, 128), (False, 64), (False, 32), (True, 128), (True, 64)):
-        checks.pretend_hopper(hopper)
+    for major, rows in ((8, 128), (8, 64), (8, 32), (9, 128), (9, 64)):
+        checks.pretend_capability(major)
         checks.largest_tile(rows)
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             for activation in ("identity", "gelu", "silu"):
@@ -95,7 +95,7 @@ def test_blocks_are_what_the_launches_ask_for(costs: list[static.Cost]) -> None:
             for width in (8, 72):
                 run(maker.attention(1, 300, [width], [8]).to(dtype))
     checks.pretend_processors(before[0])
-    checks.pretend_hopper(before[1])
+    checks.pretend_capability(before[1])
     checks.largest_tile(before[2])
     launched = {}
     for text, block in checks.launched().items():

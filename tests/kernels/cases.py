@@ -57,13 +57,13 @@ def check(call: Call, dtype: torch.dtype, backend: str, *, limit: float | None =
 
 
 CHOICES = {
-    "large": (False, 128, 1),
-    "small": (False, 64, 12),
-    "few": (False, 32, 108),
-    "hopper large": (True, 128, 1),
-    "hopper small": (True, 64, 108),
+    "large": (8, 128, 1),
+    "small": (8, 64, 12),
+    "few": (8, 32, 108),
+    "hopper large": (9, 128, 1),
+    "hopper small": (9, 64, 108),
 }
-"""Whether the GPU has wgmma, rows of a linear layer's tile, multiprocessors: of these an attention makes its blocks."""
+"""Compute capability of the GPU, rows of a linear layer's tile, multiprocessors: of these an attention makes its blocks."""
 
 
 @contextmanager
@@ -73,12 +73,12 @@ def choosing(choice: str) -> Iterator[None]:
         yield
         return
     checks: Any = importlib.import_module("gohsp_kernels._checks_cuda")
-    hopper, rows, processors = CHOICES[choice]
-    before = checks.pretend_hopper(hopper), checks.largest_tile(rows), checks.pretend_processors(processors)
+    major, rows, processors = CHOICES[choice]
+    before = checks.pretend_capability(major), checks.largest_tile(rows), checks.pretend_processors(processors)
     try:
         yield
     finally:
-        checks.pretend_hopper(before[0])
+        checks.pretend_capability(before[0])
         checks.largest_tile(before[1])
         checks.pretend_processors(before[2])
 

@@ -257,6 +257,6 @@ PYBIND11_MODULE(_checks_cuda, m) {
       "largest_tile", [](int rows) { return std::exchange(emulate::largest_tile, rows); }, py::arg("rows"),
       "Sets the rows of the largest tile of a linear layer, 0 for the choice of a GPU; returns what was set before.");
   m.def(
-      "pretend_hopper", [](bool hopper) { return std::exchange(emulate::pretended_hopper, hopper); }, py::arg("hopper"),
-      "Sets whether there is wgmma; returns what was set before.");
+      "pretend_capability", [](int major) { return std::exchange(emulate::pretended_capability, major); },
+      py::arg("major"), "Sets the major number of the GPU's compute capability; returns what was set before.");
 }
