@@ -45,7 +45,7 @@ def up_to_date(
 
     Stamp and packed form are one object, so that no thread meets the form of one state with the stamp of another.
     """
-    on_gpu = any(t is not None and t.device.type == "cuda" for t in tensors)
+    on_gpu = torch.cuda.is_initialized() and any(t is not None and t.device.type == "cuda" for t in tensors)
     capturing = on_gpu and torch.cuda.is_current_stream_capturing()
     # A capture only writes kernels down, so nothing can be read back in it; the call before it has just compared.
     with trusting() if capturing or not by_content else nullcontext():

@@ -31,6 +31,7 @@ from .registry import PackedChain, Request, register
 _RUNS_ON = (torch.float32, "cpu")
 
 
+@functools.cache
 def capability() -> str:
     """Name of the instruction set that the native library picked, one of csrc/cpu/isa/isa.def.
 
@@ -40,6 +41,7 @@ def capability() -> str:
     return str(_native.function("gohsp_cpu_capability", ctypes.c_char_p)().decode())
 
 
+@functools.cache
 def activation_levels() -> int:
     """Largest integer that an activation becomes where it meets int8 weights: 255, or 127 where the instruction set
     would saturate (AVX2, and AVX-512 without VNNI).

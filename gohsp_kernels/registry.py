@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +15,7 @@ from ._stamp import Stamp
 from .descriptors import Descriptor, Sublayer
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """A call, as far as a backend must know it to tell whether it can run it.
 
     Attributes:

@@ -63,7 +63,7 @@ CHOICES = {
     "hopper large": (9, 128, 1),
     "hopper small": (9, 64, 108),
 }
-"""Compute capability of the GPU, rows of a linear layer's tile, multiprocessors (of which an attention makes blocks)."""
+"""Compute capability of the GPU, rows of a linear layer's tile, multiprocessors (an attention makes blocks by them)."""
 
 
 @contextmanager
