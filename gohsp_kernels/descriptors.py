@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from operator import attrgetter
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -52,18 +51,16 @@ class Descriptor:
     constant_names: ClassVar[tuple[str, ...]]
     key_name: ClassVar[str]
     needed_names: ClassVar[frozenset[str]]
-    _tensors: ClassVar[Any]
-    _constants: ClassVar[Any]
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The tensors, in the order of the schema."""
-        return self._tensors(self)
+        return tuple([getattr(self, name) for name in self.tensor_names])
 
     @property
     def constants(self) -> tuple[Any, ...]:
         """Everything else, in the order of the schema, but for the number of queries."""
-        return self._constants(self)
+        return tuple([getattr(self, name) for name in self.constant_names])
 
     @property
     def key(self) -> Tensor:
@@ -127,13 +124,6 @@ OPERATORS: dict[str, type[Descriptor]] = {}
 Kind = TypeVar("Kind", bound=type[Descriptor])
 
 
-def _getter(names: Sequence[str]) -> Any:
-    """Attributes of these names as a tuple; each call of an operator asks several times."""
-    if len(names) > 1:
-        return staticmethod(attrgetter(*names))
-    return staticmethod(lambda holder: tuple(getattr(holder, name) for name in names))
-
-
 def _operator(name: str, *, activations: str = "x", residual: bool, attends: bool) -> Callable[[Kind], Kind]:
     """Complete a descriptor by what follows from its fields, and enter it in the list."""
 
@@ -145,7 +135,6 @@ def _operator(name: str, *, activations: str = "x", residual: bool, attends: boo
         kind.key_name = next((n for n, t in types.items() if t == "Tensor"), "")
         fields = dataclasses.fields(kind)  # type: ignore[arg-type]
         kind.needed_names = frozenset(field.name for field in fields if field.default is dataclasses.MISSING)
-        kind._tensors, kind._constants = _getter(kind.tensor_names), _getter(kind.constant_names)
         OPERATORS[name] = kind
         return kind
 
