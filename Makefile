@@ -27,7 +27,7 @@ export MAX_JOBS ?= $(CORES)
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 GPU_CHECK_ARGS ?=
-QUICK_TESTS := tests/gohsp tests/kernels tests/triton tests/cuda
+QUICK_TESTS := tests/gohsp tests/gohsp_kernels
 BENCH_ARGS ?= end-to-end --model deit_small_patch16_224 --preset 4x960 --batch 1 8
 
 PACKAGES := python/gohsp gohsp_kernels

@@ -30,7 +30,7 @@ SHARED_BYTES = {  # of a multiprocessor
     "sm_120": 100 * KIB,
 }
 TRITON_TARGETS = ("sm_80", "sm_90", "sm_100")
-"""GPUs that tests/triton/aot.py compiles Triton's kernels for; the others are in the CUDA library alone."""
+"""GPUs that tests/gohsp_kernels/triton/aot.py compiles for; the others are in the CUDA library alone."""
 
 FINISHES = ("identity", "gelu", "other")
 """Activations that a linear kernel is compiled for, in the order of Finish (csrc/cuda/linear.cuh)."""
@@ -148,7 +148,7 @@ def cuda_costs(library: Path) -> list[Cost]:
 
 def triton_costs(target: str, dtype: str = "fp16") -> Iterator[Cost]:
     """The Triton kernels of inference, compiled in a process of their own; takes minutes the first time."""
-    command = [sys.executable, "-m", "tests.triton.aot", target, dtype]
+    command = [sys.executable, "-m", "tests.gohsp_kernels.triton.aot", target, dtype]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = Path(__file__).parents[2]
     run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True)

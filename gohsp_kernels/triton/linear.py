@@ -19,7 +19,7 @@ so the subtraction costs about |mean - p| / std of its roundings, provided that 
 weights. A tf32 product does round ``x``; so float32 operands are shifted by a pivot p, the mean of the first BLOCK_K
 features of the row. For 16 bit, p = 0. The sum of squares is always taken about that pivot: the mean of m of D numbers
 is never further than std * sqrt(D / m - 1) from the mean of all, which bounds the cancellation in the variance for
-every input. tests/triton/test_norm_algebra.py measures all this against float64.
+every input. tests/gohsp_kernels/triton/test_norm_algebra.py measures all this against float64.
 """
 
 from __future__ import annotations

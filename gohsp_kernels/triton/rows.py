@@ -42,6 +42,6 @@ def load_again(pointers, mask):
     Triton (3.6 to 3.8 at least, issue 6691) gives an operand of a pipelined product on Hopper one slot of shared memory
     too few if anything but products uses it: the copy for a later step overwrites it while the tensor core still reads.
     An operand with no other use gets the slot. The other eviction policy keeps the compiler from making one load of
-    the two; tests/triton/test_aot.py counts the slots.
+    the two; tests/gohsp_kernels/triton/test_aot.py counts the slots.
     """
     return tl.load(pointers, mask, 0.0, eviction_policy="evict_last")

@@ -36,7 +36,7 @@ class TritonBackend:
             return reason
         kind = request.device.type
         if kind == "cpu" and interpreting():
-            # tests/triton/test_canary.py shows it.
+            # tests/gohsp_kernels/triton/test_canary.py shows it.
             return "its interpreter multiplies bfloat16 wrong" if request.dtype == torch.bfloat16 else ""
         if kind != "cuda":
             return f"runs on NVIDIA and AMD GPUs, and on the CPU only with TRITON_INTERPRET=1; got a tensor on {kind}"

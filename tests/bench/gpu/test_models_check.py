@@ -16,7 +16,7 @@ from bench.gpu import models_check
 from bench.harness import cases
 from gohsp_kernels.gpu_check import Scope
 from gohsp_kernels.triton import config
-from tests.kernels.graph_stand_in import stand_in
+from tests.gohsp_kernels.graph_stand_in import stand_in
 
 SCOPE = Scope(torch.device("cpu"))
 DENSE, SLICED = (["dense eager", "dense sdpa", "dense compile"], ["sliced eager", "sliced sdpa", "sliced compile"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which GPUs Triton's kernels are compiled for. What the CUDA library says is judged in tests/cuda/test_budgets.py."""
+"""Which GPUs Triton kernels are compiled for; tests/gohsp_kernels/cuda/test_budgets.py judges the CUDA library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bench.gpu import static
 
-aot = pytest.importorskip("tests.triton.aot", reason="Triton is not installed", exc_type=ImportError)
+aot = pytest.importorskip("tests.gohsp_kernels.triton.aot", reason="Triton is not installed", exc_type=ImportError)
 
 
 def test_triton_is_asked_for_no_gpu_that_it_has_no_target_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gohsp
 import gohsp_kernels as gk
 from gohsp.layers import FrozenEmbedding, PatchProjection, patches, project_patches
-from tests.kernels.graph_stand_in import stand_in
+from tests.gohsp_kernels.graph_stand_in import stand_in
 
 Make = Callable[..., Any]
 

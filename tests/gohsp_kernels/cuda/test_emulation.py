@@ -12,7 +12,7 @@ import torch
 
 from .helpers import checks
 
-SOURCE = (Path(__file__).parents[2] / "csrc/cuda/emulate/checks.cpp").read_text().splitlines()
+SOURCE = (Path(__file__).parents[3] / "csrc/cuda/emulate/checks.cpp").read_text().splitlines()
 
 
 def line(mark: str) -> str:

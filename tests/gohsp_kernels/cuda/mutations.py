@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Puts one fault at a time into the CUDA kernels and sees which test finds it.
 
-    python -m tests.cuda.mutations [NAME ...]       builds and tests each mutant; some 20 seconds for one
+    python -m tests.gohsp_kernels.cuda.mutations [NAME ...]       builds and tests each mutant; some 20 seconds for one
 
-Needs the build tree that `make setup` leaves. tests/cuda/test_mutations.py sees that each fault still fits the source.
+Needs the build tree that `make setup` leaves. test_mutations.py beside this file sees that each fault still fits the
+source.
 """
 
 from __future__ import annotations

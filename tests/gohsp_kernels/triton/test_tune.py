@@ -58,7 +58,7 @@ def test_steps_of_keys_pad_little() -> None:
 
 
 def test_every_choice_of_the_rule_is_compiled_by_the_aot_tests() -> None:
-    """The ladder is what tests/triton/aot.py goes through; the rule may choose nothing else."""
+    """The ladder is what tests/gohsp_kernels/triton/aot.py goes through; the rule may choose nothing else."""
     for arch in (80, 90, 100):
         target = Target("cuda", arch, 100)
         for rows in (1, 17, 197, 1000, 5000, 10**6):
@@ -177,7 +177,7 @@ def test_the_fastest_tile_is_chosen_and_written(shape: tune.Shape, monkeypatch: 
 def test_without_a_gpu_it_lists_what_it_would_try() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "gohsp_kernels.tune"]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[3])
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("No GPU here, so nothing is measured.")
     assert "linear bfloat16 16384 768x384: " in run.stdout and " tiles, by rule Tile(" in run.stdout

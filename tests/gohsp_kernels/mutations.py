@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Puts one fault at a time into the CPU kernels and sees that a test finds it.
 
-    python -m tests.kernels.mutations [NAME ...]       builds and tests each mutant; some 20 seconds for one
+    python -m tests.gohsp_kernels.mutations [NAME ...]       builds and tests each mutant; some 20 seconds for one
 
 Works on a copy of the sources, where the scalar kernels alone are compiled: all instruction sets share one text, and
 this one runs on every machine. test_mutations.py sees that each fault still fits the source.
@@ -257,7 +257,7 @@ class Build:
 
     def first_failure(self, *tests: str) -> str:
         """Return the first of some tests that fails, or the empty string."""
-        arguments = [*(f"tests/kernels/{test}" for test in tests), "--hypothesis-seed=0"]
+        arguments = [*(f"tests/gohsp_kernels/{test}" for test in tests), "--hypothesis-seed=0"]
         return first_failure(self.folder, arguments, {"GOHSP_CPU_CAPABILITY": "scalar"}, dies=True)
 
     def find(self, mutation: Mutation) -> str:

@@ -14,7 +14,7 @@ from gohsp_kernels.testing import TOLERANCE, Call, Maker, poisoned
 from gohsp_kernels.triton import config, operators
 from gohsp_kernels.triton.attention import HeadLayout
 from gohsp_kernels.triton.mlp import pack_mlp
-from tests.kernels import cases
+from tests.gohsp_kernels import cases
 
 from .helpers import assert_close
 

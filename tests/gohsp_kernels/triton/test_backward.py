@@ -14,7 +14,7 @@ from torch import Tensor
 from gohsp_kernels.descriptors import OPERATORS
 from gohsp_kernels.testing import EDGES, Call, Maker, poisoned, samples
 from gohsp_kernels.triton import config
-from tests.kernels.cases import calls
+from tests.gohsp_kernels.cases import calls
 
 from .helpers import assert_close
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TOOLS = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
 CMAKE = shutil.which("cmake", path=TOOLS)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.kernels import cases
+from tests.gohsp_kernels import cases
 
 # Loading it registers the emulated kernels for tensors on the CPU.
 checks: Any = pytest.importorskip("gohsp_kernels._checks_cuda", reason="the checks module is not built")

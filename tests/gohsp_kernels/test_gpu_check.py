@@ -20,7 +20,7 @@ from gohsp_kernels.descriptors import Linear
 from gohsp_kernels.gpu_check import PARTS, Part, Scope
 from gohsp_kernels.registry import BACKENDS
 from gohsp_kernels.testing import Call, Maker
-from tests.kernels.graph_stand_in import StandIn, stand_in
+from tests.gohsp_kernels.graph_stand_in import StandIn, stand_in
 
 SMALL = Scope(torch.device("cpu"), cases=2, largest=24)
 

@@ -15,7 +15,7 @@ import gohsp_kernels as gk
 from gohsp_kernels import graphed
 from gohsp_kernels.testing import Maker
 from gohsp_kernels.triton import operators
-from tests.kernels.graph_stand_in import StandIn, stand_in
+from tests.gohsp_kernels.graph_stand_in import StandIn, stand_in
 
 
 @pytest.fixture

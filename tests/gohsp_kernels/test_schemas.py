@@ -15,7 +15,7 @@ from gohsp_kernels import _native, _schemas, cpu, reference
 from gohsp_kernels.registry import BACKENDS
 from gohsp_kernels.testing import Maker, error, samples
 
-CPU_OPERATORS = [name for name in _schemas.NATIVE if name.startswith("cpu_")]  # the others: tests/cuda
+CPU_OPERATORS = [name for name in _schemas.NATIVE if name.startswith("cpu_")]  # the others: tests/gohsp_kernels/cuda
 PACKING = ("cpu_pack", "cpu_plan")
 needs_native = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
 

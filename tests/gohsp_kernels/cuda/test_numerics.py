@@ -19,9 +19,9 @@ from torch import Tensor
 import gohsp_kernels as gk
 from gohsp_kernels import cuda
 from gohsp_kernels.testing import TOLERANCE, Call, Maker, poisoned, samples
-from tests.kernels.cases import CHOICES, choosing
-from tests.kernels.test_chain import bound, chains, one_by_one
-from tests.triton.helpers import assert_close
+from tests.gohsp_kernels.cases import CHOICES, choosing
+from tests.gohsp_kernels.test_chain import bound, chains, one_by_one
+from tests.gohsp_kernels.triton.helpers import assert_close
 
 from .helpers import check, checks, run
 

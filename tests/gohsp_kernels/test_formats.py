@@ -22,7 +22,7 @@ import gohsp_kernels as gk
 from gohsp_kernels import chain, cpu
 from gohsp_kernels.formats import FORMATS
 from gohsp_kernels.testing import Maker, error
-from tests.kernels.test_chain import bound
+from tests.gohsp_kernels.test_chain import bound
 
 maker, features = Maker(1), 40
 attention = maker.attention_sublayer(0, 0, features, [8, 3], [8, 5], 17, 20)

@@ -22,9 +22,9 @@ CONSUMER_SHARED_BYTES = 99 * 1024
 
 def compiled(target: str, dtype: str, group: str = "all") -> list[Cost]:
     """Compile in a process where Triton does not interpret. Triton keeps binaries: a second run takes seconds."""
-    command = [sys.executable, "-m", "tests.triton.aot", target, dtype, group]
+    command = [sys.executable, "-m", "tests.gohsp_kernels.triton.aot", target, dtype, group]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
     return [Cost(**json.loads(line)) for line in run.stdout.splitlines()]

@@ -95,5 +95,5 @@ def test_wide_heads_are_passed_on_to_the_choice() -> None:
 @pytest.mark.slow
 def test_importing_and_asking_does_not_import_the_kernels() -> None:
     code = "import sys, gohsp_kernels as gk; gk.backends('cuda'); print('gohsp_kernels.triton.linear' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[3])
     assert run.stdout == "False\n", run.stderr

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every Triton kernel for GPUs that are not there, and reads from the binaries what they cost.
 
-    python -m tests.triton.aot TARGET DTYPE [GROUP]        prints one JSON line a kernel
+    python -m tests.gohsp_kernels.triton.aot TARGET DTYPE [GROUP]        prints one JSON line a kernel
 
 `recording` runs the backend's own host code and notes each launch instead of starting it, so that what is compiled is
 what that code would launch: same tile, same argument types, same specialisation of strides and sizes. It needs a

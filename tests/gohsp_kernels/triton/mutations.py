@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Breaks the Triton kernels one line at a time and looks whether a test notices: ``python -m tests.triton.mutations``.
+"""Breaks the Triton kernels one line at a time and looks whether a test notices.
+
+    python -m tests.gohsp_kernels.triton.mutations [WORD ...]
 
 Works on a copy of the tree. The tests are those with fixed inputs, which fail at once; random calls stay out, as they
 would first look for the smallest failure. Prints a row of a Markdown table for each mutation, and exits with 1 where
