@@ -22,7 +22,7 @@ from tests.faults import ROOT, Mutation, chosen, copy_tree, first_failure, plant
 
 TREE = ROOT / "build" / "native"
 SOURCES = ROOT / "csrc" / "cuda"
-TESTS = ROOT / "tests"
+TESTS = ROOT / "tests" / "gohsp_kernels"
 
 LINEAR, ATTENTION, ROWS = "linear.cuh", "attention.cuh", "rows.cuh"
 MUTATIONS = {
@@ -92,66 +92,66 @@ MUTATIONS = {
         "cuda/test_numerics.py::test_fragments_are_read_without_bank_conflicts",
     ),
     "linear: rows past the end are read": Mutation(
-        LINEAR, "a_ok[i] = r < p.rows;", "a_ok[i] = true;", "kernels/test_operators.py::test_edges"
+        LINEAR, "a_ok[i] = r < p.rows;", "a_ok[i] = true;", "test_operators.py::test_edges"
     ),
     "linear: weights past the end are read": Mutation(
-        LINEAR, "b_ok[i] = n < p.n;", "b_ok[i] = true;", "kernels/test_operators.py::test_edges"
+        LINEAR, "b_ok[i] = n < p.n;", "b_ok[i] = true;", "test_operators.py::test_edges"
     ),
     "linear: depth past the end is read": Mutation(
-        LINEAR, "a[i] + source), inside && a_ok[i])", "a[i] + place), a_ok[i])", "kernels/test_operators.py::test_edges"
+        LINEAR, "a[i] + source), inside && a_ok[i])", "a[i] + place), a_ok[i])", "test_operators.py::test_edges"
     ),
     "linear: rows past the end are written": Mutation(
         LINEAR, "const bool there = inside && row < p.rows;", "const bool there = inside;",
-        "kernels/test_operators.py::test_edges"
+        "test_operators.py::test_edges"
     ),
     "linear: the mean is not taken off": Mutation(
         LINEAR, "const float shift = -statistics.x * statistics.y;", "const float shift = 0.0f;",
         "cuda/test_numerics.py::test_statistics_of_the_rows",
     ),
     "linear: residual rows of other tokens": Mutation(
-        LINEAR, "row / p.queries * p.tokens + row % p.queries", "row", "kernels/test_operators.py::test_edges"
+        LINEAR, "row / p.queries * p.tokens + row % p.queries", "row", "test_operators.py::test_edges"
     ),
     "attention: no barrier before the scores": Mutation(
         ATTENTION, "    wait_copies<0>();\n    barrier();\n", "    wait_copies<0>();\n",
-        "kernels/test_operators.py::test_the_tokens_of_an_image"
+        "test_operators.py::test_the_tokens_of_an_image"
     ),
     "attention: no wait for keys and values": Mutation(
         ATTENTION, "    wait_copies<0>();\n    barrier();\n", "    barrier();\n",
-        "kernels/test_operators.py::test_the_tokens_of_an_image"
+        "test_operators.py::test_the_tokens_of_an_image"
     ),
     "attention: no barrier before keys and values are replaced": Mutation(
         ATTENTION, "if (token > 0) barrier();", "", "cuda/test_numerics.py::test_more_keys_than_fit"
     ),
     "attention: no barrier before warps hand over": Mutation(
         ATTENTION, "    barrier();  // all are done with the keys and values\n", "",
-        "kernels/test_operators.py::test_the_tokens_of_an_image"
+        "test_operators.py::test_the_tokens_of_an_image"
     ),
     "attention: no barrier before warps merge": Mutation(
         ATTENTION, "merging_place<Tile>(p, tile, part));\n    barrier();\n", "merging_place<Tile>(p, tile, part));\n",
-        "kernels/test_operators.py::test_the_tokens_of_an_image",
+        "test_operators.py::test_the_tokens_of_an_image",
     ),
     "attention: totals are merged without their factors": Mutation(
         ATTENTION, "s.total[r] += factor[r] * load_shared", "s.total[r] += load_shared",
-        "kernels/test_operators.py::test_the_tokens_of_an_image"
+        "test_operators.py::test_the_tokens_of_an_image"
     ),
     "attention: rows read before the launch before has ended": Mutation(
         ATTENTION, "  wait_for_launch_before();\n", "", "cuda/test_numerics.py::test_random_chains"
     ),
     "attention: no barrier after the norms of q and k": Mutation(
         ATTENTION, "p.eps, threads);\n      barrier();\n", "p.eps, threads);\n",
-        "kernels/test_operators.py::test_random_calls"
+        "test_operators.py::test_random_calls"
     ),
     "attention: keys past the end count": Mutation(
         ATTENTION, "there ? scores[j][i] * scale_log2 : minus_infinity()", "scores[j][i] * scale_log2",
-        "kernels/test_operators.py::test_edges",
+        "test_operators.py::test_edges",
     ),
     "attention: rows past the last key are not zeroed": Mutation(
         ATTENTION, "row + v_start, p.qkv_stride, count, 16 * groups", "row + v_start, p.qkv_stride, count, count",
-        "kernels/test_operators.py::test_edges",
+        "test_operators.py::test_edges",
     ),
     "attention: channels past the last are not zeroed": Mutation(
         ATTENTION, "chunk >= 2 * fragments(width, 2 * Tile::PER_CHUNK)", "chunk * Tile::PER_CHUNK >= width",
-        "kernels/test_operators.py::test_edges",
+        "test_operators.py::test_edges",
     ),
     "attention: channels of the next head are read": Mutation(
         ATTENTION, "row < count && i < inside ?", "row < count ?",
@@ -159,11 +159,11 @@ MUTATIONS = {
     ),
     "attention: channels past the last are written": Mutation(
         ATTENTION, "if (channel + 1 < v_width) store", "if (channel < v_width) store",
-        "kernels/test_operators.py::test_edges"
+        "test_operators.py::test_edges"
     ),
     "attention: both rows of a lane rescaled alike": Mutation(
         ATTENTION, "acc[j][2] *= rescale.y", "acc[j][2] *= rescale.x",
-        "kernels/test_operators.py::test_the_tokens_of_an_image"
+        "test_operators.py::test_the_tokens_of_an_image"
     ),
     "attention: chunks lie in the order of their rows": Mutation(
         ATTENTION, "((chunk ^ (row & 7)) << 4)", "(chunk << 4)",
@@ -171,11 +171,11 @@ MUTATIONS = {
     ),
     "attention: fragments of the weights changed over": Mutation(
         ATTENTION, "pack2<T>(p[0][2], p[0][3]), pack2<T>(p[1][0], p[1][1])",
-        "pack2<T>(p[1][0], p[1][1]), pack2<T>(p[0][2], p[0][3])", "kernels/test_operators.py::test_edges",
+        "pack2<T>(p[1][0], p[1][1]), pack2<T>(p[0][2], p[0][3])", "test_operators.py::test_edges",
     ),
     "attention: values of float32 in another order": Mutation(
         ATTENTION, "attention_channel<Tile>(row + 1, channel)", "attention_channel<Tile>(row + 4, channel)",
-        "kernels/test_operators.py::test_edges",
+        "test_operators.py::test_edges",
     ),
     "rows: columns past the last are copied": Mutation(ROWS, "if (c < p.count) {", "{",
     "cuda/test_numerics.py::test_every_form_of_input"),
@@ -212,7 +212,7 @@ def find(mutation: Mutation) -> str:
         (module,) = (folder / "gohsp_kernels").glob("_checks_cuda*.so")
         module.unlink()
         build(mutation, folder, module)
-        return first_failure(folder, [f"tests/{mutation.test}", "-k", "cuda", "--hypothesis-seed=0"])
+        return first_failure(folder, [f"tests/gohsp_kernels/{mutation.test}", "-k", "cuda", "--hypothesis-seed=0"])
 
 
 def main(names: list[str]) -> int:

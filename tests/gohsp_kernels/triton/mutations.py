@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.faults import ROOT, Run, planted, run_pytest
 
-OPERATORS, BOUNDS = "kernels/test_operators.py", "triton/test_bounds.py"
+OPERATORS, BOUNDS = "test_operators.py", "triton/test_bounds.py"
 FORWARD = (OPERATORS, "triton/test_forward.py", "triton/test_norm_algebra.py", BOUNDS)
 BACKWARD = ("triton/test_backward.py", BOUNDS)
 
@@ -194,7 +194,7 @@ def killer(mutation: Mutation, folder: Path) -> str:
 
 def pytest(folder: Path, files: tuple[str, ...]) -> Run:
     """Run the tests with fixed inputs in ``files`` up to the first that fails."""
-    return run_pytest(folder, ["-k", "triton and not random_calls", *(f"tests/{name}" for name in files)])
+    return run_pytest(folder, ["-k", "triton and not random_calls", *(f"tests/gohsp_kernels/{name}" for name in files)])
 
 
 def main(words: list[str]) -> int:
