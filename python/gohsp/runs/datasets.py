@@ -164,20 +164,26 @@ def _open(source: DataSource) -> tuple[Any, Any | None, int | None]:
     )
 
 
-def _folder(root: Path) -> tuple[Any, Any | None, int]:
+def image_folder(root: Path) -> Any:
+    """Return the data set of (PIL image, class) of a folder with one subfolder of images a class.
+
+    Raises:
+        ValueError: There is no such folder, or it holds no images.
+    """
     from torchvision.datasets import ImageFolder
 
-    def read(folder: Path) -> Any:
-        try:
-            return ImageFolder(str(folder))
-        except FileNotFoundError as error:
-            raise ValueError(f"data: wanted one subfolder of images a class in {folder}: {error}") from error
+    try:
+        return ImageFolder(str(root))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"data: wanted a folder with one subfolder of images a class; got {root}: {error}") from error
 
+
+def _folder(root: Path) -> tuple[Any, Any | None, int]:
     test = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or test is None:
-        images = read(root)
+        images = image_folder(root)
         return images, None, len(images.classes)
-    train, held_out = read(root / "train"), read(test)
+    train, held_out = image_folder(root / "train"), image_folder(test)
     if train.classes != held_out.classes:
         raise ValueError(f"data: the classes in {root / 'train'} and {test} differ")
     return train, held_out, len(train.classes)

@@ -136,6 +136,17 @@ def test_linear(gather: bool, norm: bool, scatter: bool, tile: config.Tile) -> N
     guard.check(out, pre_activation, statistics)
 
 
+def test_rows_that_are_loaded_again_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits, in a tile that has more rows than there are."""
+    monkeypatch.setattr(config.Target, "of", lambda device: config.Target("cuda", 90, 1))
+    guard, maker = Guard(), Maker(8)
+    weight = guard.around(maker.weight(OUTPUTS, FEATURES).half())
+    linear = PackedLinear(weight, OUTPUTS, row_sum=guard.around(maker.normal(OUTPUTS)), eps=1e-6)
+    x, residual, out = (guard.around(maker.normal(ROWS, n).half()) for n in (FEATURES, OUTPUTS, OUTPUTS))
+    linear(x, residual, out=out, tile=config.Tile(64, 64, 64, 4, 1))
+    guard.check(out)
+
+
 def test_linear_without_outputs() -> None:
     """Every column is one that nothing is added to."""
     guard, maker = Guard(), Maker(7)
