@@ -155,7 +155,7 @@ class TestImages:
         assert torch.equal(load_folder(folder, 28, 50, seed=3).pixels, images.pixels)
 
     def test_folder_that_is_none(self, tmp_path):
-        with pytest.raises(ValueError, match="one subfolder of images a class; got .*No such file"):
+        with pytest.raises(ValueError, match=r"one subfolder of images a class; got .*No such file"):
             load_folder(tmp_path / "missing", 28, 50, seed=0)
         with pytest.raises(ValueError, match="one subfolder of images a class"):
             load_folder(tmp_path, 28, 50, seed=0)
