@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Every target sets up what it needs: a virtual environment in .venv, the packages, the native library.
 # Stamp files in .venv/.stamps say what is done, so that a second run costs nothing.
 #
@@ -5,6 +6,7 @@
 #   make test     the tests (PYTEST_ARGS="-k mask" to choose; --exhaustive compiles Triton's kernels for all GPUs)
 #   make test-quick  those of the packages without the slow ones, for use between edits (PYTEST_ARGS too)
 #   make bench    benchmarks (BENCH_ARGS="--help" to choose)
+#   make sanitize the C++ tests under the address, undefined-behaviour and thread sanitizers
 #   make lint     ruff, mypy, the layers of the house, clang-format
 #   make gpu-check  correctness and speed on the GPU at hand; writes gpu-report/ (hours, most of them others' compilers)
 #   make setup    only the environment and the build
@@ -37,7 +39,7 @@ CXX_SOURCES = find csrc examples -type f -regex '.*\.\(h\|cpp\|inl\|cu\|cuh\)'
 
 say = @printf '\033[1m== %s\033[0m\n' "$(1)"
 
-.PHONY: setup demo test test-quick bench lint format gpu-check clean
+.PHONY: setup demo test test-quick bench sanitize lint format gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMPS)/native $(STAMPS)/packages
@@ -62,6 +64,16 @@ bench: setup
 gpu-check: setup
 	$(call say,GPU check)
 	@$(BIN)/python -m bench.gpu_check $(GPU_CHECK_ARGS)
+
+# The C++ tests of the CPU kernels on every instruction set of this machine.
+sanitize: $(STAMPS)/build-tools
+	$(call say,sanitizers)
+	@for kind in address,undefined thread; do \
+	  tree=build/sanitize-$$kind; \
+	  $(BIN)/cmake -S . -B $$tree -G Ninja -DPython_EXECUTABLE=$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DCMAKE_BUILD_TYPE=Release -DGOHSP_CUDA=OFF -DGOHSP_SANITIZE=$$kind > /dev/null && \
+	  $(BIN)/cmake --build $$tree --target test_cpu_kernels && echo "$$kind:" && $$tree/test_cpu_kernels || exit 1; \
+	done
 
 lint: $(STAMPS)/packages
 	$(call say,ruff)

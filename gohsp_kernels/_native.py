@@ -29,7 +29,13 @@ class Library:
 @functools.cache
 def load() -> Library:
     """Load the CPU library; the outcome, good or bad, is kept for the life of the process."""
-    return _open(CPU_LIBRARY, "a C++ compiler")
+    library = _open(CPU_LIBRARY, "a C++ compiler")
+    if not library:
+        return library
+    missing = ctypes.CDLL(str(library.path)).gohsp_cpu_missing
+    missing.restype = ctypes.c_char_p
+    reason = missing().decode()
+    return Library(None, reason) if reason else library
 
 
 @functools.cache

@@ -8,6 +8,7 @@ to the compiled libraries and have no meaning without them; public calls reach t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -121,12 +122,26 @@ def _cpu_plan(columns: Tensor, features: int, scatter: bool) -> Tensor:
     return columns.new_empty(1 + features)
 
 
+def _of_one_kind(fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``fake``, which refuses tensors on "meta" beside others: torch sends such a call here, not to the kernels, and
+    the result would be memory that nobody wrote."""
+
+    @functools.wraps(fake)
+    def checked(*arguments: Any) -> Tensor:
+        found = {t.device.type for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)}
+        if "meta" in found and len(found) > 1:
+            raise RuntimeError(f"tensors: wanted all on one device; got some on {' and '.join(sorted(found))}")
+        return fake(*arguments)
+
+    return checked
+
+
 def register(implementations: dict[str, Callable[..., Tensor]]) -> torch.library.Library:
     """Define every operator and its fake; give the public ones their implementation, the same for all devices."""
     library = torch.library.Library(NAMESPACE, "DEF")
     for name, schema in SCHEMAS.items():
         library.define(name + schema)
-        torch.library.register_fake(f"{NAMESPACE}::{name}", _FAKES[name], lib=library)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _of_one_kind(_FAKES[name]), lib=library)
     for name in PUBLIC:
         library.impl(name, implementations[name], "CompositeExplicitAutograd")
     return library

@@ -86,7 +86,7 @@ inline void normalise_row(const float* x, int64_t features, float eps, float* y)
 }
 
 inline void copy_row(const float* x, int64_t features, float* y) {
-  __builtin_memcpy(y, x, static_cast<size_t>(features) * sizeof(float));
+  if (features > 0) __builtin_memcpy(y, x, static_cast<size_t>(features) * sizeof(float));
 }
 
 template <Vec (*Function)(Vec)>

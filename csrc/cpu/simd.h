@@ -27,6 +27,7 @@ namespace gohsp::GOHSP_ISA {
 constexpr int64_t W = GOHSP_LANES;
 typedef float Vec __attribute__((vector_size(4 * GOHSP_LANES)));
 typedef int32_t IntVec __attribute__((vector_size(4 * GOHSP_LANES)));
+typedef uint32_t UintVec __attribute__((vector_size(4 * GOHSP_LANES)));
 typedef uint8_t ByteVec __attribute__((vector_size(4 * GOHSP_LANES)));
 
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstring>
 #include <optional>
+#include <string>
 
 #include "../cpu/kernels.h"
 #include "../cpu/throttle.h"
@@ -35,6 +36,22 @@ const float* floats(const Tensor& t, const char* name) {
 
 const int64_t* indices(const Tensor& t, const char* name) {
   return contents<int64_t>(t, ScalarType::Long, name, "int64");
+}
+
+// Sizes whose products stay far from the end of an int64; what is bigger is nobody's matrix.
+constexpr int64_t kMostColumns = 1 << 24;
+constexpr int64_t kMostElements = int64_t{1} << 36;
+constexpr int64_t kMostPixels = 1 << 20;  // of a side
+
+int64_t checked_features(int64_t features, const char* name) {
+  STD_TORCH_CHECK(features >= 0 && features < kMostColumns, name, ": wanted 0 to ", kMostColumns - 1, " columns; got ",
+                  features);
+  return features;
+}
+
+void check_matrix(int64_t n, int64_t k, const char* name) {
+  const bool fits = n >= 0 && n < kMostColumns && k >= 0 && k < kMostColumns && n * k <= kMostElements;
+  STD_TORCH_CHECK(fits, name, ": wanted no negative and no gigantic sizes; got ", n, " outputs and ", k, " inputs");
 }
 
 float* data(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
@@ -70,6 +87,7 @@ Tensor cpu_pack(Tensor weight, std::optional<Tensor> scales, std::optional<Tenso
   const FormatOf& wanted = kFormatOf[format_number];
   STD_TORCH_CHECK(weight.dim() == 2, "weight: wanted 2 dimensions; got ", weight.dim());
   const int64_t n = weight.size(0), k = weight.size(1);
+  check_matrix(n, k, "weight");
   STD_TORCH_CHECK(!bias.has_value() || bias->numel() == n, "bias: wanted ", n, " elements");
   STD_TORCH_CHECK(scales.has_value() == wanted.scales && (!scales.has_value() || scales->numel() == n),
                   "scales: wanted ", wanted.scales ? n : 0, " elements for ", wanted.name);
@@ -88,6 +106,7 @@ Tensor cpu_pack(Tensor weight, std::optional<Tensor> scales, std::optional<Tenso
 // order and range of the columns are checked here.
 Tensor cpu_plan(Tensor columns, int64_t features, bool scatter) {
   const int64_t* kept = indices(columns, "columns");
+  checked_features(features, "features");
   const int64_t count = columns.numel();
   for (int64_t i = 0; i < count; ++i) {
     const int64_t lowest = i == 0 ? 0 : kept[i - 1] + 1;
@@ -130,11 +149,23 @@ struct Totals {
 Totals totals_of(const gohsp::Heads& heads) {
   Totals totals;
   for (int64_t h = 0; h < heads.count; ++h) {
-    STD_TORCH_CHECK(heads.qk_widths[h] >= 0 && heads.v_widths[h] >= 0, "widths: wanted no negative width");
+    for (const int64_t width : {heads.qk_widths[h], heads.v_widths[h]})
+      STD_TORCH_CHECK(width >= 0 && width < kMostColumns, "widths: wanted 0 to ", kMostColumns - 1, "; got ", width);
     totals.qk += heads.qk_widths[h];
     totals.v += heads.v_widths[h];
+    checked_features(totals.qk, "widths");
+    checked_features(totals.v, "widths");
   }
   return totals;
+}
+
+// Channels of the q and k norms, which all heads share.
+int64_t norm_width(const gohsp::Heads& heads) {
+  const int64_t width = heads.count > 0 ? heads.qk_widths[0] : 0;
+  for (int64_t h = 0; h < heads.count; ++h)
+    STD_TORCH_CHECK(heads.qk_widths[h] == width, "qk_norm: wanted heads of one QK width; got ", width, " and ",
+                    heads.qk_widths[h]);
+  return width;
 }
 
 // A layout, and the packed matrices that it describes, which stand one behind the other.
@@ -161,6 +192,7 @@ class Packed {
   }
 
   Matrix matrix(int64_t n, int64_t k) {
+    check_matrix(n, k, "layouts");
     const int64_t bytes = gohsp::kernels().packed_bytes(format_, n, k);
     return {words_.take(bytes / static_cast<int64_t>(sizeof(int32_t))), n, k, format_};
   }
@@ -193,7 +225,10 @@ gohsp::Attention read_attention(Packed& packed, const double* constants, int64_t
   a.k = packed.matrix(totals.qk, a.in.count);
   a.v = packed.matrix(totals.v, a.in.count);
   a.proj = packed.matrix(a.out.count, totals.v);
-  if (normalised) a.heads.qk_norm = packed.floats(count > 0 ? 4 * a.heads.qk_widths[0] : 0);
+  if (normalised) {
+    const int64_t width = norm_width(a.heads);
+    a.heads.qk_norm = packed.floats(4 * width);
+  }
   a.eps = static_cast<float>(constants[0]);
   return a;
 }
@@ -219,6 +254,8 @@ Tensor cpu_embed(Tensor images, Tensor panels, Tensor layout, Tensor base, std::
   STD_TORCH_CHECK(images.dim() == 4, "images: wanted 4 dimensions; got ", images.dim());
   STD_TORCH_CHECK(base.dim() == 2, "base: wanted 2 dimensions; got ", base.dim());
   STD_TORCH_CHECK(patch.size() == 2 && patch[0] > 0 && patch[1] > 0, "patch: wanted a height and a width");
+  for (int64_t i = 1; i < 4; ++i)
+    STD_TORCH_CHECK(images.size(i) <= kMostPixels, "images: wanted at most ", kMostPixels, " pixels a side");
   const gohsp::Patches patches{images.size(1), images.size(2), images.size(3), patch[0], patch[1]};
   const int64_t tokens = base.size(0);
   STD_TORCH_CHECK(patches.height % patch[0] == 0 && patches.width % patch[1] == 0 && patches.count() <= tokens,
@@ -236,7 +273,9 @@ Tensor cpu_embed(Tensor images, Tensor panels, Tensor layout, Tensor base, std::
 // Order of the layout's numbers: kept outputs, activation, columns in, columns out.
 Tensor cpu_linear(Tensor x, Tensor panels, Tensor layout, int64_t out_features) {
   x = torch::stable::contiguous(x);
-  const int64_t features = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(x.dim() > 0, "x: wanted at least 1 dimension");
+  const int64_t features = checked_features(x.size(x.dim() - 1), "x");
+  checked_features(out_features, "out_features");
   Packed packed(panels, layout);
   STD_TORCH_CHECK(packed.format() == Format::float32, "panels: wanted weights in float32");
   const int64_t kept = packed.number();
@@ -260,12 +299,12 @@ Tensor cpu_attention(Tensor qkv, Tensor widths, std::optional<Tensor> qk_norm, d
   const int64_t count = widths.size(1);
   const int64_t* w = indices(widths, "widths");
   gohsp::Heads heads{count, w, w + count, nullptr, static_cast<float>(eps), static_cast<float>(scale)};
+  const Totals totals = totals_of(heads);
   if (qk_norm.has_value()) {
     heads.qk_norm = floats(*qk_norm, "qk_norm");
-    for (int64_t h = 0; h < count; ++h)
-      STD_TORCH_CHECK(qk_norm->numel() == 4 * w[h], "qk_norm: wanted shape [4, ", w[h], "]");
+    const int64_t width = norm_width(heads);
+    STD_TORCH_CHECK(qk_norm->numel() == 4 * width, "qk_norm: wanted shape [4, ", width, "]");
   }
-  const Totals totals = totals_of(heads);
   STD_TORCH_CHECK(qkv.dim() == 3 && qkv.size(2) == 2 * totals.qk + totals.v && v_total == totals.v,
                   "qkv: wanted [batch, tokens, ", 2 * totals.qk + totals.v, "]");
   const gohsp::Shape shape{qkv.size(0), qkv.size(1), qkv.size(2), num_queries};
@@ -279,7 +318,7 @@ Tensor cpu_sublayers(Tensor x, std::vector<Tensor> panels, std::vector<Tensor> l
                      int64_t num_queries) {
   x = torch::stable::contiguous(x);
   STD_TORCH_CHECK(x.dim() == 3, "x: wanted 3 dimensions; got ", x.dim());
-  const gohsp::Shape shape{x.size(0), x.size(1), x.size(2), num_queries};
+  const gohsp::Shape shape{x.size(0), x.size(1), checked_features(x.size(2), "x"), num_queries};
   STD_TORCH_CHECK(num_queries >= 0 && num_queries <= shape.tokens, "num_queries: wanted 0 to ", shape.tokens);
   const size_t count = panels.size();
   STD_TORCH_CHECK(count > 0 && layouts.size() == count && constants.size() == gohsp::kConstants * count,
@@ -346,10 +385,27 @@ STABLE_TORCH_LIBRARY_IMPL(gohsp_kernels, CPU, m) {
   m.impl("cpu_sublayers", TORCH_BOX(&cpu_sublayers));
 }
 
+// Called by ctypes, which no exception may cross.
 #define GOHSP_EXPORT extern "C" __attribute__((visibility("default")))
 
-GOHSP_EXPORT const char* gohsp_cpu_capability() { return gohsp::kernels().name; }
-GOHSP_EXPORT int64_t gohsp_cpu_activation_levels() { return gohsp::kernels().activation_levels; }
+// Why no kernels can run here, or the empty string.
+GOHSP_EXPORT const char* gohsp_cpu_missing() noexcept {
+  static thread_local std::string reason;
+  try {
+    gohsp::kernels();
+    reason.clear();
+  } catch (const std::exception& error) {
+    reason = error.what();
+  }
+  return reason.c_str();
+}
+
+// These are for where none is missing.
+GOHSP_EXPORT const char* gohsp_cpu_capability() noexcept { return gohsp::kernels().name; }
+GOHSP_EXPORT int64_t gohsp_cpu_activation_levels() noexcept { return gohsp::kernels().activation_levels; }
+GOHSP_EXPORT int64_t gohsp_cpu_packing(int64_t format) noexcept {
+  return gohsp::packing_of(gohsp::kernels().name, static_cast<Format>(format));
+}
 
 // The names of one list of csrc/common/wire.h, each behind a space, in the order of their numbers; nullptr for no list.
 GOHSP_EXPORT const char* gohsp_names(const char* list) noexcept {
@@ -362,16 +418,7 @@ GOHSP_EXPORT const char* gohsp_names(const char* list) noexcept {
   return nullptr;
 }
 
-// Called by ctypes, which no exception may cross. -1 where no kernels can run; packing itself then says why.
-GOHSP_EXPORT int64_t gohsp_cpu_packing(int64_t format) noexcept {
-  try {
-    return gohsp::packing_of(gohsp::kernels().name, static_cast<Format>(format));
-  } catch (const std::exception&) {
-    return -1;
-  }
-}
-
-// Likewise; false where the sum could not be computed.
+// False where the sum could not be computed.
 GOHSP_EXPORT bool gohsp_cpu_checksum(const int64_t* spans, int64_t count, uint64_t* sum) noexcept {
   try {
     *sum = checksum_of(spans, count);

@@ -19,10 +19,10 @@ constexpr int64_t kBlockRows = 2 * kTileRows;  // rows of a product that are com
 inline int64_t padded_inputs(int64_t k) { return round_up(max(k, 1), 2 * W); }
 
 inline IntVec bf16_bits(Vec v) {
-  const IntVec bits = float_as_bits(v);
+  const UintVec bits = (UintVec)v;
   // Adding to a NaN could carry into its sign and make a number of it.
-  const IntVec rounded = v == v ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
-  return (rounded >> 16) & 0xffff;
+  const UintVec rounded = v == v ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
+  return (IntVec)(rounded >> 16);
 }
 
 #if GOHSP_LANES == 16 && defined(__AVX512BF16__)
