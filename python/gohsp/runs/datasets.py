@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +20,7 @@ from gohsp.models.registry import family_of
 from gohsp.recipe import Augmentation, DataSource
 
 TEST_FOLDERS = ("val", "validation", "test")
+SIZED = 1024  # images whose files' sizes tell them apart as well: asking for all of a large set takes minutes
 TEST_SHARE = 0.2  # of a source that has no test set of its own
 
 
@@ -39,6 +43,17 @@ class View:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def digest(self) -> str:
+        """Return what tells these images from others: SHA-256 of their order and, in a folder, names and classes."""
+        samples = getattr(self.data, "samples", None)
+        if samples is None:
+            listed: list[Any] = [len(self.data), *self.indices]
+        else:
+            root = self.data.root
+            listed = [(os.path.relpath(samples[index][0], root), samples[index][1]) for index in self.indices]
+            listed += [os.stat(samples[index][0]).st_size for index in self.indices[:SIZED]]
+        return hashlib.sha256(json.dumps(listed).encode("utf-8", "surrogateescape")).hexdigest()
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.data[self.indices[index]]
         return self.transform(image.convert(self.mode)), int(label)
@@ -53,12 +68,14 @@ class Images:
         plain: The same images without augmentation, for ranking and pruning.
         test: What is measured on.
         classes: Number of classes; None where the source does not tell.
+        source: Name of what they were opened from.
     """
 
     train: View
     plain: View
     test: View
     classes: int | None
+    source: str = ""
 
     def calibration(self, count: int, batch_size: int = 32) -> Iterator[Tensor]:
         """Batches of some training images, [<= batch_size, C, height, width], without augmentation."""
@@ -91,6 +108,7 @@ def open_images(source: DataSource, model: Any, augment: Augmentation | None = N
         plain=View(train, first, plain, mode),
         test=View(held_out, second, plain, mode),
         classes=classes,
+        source=source.source,
     )
 
 

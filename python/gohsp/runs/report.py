@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from gohsp import serialization
 from gohsp.files import check_keys, read_json, replacing, write_text
 from gohsp.recipe import read_recipe
 from gohsp.runs.datasets import image_shape
-from gohsp.runs.directory import RunDirectory, open_model
+from gohsp.runs.directory import RunDirectory, evaluation_of, open_model
 from gohsp.timing import interleave
 
 TITLES = ("run", "what", "parameters", "MACs", "top-1", "images")
@@ -56,9 +56,20 @@ def collect(directories: Sequence[Path], rounds: int, after_round: Callable[[], 
             )
         values = read_json(path)
         check_keys(values, ("what", "params", "macs", "top1", "loss", "images"), str(path))
+        _check_current(RunDirectory(directory), values)
         found.append({name: values[name] for name in ("what", "params", "macs", "top1", "images")})
     times = _times(directories, [values["what"] for values in found], rounds, after_round)
     return [Row(d.name or str(d), **v, milliseconds=t) for d, v, t in zip(directories, found, times, strict=True)]
+
+
+def _check_current(run: RunDirectory, values: Mapping[str, Any]) -> None:
+    """Refuse an evaluation of a model that was replaced since."""
+    record, now = run.made.of(run.evaluation), evaluation_of(run, values["what"])
+    if record != now and not (record is None and not any(now["models"])):
+        raise ValueError(
+            f"{run.evaluation}: is of another {values['what']} than is there now; evaluate again "
+            f"(gohsp evaluate --out {run.directory})"
+        )
 
 
 def _times(

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models import _registry, register_model
 from timm.models.vision_transformer import VisionTransformer
@@ -248,7 +250,17 @@ def test_a_target_in_time_is_measured_once(
         mask = gohsp.ModelMask.load(run.mask)
         ms = 0.5 + sum(int(block.heads.sum()) + int(block.hidden.sum()) / 32 for block in mask.blocks)
         assert 0.75 * share * 16.5 < ms <= share * 16.5
-    assert len(measured) == 1 and gohsp.LatencyTable.load(run.latency).mlp == steps["mlp"]
+    assert len(measured) == 1
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        output = done(call("prune", "--out", run.directory))
+    finally:
+        torch.set_num_threads(threads)
+    assert f"threads ({threads}, not {threads + 1})" in output and len(measured) == 2
+    (run.directory / "made.json").unlink()
+    assert f"{run.latency} is measured anew: there is no record" in done(call("prune", "--out", run.directory))
+    assert len(measured) == 3 and gohsp.LatencyTable.load(run.latency).mlp == steps["mlp"]
 
 
 def test_a_target_without_a_number_is_refused(call: Call) -> None:
@@ -261,6 +273,132 @@ def test_training_by_admm_needs_counts(call: Call, recipe: Path, tmp_path: Path)
     done(call("prune", "--recipe", recipe, "--out", run.directory))
     run.mask.unlink()
     refused(call("train", "--out", run.directory, "--admm-epochs", 1), "it has no mask.json")
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    """Two folders of images of the same names, dark and light, whose classes are exchanged in the second."""
+    for folder, values in (("one", (20, 230)), ("two", (230, 20))):
+        for label, value in zip(("dark", "light"), values, strict=True):
+            (tmp_path / folder / label).mkdir(parents=True)
+            for index in range(20):
+                image = Image.fromarray(np.full((8, 8, 3), value + index % 5, dtype=np.uint8))
+                image.save(tmp_path / folder / label / f"{index}.png")
+    return [str(tmp_path / "one"), str(tmp_path / "two")]
+
+
+def test_a_classifier_of_other_images_is_fitted_anew(
+    call: Call, recipe: Path, tmp_path: Path, folders: list[str]
+) -> None:
+    values = yaml.safe_load(recipe.read_text())
+    values["model"]["fit_head"] = 32
+    recipe.write_text(yaml.safe_dump(values))
+    run = RunDirectory(tmp_path / "run")
+    out = ("--out", run.directory)
+    assert "made anew" not in done(call("evaluate", "--recipe", recipe, "--data", folders[0], *out))
+    assert json.loads(run.evaluation.read_text())["top1"] == 1
+    output = done(call("evaluate", "--data", folders[1], *out))
+    assert f"{run.head} is made anew: it was made with another data" in output
+    assert json.loads(run.evaluation.read_text())["top1"] == 1
+    assert "made anew" not in done(call("evaluate", *out))
+    assert "seed" not in done(call("evaluate", *out)) and "training images" in done(call("prune", "--seed", 1, *out))
+    (run.directory / "made.json").unlink()
+    assert "there is no record of what it was made from" in done(call("evaluate", *out))
+
+
+def test_a_classifier_of_another_number_of_classes_is_fitted_anew(
+    call: Call, recipe: Path, tmp_path: Path, folders: list[str]
+) -> None:
+    values = yaml.safe_load(recipe.read_text())
+    values["model"]["fit_head"] = 32
+    recipe.write_text(yaml.safe_dump(values))
+    done(call("evaluate", "--recipe", recipe, "--out", tmp_path / "run"))
+    assert "another classes (10, not 2)" in done(call("evaluate", "--out", tmp_path / "run", "--data", folders[0]))
+
+
+def test_a_model_that_was_trained_from_another_pruning_is_left_out(call: Call, recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    out = ("--out", run.directory)
+    done(call("train", "--recipe", recipe, *out))
+    assert "model: top-1" in done(call("evaluate", *out))
+    done(call("prune", "--target", "params=0.5", *out))
+    refused(call("report", run.directory, "--rounds", 0), f"{run.evaluation}: is of another model than is there now")
+    output = done(call("evaluate", *out))
+    assert f"{run.model} was not trained from {run.pruned}" in output and "pruned: top-1" in output
+    refused(call("train", *out), f"{run.checkpoint}: is of a training that began with another pruned")
+    run.checkpoint.unlink()
+    done(call("train", *out))
+    output = done(call("evaluate", *out))
+    assert "left out" not in output and "model: top-1" in output
+    done(call("report", run.directory, "--rounds", 0))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--seed", 1), "another seed (0, not 1)"),
+        (("--data", "one"), "another data"),
+        (("--image-size", 16), "another image shape ([3, 8, 8], not [3, 16, 16])"),
+    ],
+)
+def test_what_was_pruned_with_something_else_is_not_trained(
+    call: Call, recipe: Path, tmp_path: Path, folders: list[str], options: tuple[str, Any], reason: str
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    options = ("--data", folders[0]) if options[0] == "--data" else options
+    done(call("prune", "--recipe", recipe, "--out", run.directory))
+    refused(call("train", "--out", run.directory, *options), f"{run.pruned}: it was made with another ")
+    assert reason in call("train", "--out", run.directory).output.replace("\n", " ")
+
+
+def test_a_pruned_model_is_not_evaluated_in_the_place_of_another(call: Call, recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    done(call("prune", "--recipe", recipe, "--out", run.directory))
+    timm.create_model(NAME)
+    save_file(timm.create_model(NAME).state_dict(), tmp_path / "w.safetensors")
+    output = call("evaluate", "--out", run.directory, "--checkpoint", tmp_path / "w.safetensors")
+    refused(output, f"{run.pruned}: it was made with another weights")
+
+
+def test_pruning_that_was_interrupted_is_done_again(call: Call, recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    out = ("--out", run.directory)
+    done(call("prune", "--recipe", recipe, *out))
+    run.made.record(run.pruned, {})
+    refused(call("evaluate", *out), f"{run.pruned}: it was not finished")
+    assert "% of the parameters" in done(call("train", *out))
+
+
+def test_a_run_of_an_older_version_goes_on(call: Call, recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    out = ("--out", run.directory)
+    done(call("train", "--recipe", recipe, "--admm-epochs", 1, *out))
+    done(call("evaluate", *out))
+    (run.directory / "made.json").unlink()
+    stored = json.loads(run.scores.read_text())
+    run.scores.write_text(json.dumps({**stored, "ranked": {"weights": "of a ranking that told less"}}))
+    done(call("report", run.directory, "--rounds", 0))
+    done(call("train", *out))
+    (run.directory / "made.json").unlink()
+    assert "model: top-1" in done(call("evaluate", *out))
+
+
+def test_scores_of_another_ranking_do_not_guide_training(call: Call, recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    out = ("--out", run.directory)
+    done(call("prune", "--recipe", recipe, *out))
+    stored = json.loads(run.scores.read_text())
+    run.scores.write_text(json.dumps({**stored, "ranked": {**stored["ranked"], "images": 3}}))
+    refused(call("train", "--admm-epochs", 1, *out), f"{run.scores}: is of another ranking")
+    assert f"{run.scores} is of another ranking: the heads are ranked anew" in done(call("prune", *out))
+
+
+def test_damaged_records_are_refused(call: Call, recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    done(call("prune", "--recipe", recipe, "--out", run.directory))
+    for text in ("[]", '{"format": 2, "files": {}}', '{"format": 1, "files": {"pruned": 3}}'):
+        (run.directory / "made.json").write_text(text)
+        refused(call("train", "--out", run.directory), f"{run.directory / 'made.json'}: ")
 
 
 def test_damaged_scores_are_refused(tmp_path: Path) -> None:
