@@ -14,7 +14,8 @@ made.json              what each of these was made from; see gohsp.runs.made
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from gohsp import serialization
 from gohsp.files import check_keys, read_json, replacing, write_json
 from gohsp.masks.mask import ModelMask
 from gohsp.models.registry import is_compressed
-from gohsp.recipe import ModelSource, Recipe, make_recipe, read_yaml, write_recipe
+from gohsp.recipe import ModelSource, Recipe, make_recipe, read_recipe, read_yaml, write_recipe
 from gohsp.runs.classifier import collect, fit_ridge
 from gohsp.runs.datasets import Images, image_shape
 from gohsp.runs.made import Made, differences
@@ -88,7 +89,7 @@ class RunDirectory:
         return self.directory / "evaluation.json"
 
     def open_recipe(self, given: Path | None, changes: Mapping[str, Any]) -> Recipe:
-        """Return the recipe of a command and write it into the directory, which is made if it is not there.
+        """Return the recipe of a command.
 
         Args:
             given: File; that of the directory by default.
@@ -102,10 +103,39 @@ class RunDirectory:
         for key, value in changes.items():
             if value is not None:
                 _place(values, key.split("."), value)
-        recipe = make_recipe(values, source or "options")
+        return make_recipe(values, source or "options")
+
+    @contextmanager
+    def remembering(self, recipe: Recipe) -> Iterator[None]:
+        """Write the recipe of a command into the directory, which is made if it is not there.
+
+        It is taken back if the command in the block finds that a value is wrong, so that the next one does not fail
+        by it as well. That is not done once there is a checkpoint, which belongs to this recipe.
+        """
+        before = self.recipe.read_bytes() if self.recipe.is_file() else None
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_recipe(recipe, self.recipe)
-        return recipe
+        if not self._holds(recipe):
+            write_recipe(recipe, self.recipe)
+        started = self.checkpoint.is_file()
+        try:
+            yield
+        except (FileNotFoundError, ImportError, TypeError, ValueError):
+            if started or not self.checkpoint.is_file():
+                self._take_back(before)
+            raise
+
+    def _holds(self, recipe: Recipe) -> bool:
+        try:
+            return read_recipe(self.recipe) == recipe
+        except (FileNotFoundError, ValueError):
+            return False
+
+    def _take_back(self, recipe: bytes | None) -> None:
+        if recipe is None:
+            self.recipe.unlink(missing_ok=True)
+            return
+        with replacing(self.recipe) as temporary:
+            temporary.write_bytes(recipe)
 
 
 def _place(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
@@ -221,11 +251,18 @@ def open_model(source: ModelSource, seed: int = 0) -> Any:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return timm.create_model(source.name, pretrained=pretrained, **options).eval()
-    except (RuntimeError, OSError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+            model = timm.create_model(source.name, pretrained=pretrained, **options).eval()
+    except (AssertionError, RuntimeError, OSError, TypeError, ValueError, SafetensorError) as error:
+        reason = _one_line(error)
         hint = "; name a file (--checkpoint) or start from random weights (--no-pretrained)" if pretrained else ""
         raise ValueError(f"model: timm could not make {source.name}: {reason}{hint}") from error
+    if 0 in (getattr(getattr(model, "patch_embed", None), "grid_size", None) or ()):
+        raise ValueError(f"image_size: wanted at least one patch of {source.name}, got {source.image_size} pixels")
+    return model
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _classes_of(checkpoint: Path) -> dict[str, int]:
@@ -266,9 +303,11 @@ def set_classifier(
         return None
     if source.fit_head:
         note = _renew_head(model, source.fit_head, images, cache, advance)
-        state = load_file(cache)
         model.reset_classifier(classes)
-        model.head.load_state_dict(state)
+        try:
+            model.head.load_state_dict(load_file(cache))
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{cache}: wanted a classifier of {classes} classes, but {_one_line(error)}") from error
         return f"classifier fitted in closed form on {min(source.fit_head, len(images.plain))} training images{note}"
     if model.num_classes != classes:
         given = model.num_classes

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from gohsp import serialization
@@ -125,7 +126,7 @@ def table(rows: Sequence[Row]) -> Table:
     titles, texts = cells(rows)
     result = Table(*titles)
     for line in texts:
-        result.add_row(*line)
+        result.add_row(*map(Text, line))
     return result
 
 
