@@ -98,7 +98,9 @@ def _message(error: BaseException, place: str) -> str:
     if isinstance(error, OSError) and error.strerror:
         return (place if error.filename is None else f"{error.filename}: ") + error.strerror
     if isinstance(error, FileNotFoundError | ImportError | TypeError | ValueError) and str(error):
-        return str(error)
+        text = str(error).strip()
+        # What a process that decodes images raised comes with its traceback, whose last line it is.
+        return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
     if isinstance(error, MemoryError):
         return f"{place}out of memory"
     if isinstance(error, RecursionError):

@@ -338,6 +338,16 @@ def test_a_recipe_that_does_not_change_is_not_written_again(call: Call, recipe: 
     assert read_recipe(run.recipe).model.name == NAME
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_is_named(call: Call, recipe: Path, tmp_path: Path, folders: list[str], workers: int) -> None:
+    arguments = ("--recipe", recipe, "--data", folders[0], "--out", tmp_path / "run")
+    for path in Path(folders[0], "dark").iterdir():
+        path.write_text("no image")
+    result = call("evaluate", *arguments, "--workers", workers)
+    refused(result, ": wanted an image, got something that Pillow does not know")
+    assert result.stderr.startswith(f"gohsp evaluate: data: {folders[0]}/dark/")
+
+
 def test_a_damaged_classifier_is_named(call: Call, recipe: Path, tmp_path: Path) -> None:
     values = yaml.safe_load(recipe.read_text())
     values["model"]["fit_head"] = 32
