@@ -71,7 +71,7 @@ class Images:
         plain: The same images without augmentation, for ranking and pruning.
         test: What is measured on.
         classes: Number of classes; None where the source does not tell.
-        source: Name of what they were opened from.
+        source: Name of what they were opened from; the whole path of a folder.
     """
 
     train: View
@@ -111,8 +111,14 @@ def open_images(source: DataSource, model: Any, augment: Augmentation | None = N
         plain=View(train, first, plain, mode),
         test=View(held_out, second, plain, mode),
         classes=classes,
-        source=source.source,
+        source=_full_name(source.source),
     )
+
+
+def _full_name(source: str) -> str:
+    """Return the name of a source that does not depend on where a command was started."""
+    folder = Path(source).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else source
 
 
 def image_shape(model: nn.Module) -> tuple[int, int, int]:

@@ -27,6 +27,7 @@ import gohsp
 from gohsp.cli import app
 from gohsp.recipe import ModelSource, read_recipe
 from gohsp.runs.directory import RunDirectory, open_model, read_scores
+from gohsp.runs.report import Row, draw, markdown
 
 Call = Callable[..., Result]
 NAME = "commands_vit_tiny"
@@ -348,6 +349,33 @@ def test_a_bad_image_is_named(call: Call, recipe: Path, tmp_path: Path, folders:
     assert result.stderr.startswith(f"gohsp evaluate: data: {folders[0]}/dark/")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"what": "../../elsewhere"}, "what: Input should be 'model', 'pruned', 'compressed' or 'dense'"),
+        ({"params": 0}, "params: Input should be greater than 0"),
+        ({"macs": "many"}, "macs: Input should be a valid integer"),
+        ({"top1": float("nan")}, "top1: Input should be"),
+        ({"top2": 1}, "top2: Extra inputs"),
+    ],
+)
+def test_a_damaged_evaluation_is_named(call: Call, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = RunDirectory(tmp_path).evaluation
+    good = {"what": "pruned", "params": 1, "macs": 1, "top1": 0.5, "loss": 1.0, "images": 1}
+    path.write_text(json.dumps(good))
+    done(call("report", tmp_path, "--rounds", 0))
+    path.write_text(json.dumps(good | change))
+    refused(call("report", tmp_path, "--rounds", 0), f"{path}: wanted what gohsp evaluate writes, but {message}")
+
+
+def test_names_in_a_report_are_no_markdown(tmp_path: Path) -> None:
+    row = Row("a|b`c <b> [x](y)\n$z$", "dense", 1, 1, 0.5, 1)
+    cells = markdown([row]).splitlines()[2]
+    assert cells.startswith(r"| a\|b\`c \<b\> \[x\](y) \$z\$ | dense |")
+    draw([Row(r"$\frac$", "dense", 1, 1, 0.5, 1)], tmp_path / "picture.svg")
+    assert r"$\frac$" in (tmp_path / "picture.svg").read_text()
+
+
 def test_a_damaged_classifier_is_named(call: Call, recipe: Path, tmp_path: Path) -> None:
     values = yaml.safe_load(recipe.read_text())
     values["model"]["fit_head"] = 32
@@ -423,7 +451,7 @@ def test_a_classifier_of_other_images_is_fitted_anew(
     output = done(call("evaluate", "--data", folders[1], *out))
     assert f"{run.head} is made anew: it was made with another data" in output
     assert json.loads(run.evaluation.read_text())["top1"] == 1
-    assert "made anew" not in done(call("evaluate", *out))
+    assert "made anew" not in done(call("evaluate", *out, "--data", os.path.relpath(folders[1])))
     assert "seed" not in done(call("evaluate", *out)) and "training images" in done(call("prune", "--seed", 1, *out))
     (run.directory / "made.json").unlink()
     assert "there is no record of what it was made from" in done(call("evaluate", *out))
