@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 TERMINATED = 128 + signal.SIGTERM
 INTERRUPTED = 128 + signal.SIGINT
+ENDED = {TERMINATED: "terminated", INTERRUPTED: "interrupted"}
 
 
 class Misuse(ValueError):
@@ -69,8 +70,10 @@ class OneLine(TyperGroup):
             status = _tell(str(failure), failure.__cause__ or failure)
         except Exception as error:
             status = _tell("", error)
-        if status == INTERRUPTED:
-            typer.echo("gohsp: interrupted", err=True)
+        except SystemExit as end:
+            status = end.code
+        if status in ENDED:
+            typer.echo(f"gohsp: {ENDED[status]}", err=True)
         sys.exit(status or 0)
 
 

@@ -292,7 +292,8 @@ def test_a_terminated_command_unwinds(call: Call, recipe: Path, tmp_path: Path, 
     unwound: list[bool] = []
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(gohsp, "prune", terminate)
-    assert call("prune", "--recipe", recipe, "--out", tmp_path / "run").exit_code == 143
+    result = call("prune", "--recipe", recipe, "--out", tmp_path / "run")
+    assert (result.exit_code, result.stderr) == (143, "gohsp: terminated\n")
     assert unwound and signal.getsignal(signal.SIGTERM) == before
 
 
