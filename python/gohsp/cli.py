@@ -4,19 +4,136 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from gohsp.runs.commands import Work
 
+TERMINATED = 128 + signal.SIGTERM
+INTERRUPTED = 128 + signal.SIGINT
+ENDED = {TERMINATED: "terminated", INTERRUPTED: "interrupted"}
+
+
+class Misuse(ValueError):
+    """The command line, or the recipe that it names, is wrong in itself."""
+
+
+class Failure(Exception):
+    """What failed: the command, or the place that it worked on; the cause is why."""
+
+
+class OneLine(TyperGroup):
+    """Commands that end with one line where something is wrong: status 2 for misuse, 1 for failure, 130 for Ctrl-C."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the arguments name; say with --debug where it failed."""
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            if ctx.params.get("debug"):
+                traceback.print_exception(error)
+            raise Failure(ctx.invoked_subcommand or "") from error
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run the command line to its end."""
+        args = sys.argv[1:] if args is None else args
+        if not args or not standalone_mode:  # without arguments, typer shows the help
+            return super().main(args, prog_name, complete_var, standalone_mode, windows_expand_args, **extra)
+        try:
+            with _unwinding_when_terminated():
+                status = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+        except (KeyboardInterrupt, typer.Abort):
+            status = INTERRUPTED
+        except Failure as failure:
+            status = _tell(str(failure), failure.__cause__ or failure)
+        except Exception as error:
+            status = _tell("", error)
+        except SystemExit as end:
+            status = end.code
+        if status in ENDED:
+            typer.echo(f"gohsp: {ENDED[status]}", err=True)
+        sys.exit(status or 0)
+
+
+def _tell(command: str, error: BaseException) -> int:
+    """Print what was wrong, in one line, and return the exit status."""
+    place = ""
+    if isinstance(error, Failure):
+        place, error = f"{error}: ", error.__cause__ or error
+    if isinstance(error, BrokenPipeError):  # who read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    told = " ".join(line.strip() for line in _message(error, place).splitlines() if line.strip())
+    told = "".join(letter if letter.isprintable() else "?" for letter in told)
+    # Of the processes that share a run, those after the first have a number.
+    process = os.environ.get("RANK", "0")
+    speaker = f"gohsp {command}".rstrip() + ("" if process == "0" else f" (process {process})")
+    typer.echo(f"{speaker}: {told}", err=True)
+    return 2 if isinstance(error, Misuse) else int(getattr(error, "exit_code", 1))
+
+
+def _message(error: BaseException, place: str) -> str:
+    """Return an error's message; those that are not made for users are told with their kind and the place."""
+    if hasattr(error, "format_message"):  # of typer, about the arguments
+        return str(error.format_message())
+    if isinstance(error, OSError) and error.strerror:
+        return (place if error.filename is None else f"{error.filename}: ") + error.strerror
+    if isinstance(error, FileNotFoundError | ImportError | TypeError | ValueError) and str(error):
+        text = str(error).strip()
+        # What a process that decodes images raised comes with its traceback, whose last line it is.
+        return text.splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else text
+    if isinstance(error, MemoryError):
+        return f"{place}out of memory"
+    if isinstance(error, RecursionError):
+        return f"{place}a file is nested too deeply"
+    return f"{place}{type(error).__name__}: {str(error)[:600]} (gohsp --debug ... shows where)"
+
+
+@contextmanager
+def _unwinding_when_terminated() -> Iterator[None]:
+    """Let SIGTERM end the process as an exception does, so that cursors come back and half-written files go."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def end(number: int, frame: Any) -> None:
+        if os.getpid() != owner:  # a process that was forked to decode images
+            os._exit(TERMINATED)
+        sys.exit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 app = typer.Typer(
     name="gohsp",
+    cls=OneLine,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -53,8 +170,16 @@ Data = Annotated[
 ]
 Calibration = Annotated[int | None, typer.Option("--images", min=1, help="Unlabelled images to look at.")]
 Workers = Annotated[int | None, typer.Option(min=0, help="Processes that decode images.")]
-Seed = Annotated[int | None, typer.Option(help="Of everything that is drawn.")]
+SEEDS: dict[str, Any] = {"min": 0, "max": 2**63 - 1}
+Seed = Annotated[int | None, typer.Option(**SEEDS, help="Of everything that is drawn.")]
 RUN = Path("gohsp-run")
+
+
+@app.callback()
+def _globals(
+    debug: Annotated[bool, typer.Option("--debug", help="Show where in the code something failed.")] = False,
+) -> None:
+    pass  # OneLine reads it
 
 
 @app.command()
@@ -63,7 +188,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where the report, the figures and the model go.")] = Path("gohsp-demo"),
     keep: Annotated[float, typer.Option(min=0.05, max=1.0, help="Share of the backbone's parameters to keep.")] = 0.65,
     images: Annotated[int, typer.Option(min=40, help="Images to use: a quarter tests, a tenth guides pruning.")] = 2400,
-    seed: Annotated[int, typer.Option(help="Chooses the images.")] = 0,
+    seed: Annotated[int, typer.Option(**SEEDS, help="Chooses the images.")] = 0,
 ) -> None:
     """Rank, prune, compress and time a trained ViT on real images, in a few minutes on a laptop's CPU.
 
@@ -77,13 +202,12 @@ def demo(
     from gohsp.demo.run import Settings, run
 
     console = Console()
-    with _one_line_errors("demo", console):
+    with _at(out):
         results = run(Settings(out=out, data=data, keep=keep, images=images, seed=seed), console)
-    path = report.write(results, out)
+        path = report.write(results, out)
     report.show(results, console)
-    console.print(
-        f"\nThe pictures: [bold]{path}[/]. The figures: {out / 'results.json'}. The pruned model: {out / 'model'}"
-    )
+    figures, model = escape(str(out / "results.json")), escape(str(out / "model"))
+    console.print(f"\nThe pictures: [bold]{escape(str(path))}[/]. The figures: {figures}. The pruned model: {model}")
     console.print(f"[dim]{results['seconds']['total']:.0f} s in all[/]")
 
 
@@ -218,13 +342,14 @@ def report(
     from gohsp.runs import report as pages
 
     console = Console()
-    with _one_line_errors("report", console):
-        with console.status("timing"):
-            rows = pages.collect(runs, rounds)
-        console.print(pages.table(rows))
-        if out is not None:
+    with console.status("timing"):
+        rows = pages.collect(runs, rounds)
+    console.print(pages.table(rows))
+    if out is not None:
+        with _at(out):
             pages.write_markdown(rows, out)
-        if picture is not None:
+    if picture is not None:
+        with _at(picture):
             pages.draw(rows, picture)
 
 
@@ -265,21 +390,24 @@ def _work(verb: str, out: Path, recipe: Path | None, changes: dict[str, Any]) ->
 
     # Of the processes that share a run, the first speaks.
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
-    with _one_line_errors(verb, console):
-        run = RunDirectory(out)
-        do: Callable[[Work], None] = getattr(commands, verb)
-        do(commands.Work(run, run.open_recipe(recipe, changes), console))
+    run = RunDirectory(out)
+    do: Callable[[Work], None] = getattr(commands, verb)
+    with _at(out):
+        try:
+            settings = run.open_recipe(recipe, changes)
+        except (FileNotFoundError, ValueError) as error:
+            raise Misuse(str(error)) from error
+        with run.remembering(settings) if os.environ.get("RANK", "0") == "0" else nullcontext():
+            do(commands.Work(run, settings, console))
 
 
 @contextmanager
-def _one_line_errors(verb: str, console: Console) -> Iterator[None]:
-    """End with one line and the exit status 1 where something is not as it has to be."""
+def _at(place: Path) -> Iterator[None]:
+    """Tell the place with what goes wrong there: not all errors of the system name a file."""
     try:
         yield
-    except (FileNotFoundError, ImportError, TypeError, ValueError) as error:
-        console.print(f"[red]gohsp {verb}:[/] ", end="")
-        console.print(str(error), soft_wrap=True, markup=False, highlight=False)
-        raise typer.Exit(1) from error
+    except Exception as error:
+        raise Failure(place) from error
 
 
 @app.command()

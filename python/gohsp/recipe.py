@@ -11,13 +11,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from gohsp.files import write_text
 from gohsp.pruning.prune import DEFAULT_TARGET, prune
+
+LARGEST_IMAGE = 4096
+"""Pixels a side: position embeddings and attention grow with the square of it, and take all memory there is."""
+
+LARGEST_FILE = 2**18
+"""Bytes of a recipe: those of the project have less than a hundredth of it, and YAML is read slowly."""
+
+DEEPEST = 20
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -29,6 +37,13 @@ class Section(BaseModel):
     """A part of a recipe: unknown keys are refused, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _of_type(hint: Any, name: str, value: Any) -> Any:
+    try:
+        return TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"{name}: {error.errors()[0]['msg']}, got {str(value)[:40]!r}") from error
 
 
 class ModelSource(Section):
@@ -46,7 +61,7 @@ class ModelSource(Section):
     name: str
     checkpoint: Path | None = None
     pretrained: bool = True
-    image_size: Count | None = None
+    image_size: Annotated[int, Field(ge=1, le=LARGEST_IMAGE)] | None = None
     fit_head: Count | None = None
     drop_path: Share = 0.0
 
@@ -92,7 +107,8 @@ class Pruning(Section):
         known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in own]
         if unknown := sorted(options.keys() - set(known)):
             raise ValueError(f"wanted some of {', '.join(known)}; got {', '.join(unknown)}")
-        return options
+        hints = get_type_hints(prune)
+        return {name: _of_type(hints[name], name, value) for name, value in options.items()}
 
 
 class Augmentation(Section):
@@ -221,7 +237,7 @@ class Recipe(Section):
     distill: Distillation | None = None
     augment: Augmentation | None = Augmentation()
     fit: Fit = Fit()
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -229,15 +245,42 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not YAML, or not a mapping.
+        ValueError: It is not YAML, not a mapping, too large or too deep, or says something twice or by an alias.
     """
+    path = Path(path)
+    if path.is_file() and path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{path}: wanted a recipe of at most {LARGEST_FILE} bytes, got {path.stat().st_size}")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: wanted a file")
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: wanted YAML, but {' '.join(str(error).split())}") from error
+        values = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: wanted YAML, but {' '.join(str(error).split())[:300]}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: wanted a mapping, got {type(values).__name__}")
     return values
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML of plain values, each written out: a few aliases of aliases would be more values than memory holds."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"it has an alias{self.peek_event().start_mark}")
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise yaml.YAMLError(f"it is nested deeper than {DEEPEST} levels{self.peek_event().start_mark}")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise yaml.YAMLError(f"it has {', '.join(twice)} twice{node.start_mark}")
+        return super().construct_mapping(node, deep=deep)
 
 
 def make_recipe(values: Mapping[str, Any], where: object = "recipe") -> Recipe:

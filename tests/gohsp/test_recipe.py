@@ -46,6 +46,11 @@ def test_what_is_left_out_has_the_defaults_of_the_library() -> None:
         ({"fit": {"batch_size": 3}}, "fit: batch_size: wanted an even number for mixup"),
         ({"distill": {"kind": "warm"}}, r"distill\.kind: .*'soft' or 'hard'"),
         ({"prune": {"options": {"ridgee": 1}}}, r"prune\.options: wanted some of .*ridge.*; got ridgee"),
+        ({"prune": {"options": {"ridge": "much"}}}, r"prune\.options: ridge: .*valid number.*'much'"),
+        ({"prune": {"options": {"floors": {"heads": []}}}}, r"prune\.options: floors: .*valid number"),
+        ({"prune": {"options": {"refine": 0.5}}}, r"prune\.options: refine: .*valid integer"),
+        ({"seed": 2**64}, r"seed: .*less than"),
+        ({"model": {"name": "x", "image_size": 100000}}, r"model\.image_size: .*4096"),
         ({"model": {}}, r"model\.name: Field required"),
     ],
 )
@@ -85,3 +90,24 @@ def test_a_recipe_does_not_change() -> None:
     recipe = Recipe.model_validate(MINIMAL)
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [1, 2]\nb: *a", "it has an alias"),
+        ("a: &a {b: *a}", "it has an alias"),
+        ("[" * 5000, "nested deeper than 20 levels"),
+        ("\n".join("  " * level + "a:" for level in range(500)), "nested deeper than 20 levels"),
+        ("seed: 1\nseed: 2", "it has seed twice"),
+        ("#" * 2**19, "at most 262144 bytes, got 524288"),
+        ("a: !!python/object:os.system x", "could not determine a constructor"),
+        ("a: 2001-99-99", "month must be in"),
+    ],
+)
+def test_yaml_is_plain_and_small(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"r\.yaml: wanted .*{message}") as caught:
+        read_recipe(path)
+    assert "\n" not in str(caught.value)

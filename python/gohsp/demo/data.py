@@ -72,7 +72,7 @@ def load_digits(image_size: int, count: int, seed: int) -> Images:
 def load_folder(root: Path, image_size: int, count: int, seed: int) -> Images:
     """`count` images, chosen at random, of a folder with one subfolder a class; resized and cropped to a square.
 
-    Raises ValueError where the folder does not hold images of at least two classes.
+    Raises ValueError where the folder does not hold images of at least two classes, or one of them cannot be read.
     """
     from torchvision.transforms import v2
 
@@ -81,7 +81,7 @@ def load_folder(root: Path, image_size: int, count: int, seed: int) -> Images:
         raise ValueError(f"data: wanted at least two classes (subfolders with images); {root} has {folder.classes}")
     square = v2.Compose([v2.PILToTensor(), v2.Resize(image_size, antialias=True), v2.CenterCrop(image_size)])
     index = chosen(len(folder), count, seed).tolist()
-    pixels = torch.stack([square(folder[i][0].convert("RGB")) for i in index])
+    pixels = torch.stack([square(folder[i][0]) for i in index])
     return Images(pixels, torch.tensor([folder.targets[i] for i in index]), folder.classes)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -131,6 +132,7 @@ def show(results: dict[str, Any], console: Console) -> None:
     console.print(models_table(results))
     for row in results["rows"]:
         if row["note"]:
-            console.print(f"[yellow]{row['name']}[/]: {row['note']}")
+            console.print(f"[yellow]{row['name']}[/]: {escape(row['note'])}")
     system = results["machine"]
-    console.print(f"[dim]{system['processor']}, {system['threads']} threads; kernels: {system['kernels']}[/]")
+    told = f"{system['processor']}, {system['threads']} threads; kernels: {system['kernels']}"
+    console.print(told, style="dim", markup=False)

@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
+import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_dataset, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
@@ -17,6 +23,7 @@ from gohsp.models.registry import family_of
 from gohsp.recipe import Augmentation, DataSource
 
 TEST_FOLDERS = ("val", "validation", "test")
+SIZED = 1024  # images whose files' sizes tell them apart as well: asking for all of a large set takes minutes
 TEST_SHARE = 0.2  # of a source that has no test set of its own
 
 
@@ -39,6 +46,17 @@ class View:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def digest(self) -> str:
+        """Return what tells these images from others: SHA-256 of their order and, in a folder, names and classes."""
+        samples = getattr(self.data, "samples", None)
+        if samples is None:
+            listed: list[Any] = [len(self.data), *self.indices]
+        else:
+            root = self.data.root
+            listed = [(os.path.relpath(samples[index][0], root), samples[index][1]) for index in self.indices]
+            listed += [os.stat(samples[index][0]).st_size for index in self.indices[:SIZED]]
+        return hashlib.sha256(json.dumps(listed).encode("utf-8", "surrogateescape")).hexdigest()
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.data[self.indices[index]]
         return self.transform(image.convert(self.mode)), int(label)
@@ -53,12 +71,14 @@ class Images:
         plain: The same images without augmentation, for ranking and pruning.
         test: What is measured on.
         classes: Number of classes; None where the source does not tell.
+        source: Name of what they were opened from; the whole path of a folder.
     """
 
     train: View
     plain: View
     test: View
     classes: int | None
+    source: str = ""
 
     def calibration(self, count: int, batch_size: int = 32) -> Iterator[Tensor]:
         """Batches of some training images, [<= batch_size, C, height, width], without augmentation."""
@@ -91,7 +111,14 @@ def open_images(source: DataSource, model: Any, augment: Augmentation | None = N
         plain=View(train, first, plain, mode),
         test=View(held_out, second, plain, mode),
         classes=classes,
+        source=_full_name(source.source),
     )
+
+
+def _full_name(source: str) -> str:
+    """Return the name of a source that does not depend on where a command was started."""
+    folder = Path(source).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else source
 
 
 def image_shape(model: nn.Module) -> tuple[int, int, int]:
@@ -167,15 +194,62 @@ def _open(source: DataSource) -> tuple[Any, Any | None, int | None]:
 def image_folder(root: Path) -> Any:
     """Return the data set of (PIL image, class) of a folder with one subfolder of images a class.
 
+    Images are read by :func:`read_image`.
+
     Raises:
-        ValueError: There is no such folder, or it holds no images.
+        ValueError: There is no such folder, it holds no images, or links lead to some of its images twice.
     """
     from torchvision.datasets import ImageFolder
 
     try:
-        return ImageFolder(str(root))
+        found = ImageFolder(str(root), loader=read_image)
+        _refuse_links_back({os.path.dirname(path) for path, _ in found.samples})
+        return found
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"data: wanted a folder with one subfolder of images a class; got {root}: {error}") from error
+
+
+def _refuse_links_back(folders: set[str]) -> None:
+    """A link to a folder above would give all of its images another class as well."""
+    met: dict[str, str] = {}
+    for folder in sorted(folders):
+        first = met.setdefault(os.path.realpath(folder), folder)
+        if first != folder:
+            raise ValueError(f"data: wanted each folder of images once; {first} and {folder} are one, by a link")
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Return the image of a file as RGB, 8 bits a channel, upright.
+
+    The orientation that a camera noted is applied. What is transparent is laid on white. Grey images of 16 bits are
+    scaled to 8. Of several frames it is the first.
+
+    Raises:
+        ValueError: The file is no image that Pillow reads, is damaged, too large or not readable, or its pixels have no
+            range that is known (floating point, integers of 32 bits).
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("it is no file")  # opening a pipe would wait for somebody to write into it
+        with open(path, "rb") as file, Image.open(file) as image:
+            return _to_rgb(ImageOps.exif_transpose(image), image.format)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"data: {path}: wanted an image, got something that Pillow does not know") from error
+    except Exception as error:  # decoders raise whatever they meet in a damaged file
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(f"data: {path}: wanted an image that can be read, but {reason}") from error
+
+
+def _to_rgb(image: Image.Image, written: str | None) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and written in ("PNG", "PPM")):
+        return Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("F", "I"):
+        raise ValueError(f"its pixels (mode {image.mode}) have no range that is known")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        coloured = image.convert("RGBA")
+        white = Image.new("RGBA", coloured.size, "white")
+        return Image.alpha_composite(white, coloured).convert("RGB")
+    return image.convert("RGB")
 
 
 def _folder(root: Path) -> tuple[Any, Any | None, int]:
@@ -246,6 +320,4 @@ class Digits:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        from PIL import Image
-
         return Image.fromarray(self.pixels[index]), int(self.labels[index])

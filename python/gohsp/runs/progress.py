@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 Item = TypeVar("Item")
@@ -25,7 +26,7 @@ class Steps:
     @contextmanager
     def step(self, title: str, total: int | None = None) -> Iterator[Callable[..., None]]:
         """One step. Yields `advance`, which moves the bar on by one, or to `advance(done, total)`."""
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
         counter = () if total is None else (MofNCompleteColumn(),)
         start = time.perf_counter()
         with Progress(*columns, *counter, console=self.console, transient=True) as progress:
@@ -39,7 +40,7 @@ class Steps:
 
             yield advance
         self.seconds[title] = time.perf_counter() - start
-        self.console.print(f"[green]✓[/] {title} [dim]{self.seconds[title]:.1f} s[/]", highlight=False)
+        self.console.print(f"[green]✓[/] {escape(title)} [dim]{self.seconds[title]:.1f} s[/]", highlight=False)
 
 
 def each(items: Iterable[Item], advance: Callable[[], None]) -> Iterator[Item]:

@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from gohsp import serialization
-from gohsp.files import check_keys, read_json, replacing, write_text
+from gohsp.files import read_json, replacing, write_text
 from gohsp.recipe import read_recipe
 from gohsp.runs.datasets import image_shape
-from gohsp.runs.directory import RunDirectory, open_model
+from gohsp.runs.directory import MODELS, RunDirectory, evaluation_of, open_model
 from gohsp.timing import interleave
 
 TITLES = ("run", "what", "parameters", "MACs", "top-1", "images")
@@ -33,6 +36,20 @@ class Row:
     top1: float
     images: int
     milliseconds: float | None = None
+
+
+class Evaluation(BaseModel):
+    """What evaluate found: which model, its size, and how it did; the names of :class:`Row`, and the loss."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # It is also the name of a folder of the run.
+    what: Literal["model", "pruned", "compressed", "dense"]
+    params: Annotated[int, Field(gt=0)]
+    macs: Annotated[int, Field(gt=0)]
+    top1: Annotated[float, Field(ge=0, le=1)]
+    loss: float
+    images: Annotated[int, Field(gt=0)]
 
 
 def collect(directories: Sequence[Path], rounds: int, after_round: Callable[[], object] | None = None) -> list[Row]:
@@ -54,11 +71,32 @@ def collect(directories: Sequence[Path], rounds: int, after_round: Callable[[], 
             raise FileNotFoundError(
                 f"{directory}: wanted a run that was evaluated (gohsp evaluate), but it has no {path.name}"
             )
-        values = read_json(path)
-        check_keys(values, ("what", "params", "macs", "top1", "loss", "images"), str(path))
-        found.append({name: values[name] for name in ("what", "params", "macs", "top1", "images")})
-    times = _times(directories, [values["what"] for values in found], rounds, after_round)
-    return [Row(d.name or str(d), **v, milliseconds=t) for d, v, t in zip(directories, found, times, strict=True)]
+        values = _read(path)
+        _check_current(RunDirectory(directory), values.what)
+        found.append(values)
+    times = _times(directories, [values.what for values in found], rounds, after_round)
+    return [
+        Row(d.name or str(d), **v.model_dump(exclude={"loss"}), milliseconds=t)
+        for d, v, t in zip(directories, found, times, strict=True)
+    ]
+
+
+def _read(path: Path) -> Evaluation:
+    try:
+        return Evaluation.model_validate(read_json(path))
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise ValueError(f"{path}: wanted what gohsp evaluate writes, but {told}") from error
+
+
+def _check_current(run: RunDirectory, what: str) -> None:
+    """Refuse an evaluation of a model that was replaced since."""
+    record, now = run.made.of(run.evaluation), evaluation_of(run, what)
+    if record != now and not (record is None and not any(now["models"])):
+        raise ValueError(
+            f"{run.evaluation}: is of another {what} than is there now; evaluate again "
+            f"(gohsp evaluate --out {run.directory})"
+        )
 
 
 def _times(
@@ -73,7 +111,7 @@ def _times(
 
 def _model(run: RunDirectory, kind: str) -> Any:
     folder = run.directory / kind
-    if (folder / serialization.PLAN).is_file():
+    if kind in MODELS and (folder / serialization.PLAN).is_file():
         return serialization.load(folder)
     return open_model(read_recipe(run.recipe).model)
 
@@ -114,15 +152,20 @@ def table(rows: Sequence[Row]) -> Table:
     titles, texts = cells(rows)
     result = Table(*titles)
     for line in texts:
-        result.add_row(*line)
+        result.add_row(*map(Text, line))
     return result
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Return the same as a Markdown table."""
+    """Return the same as a Markdown table, names as they are."""
     titles, texts = cells(rows)
-    lines = [titles, ("---",) * len(titles), *texts]
+    lines = [titles, ("---",) * len(titles), *(tuple(map(_plain, line)) for line in texts)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Return Markdown that shows a text as it is, in one cell."""
+    return re.sub(r"([\\`*_\[\]<>&|#$~])", r"\\\1", " ".join(text.split()))
 
 
 def write_markdown(rows: Sequence[Row], path: Path) -> None:
@@ -146,7 +189,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     for row in rows:
         x = row.milliseconds if timed and row.milliseconds is not None else row.macs / 1e9
         axes.plot(x, 100 * row.top1, "o")
-        axes.annotate(row.name, (x, 100 * row.top1), xytext=(5, 4), textcoords="offset points")
+        axes.annotate(row.name, (x, 100 * row.top1), xytext=(5, 4), textcoords="offset points", parse_math=False)
     axes.set_xlabel("ms for one image" if timed else "GMACs")
     axes.set_ylabel("top-1, %")
     with replacing(path) as temporary:

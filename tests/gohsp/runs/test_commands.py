@@ -4,14 +4,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import _registry, register_model
 from timm.models.vision_transformer import VisionTransformer
@@ -21,6 +27,7 @@ import gohsp
 from gohsp.cli import app
 from gohsp.recipe import ModelSource, read_recipe
 from gohsp.runs.directory import RunDirectory, open_model, read_scores
+from gohsp.runs.report import Row, draw, markdown
 
 Call = Callable[..., Result]
 NAME = "commands_vit_tiny"
@@ -67,9 +74,10 @@ def done(result: Result) -> str:
     return result.output
 
 
-def refused(result: Result, message: str) -> None:
-    assert result.exit_code == 1, result.output
-    assert message in result.output.replace("\n", " ")
+def refused(result: Result, message: str, status: int = 1) -> None:
+    assert result.exit_code == status, result.output
+    line = result.stderr.removesuffix("\n")
+    assert message in line and line.startswith("gohsp") and "\n" not in line
     assert "Traceback" not in result.output
 
 
@@ -210,23 +218,174 @@ def test_help_teaches_by_an_example(call: Call, verb: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "message", "status"),
     [
-        (("prune", "--data", "digits"), "options: model: Field required"),
-        (("prune", "--model", "no_such_vit", "--data", "digits"), "no_such_vit is no directory that gohsp.save wrote"),
-        (("prune", "--recipe", "none.yaml"), "none.yaml"),
-        (("prune", "--model", NAME, "--no-pretrained", "--data", "nowhere"), "data: wanted a folder of images"),
-        (("prune", "--model", NAME, "--data", "digits", "--checkpoint", "w.pth"), "wanted a .safetensors file"),
-        (("prune", "--model", NAME, "--data", "digits", "--checkpoint", "w.safetensors"), "there is no file"),
-        (("prune", "--model", NAME, "--data", "digits", "--no-pretrained", "--target", "params=7"), "target"),
-        (("report", "nothing-here"), "wanted a run that was evaluated"),
+        (("prune", "--data", "digits"), "options: model: Field required", 2),
+        (("prune", "--recipe", "."), ".: wanted a file", 2),
+        (("prune", "--recipe", "deep.yaml"), "deep.yaml: wanted YAML, but it is nested deeper than 20 levels", 2),
+        (("prune", "--out", "file"), "file: File exists", 1),
+        (("prune", "--out", "file/under"), "file/under: Not a directory", 1),
+        (("prune", "--out", "n" * 300), "File name too long", 1),
+        (("prune", "--image-size", 3), f"image_size: wanted at least one patch of {NAME}, got 3 pixels", 1),
+        (("prune", "--image-size", 100000), "model.image_size: Input should be less than or equal to 4096", 2),
+        (("prune", "--seed", 2**64), "Invalid value for '--seed'", 2),
+        (("prune", "--nonsense"), "No such option", 2),
+        (("nonsense",), "No such command", 2),
+        (("report",), "Missing argument", 2),
+        (("prune", "--target", "params"), "KIND=SHARE", 2),
+        (("prune", "--model", "no_such_vit", "--data", "digits"), "no_such_vit is no directory that gohsp.save", 1),
+        (("prune", "--recipe", "none.yaml"), "none.yaml", 2),
+        (("prune", "--model", NAME, "--no-pretrained", "--data", "nowhere"), "data: wanted a folder of images", 1),
+        (("prune", "--model", NAME, "--data", "digits", "--checkpoint", "w.pth"), "wanted a .safetensors file", 1),
+        (("prune", "--model", NAME, "--data", "digits", "--checkpoint", "w.safetensors"), "there is no file", 1),
+        (("prune", "--model", NAME, "--data", "digits", "--no-pretrained", "--target", "params=7"), "target", 1),
+        (("report", "nothing-here"), "wanted a run that was evaluated", 1),
     ],
 )
 def test_mistakes_are_answered_in_one_line(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str, status: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(call(*arguments), message)
+    (tmp_path / "file").touch()
+    (tmp_path / "deep.yaml").write_text("[" * 5000)
+    if "--out" in arguments or "--image-size" in arguments:
+        arguments = (arguments[0], "--model", NAME, "--data", "digits", "--no-pretrained", *arguments[1:])
+    refused(call(*arguments), message, status)
+
+
+def test_a_full_disk_is_one_line_that_names_the_directory(
+    call: Call, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any, **options: Any) -> None:
+        raise errors.pop()
+
+    errors = [SafetensorError("I/O error: No space left on device"), OSError(28, "No space left on device")]
+    monkeypatch.setattr(gohsp, "save", full)
+    out = tmp_path / "run"
+    refused(call("prune", "--recipe", recipe, "--out", out), f"{out}: No space left on device")
+    refused(call("prune", "--recipe", recipe, "--out", out), f"{out}: SafetensorError: I/O error: No space left")
+
+
+def test_with_debug_a_failure_shows_where(call: Call, recipe: Path, tmp_path: Path) -> None:
+    result = call("--debug", "train", "--recipe", recipe, "--data", "nowhere", "--out", tmp_path / "run")
+    assert result.exit_code == 1 and "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("gohsp train: data: wanted a folder")
+
+
+def test_ctrl_c_is_one_line(call: Call, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gohsp, "prune", interrupt)
+    result = call("prune", "--recipe", recipe, "--out", tmp_path / "run")
+    assert (result.exit_code, result.stderr) == (130, "gohsp: interrupted\n")
+
+
+def test_a_terminated_command_unwinds(call: Call, recipe: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    def terminate(*arguments: Any, **options: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            unwound.append(True)
+
+    unwound: list[bool] = []
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(gohsp, "prune", terminate)
+    result = call("prune", "--recipe", recipe, "--out", tmp_path / "run")
+    assert (result.exit_code, result.stderr) == (143, "gohsp: terminated\n")
+    assert unwound and signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("name", ["a[red]b", "[bold]", "x[/y]z"])
+def test_names_in_brackets_are_printed_as_they_are(call: Call, recipe: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / name
+    assert f"wrote {out}/mask.json and {out}/pruned" in done(call("prune", "--recipe", recipe, "--out", out))
+    done(call("evaluate", "--out", out))
+    assert out.name in done(call("report", out, "--rounds", 0))
+    missing = tmp_path / "run" / name
+    refused(call("rank", "--recipe", recipe, "--out", tmp_path / "run", "--data", missing), f"got '{missing}'")
+
+
+def test_a_folder_in_brackets_is_printed_as_it_is(call: Call, recipe: Path, tmp_path: Path, folders: list[str]) -> None:
+    (tmp_path / "[").mkdir()
+    folder = Path(folders[0]).rename(tmp_path / "[" / "]i")
+    output = done(call("rank", "--recipe", recipe, "--out", tmp_path / "run", "--data", folder))
+    assert str(folder) in output.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--method", "best"), ("--groups", "hands"), ("--target", "params=7"), ("--data", "nowhere")]
+)
+def test_a_wrong_option_is_not_remembered(call: Call, recipe: Path, tmp_path: Path, wrong: tuple[str, str]) -> None:
+    run = RunDirectory(tmp_path / "run")
+    refused(call("prune", "--recipe", recipe, "--out", run.directory, *wrong), wrong[0].removeprefix("--"))
+    assert not run.recipe.is_file()
+    done(call("prune", "--recipe", recipe, "--out", run.directory))
+    before = run.recipe.read_bytes()
+    refused(call("prune", "--out", run.directory, *wrong), wrong[0].removeprefix("--"))
+    assert run.recipe.read_bytes() == before
+
+
+def test_a_recipe_that_does_not_change_is_not_written_again(call: Call, recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    done(call("evaluate", "--recipe", recipe, "--out", run.directory))
+    written = run.recipe.read_text() + "# a remark of mine"
+    run.recipe.write_text(written)
+    done(call("evaluate", "--out", run.directory))
+    assert run.recipe.read_text() == written
+    run.recipe.write_text("[")
+    refused(call("evaluate", "--out", run.directory), f"{run.recipe}: wanted YAML", 2)
+    done(call("evaluate", "--out", run.directory, "--recipe", recipe))
+    assert read_recipe(run.recipe).model.name == NAME
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_is_named(call: Call, recipe: Path, tmp_path: Path, folders: list[str], workers: int) -> None:
+    arguments = ("--recipe", recipe, "--data", folders[0], "--out", tmp_path / "run")
+    for path in Path(folders[0], "dark").iterdir():
+        path.write_text("no image")
+    result = call("evaluate", *arguments, "--workers", workers)
+    refused(result, ": wanted an image, got something that Pillow does not know")
+    assert result.stderr.startswith(f"gohsp evaluate: data: {folders[0]}/dark/")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"what": "../../elsewhere"}, "what: Input should be 'model', 'pruned', 'compressed' or 'dense'"),
+        ({"params": 0}, "params: Input should be greater than 0"),
+        ({"macs": "many"}, "macs: Input should be a valid integer"),
+        ({"top1": float("nan")}, "top1: Input should be"),
+        ({"top2": 1}, "top2: Extra inputs"),
+    ],
+)
+def test_a_damaged_evaluation_is_named(call: Call, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = RunDirectory(tmp_path).evaluation
+    good = {"what": "pruned", "params": 1, "macs": 1, "top1": 0.5, "loss": 1.0, "images": 1}
+    path.write_text(json.dumps(good))
+    done(call("report", tmp_path, "--rounds", 0))
+    path.write_text(json.dumps(good | change))
+    refused(call("report", tmp_path, "--rounds", 0), f"{path}: wanted what gohsp evaluate writes, but {message}")
+
+
+def test_names_in_a_report_are_no_markdown(tmp_path: Path) -> None:
+    row = Row("a|b`c <b> [x](y)\n$z$", "dense", 1, 1, 0.5, 1)
+    cells = markdown([row]).splitlines()[2]
+    assert cells.startswith(r"| a\|b\`c \<b\> \[x\](y) \$z\$ | dense |")
+    draw([Row(r"$\frac$", "dense", 1, 1, 0.5, 1)], tmp_path / "picture.svg")
+    assert r"$\frac$" in (tmp_path / "picture.svg").read_text()
+
+
+def test_a_damaged_classifier_is_named(call: Call, recipe: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(recipe.read_text())
+    values["model"]["fit_head"] = 32
+    recipe.write_text(yaml.safe_dump(values))
+    run = RunDirectory(tmp_path / "run")
+    done(call("evaluate", "--recipe", recipe, "--out", run.directory))
+    for write in (lambda: run.head.write_bytes(b"x"), lambda: save_file({"w": torch.zeros(1)}, run.head)):
+        write()
+        refused(call("evaluate", "--out", run.directory), f"{run.head}: wanted a classifier of 10 classes")
 
 
 def test_a_target_in_time_is_measured_once(
@@ -248,12 +407,17 @@ def test_a_target_in_time_is_measured_once(
         mask = gohsp.ModelMask.load(run.mask)
         ms = 0.5 + sum(int(block.heads.sum()) + int(block.hidden.sum()) / 32 for block in mask.blocks)
         assert 0.75 * share * 16.5 < ms <= share * 16.5
-    assert len(measured) == 1 and gohsp.LatencyTable.load(run.latency).mlp == steps["mlp"]
-
-
-def test_a_target_without_a_number_is_refused(call: Call) -> None:
-    result = call("prune", "--target", "params")
-    assert result.exit_code == 2 and "KIND=SHARE" in result.output
+    assert len(measured) == 1
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        output = done(call("prune", "--out", run.directory))
+    finally:
+        torch.set_num_threads(threads)
+    assert f"threads ({threads}, not {threads + 1})" in output and len(measured) == 2
+    (run.directory / "made.json").unlink()
+    assert f"{run.latency} is measured anew: there is no record" in done(call("prune", "--out", run.directory))
+    assert len(measured) == 3 and gohsp.LatencyTable.load(run.latency).mlp == steps["mlp"]
 
 
 def test_training_by_admm_needs_counts(call: Call, recipe: Path, tmp_path: Path) -> None:
@@ -261,6 +425,133 @@ def test_training_by_admm_needs_counts(call: Call, recipe: Path, tmp_path: Path)
     done(call("prune", "--recipe", recipe, "--out", run.directory))
     run.mask.unlink()
     refused(call("train", "--out", run.directory, "--admm-epochs", 1), "it has no mask.json")
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    """Two folders of images of the same names, dark and light, whose classes are exchanged in the second."""
+    for folder, values in (("one", (20, 230)), ("two", (230, 20))):
+        for label, value in zip(("dark", "light"), values, strict=True):
+            (tmp_path / folder / label).mkdir(parents=True)
+            for index in range(20):
+                image = Image.fromarray(np.full((8, 8, 3), value + index % 5, dtype=np.uint8))
+                image.save(tmp_path / folder / label / f"{index}.png")
+    return [str(tmp_path / "one"), str(tmp_path / "two")]
+
+
+def test_a_classifier_of_other_images_is_fitted_anew(
+    call: Call, recipe: Path, tmp_path: Path, folders: list[str]
+) -> None:
+    values = yaml.safe_load(recipe.read_text())
+    values["model"]["fit_head"] = 32
+    recipe.write_text(yaml.safe_dump(values))
+    run = RunDirectory(tmp_path / "run")
+    out = ("--out", run.directory)
+    assert "made anew" not in done(call("evaluate", "--recipe", recipe, "--data", folders[0], *out))
+    assert json.loads(run.evaluation.read_text())["top1"] == 1
+    output = done(call("evaluate", "--data", folders[1], *out))
+    assert f"{run.head} is made anew: it was made with another data" in output
+    assert json.loads(run.evaluation.read_text())["top1"] == 1
+    assert "made anew" not in done(call("evaluate", *out, "--data", os.path.relpath(folders[1])))
+    assert "seed" not in done(call("evaluate", *out)) and "training images" in done(call("prune", "--seed", 1, *out))
+    (run.directory / "made.json").unlink()
+    assert "there is no record of what it was made from" in done(call("evaluate", *out))
+
+
+def test_a_classifier_of_another_number_of_classes_is_fitted_anew(
+    call: Call, recipe: Path, tmp_path: Path, folders: list[str]
+) -> None:
+    values = yaml.safe_load(recipe.read_text())
+    values["model"]["fit_head"] = 32
+    recipe.write_text(yaml.safe_dump(values))
+    done(call("evaluate", "--recipe", recipe, "--out", tmp_path / "run"))
+    assert "another classes (10, not 2)" in done(call("evaluate", "--out", tmp_path / "run", "--data", folders[0]))
+
+
+def test_a_model_that_was_trained_from_another_pruning_is_left_out(call: Call, recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    out = ("--out", run.directory)
+    done(call("train", "--recipe", recipe, *out))
+    assert "model: top-1" in done(call("evaluate", *out))
+    done(call("prune", "--target", "params=0.5", *out))
+    refused(call("report", run.directory, "--rounds", 0), f"{run.evaluation}: is of another model than is there now")
+    output = done(call("evaluate", *out))
+    assert f"{run.model} was not trained from {run.pruned}" in output and "pruned: top-1" in output
+    refused(call("train", *out), f"{run.checkpoint}: is of a training that began with another pruned")
+    run.checkpoint.unlink()
+    done(call("train", *out))
+    output = done(call("evaluate", *out))
+    assert "left out" not in output and "model: top-1" in output
+    done(call("report", run.directory, "--rounds", 0))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--seed", 1), "another seed (0, not 1)"),
+        (("--data", "one"), "another data"),
+        (("--image-size", 16), "another image shape ([3, 8, 8], not [3, 16, 16])"),
+    ],
+)
+def test_what_was_pruned_with_something_else_is_not_trained(
+    call: Call, recipe: Path, tmp_path: Path, folders: list[str], options: tuple[str, Any], reason: str
+) -> None:
+    run = RunDirectory(tmp_path / "run")
+    options = ("--data", folders[0]) if options[0] == "--data" else options
+    done(call("prune", "--recipe", recipe, "--out", run.directory))
+    result = call("train", "--out", run.directory, *options)
+    refused(result, f"{run.pruned}: it was made with another ")
+    assert reason in result.stderr
+
+
+def test_a_pruned_model_is_not_evaluated_in_the_place_of_another(call: Call, recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    done(call("prune", "--recipe", recipe, "--out", run.directory))
+    timm.create_model(NAME)
+    save_file(timm.create_model(NAME).state_dict(), tmp_path / "w.safetensors")
+    output = call("evaluate", "--out", run.directory, "--checkpoint", tmp_path / "w.safetensors")
+    refused(output, f"{run.pruned}: it was made with another weights")
+
+
+def test_pruning_that_was_interrupted_is_done_again(call: Call, recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    out = ("--out", run.directory)
+    done(call("prune", "--recipe", recipe, *out))
+    run.made.record(run.pruned, {})
+    refused(call("evaluate", *out), f"{run.pruned}: it was not finished")
+    assert "% of the parameters" in done(call("train", *out))
+
+
+def test_a_run_of_an_older_version_goes_on(call: Call, recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    out = ("--out", run.directory)
+    done(call("train", "--recipe", recipe, "--admm-epochs", 1, *out))
+    done(call("evaluate", *out))
+    (run.directory / "made.json").unlink()
+    stored = json.loads(run.scores.read_text())
+    run.scores.write_text(json.dumps({**stored, "ranked": {"weights": "of a ranking that told less"}}))
+    done(call("report", run.directory, "--rounds", 0))
+    done(call("train", *out))
+    (run.directory / "made.json").unlink()
+    assert "model: top-1" in done(call("evaluate", *out))
+
+
+def test_scores_of_another_ranking_do_not_guide_training(call: Call, recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    out = ("--out", run.directory)
+    done(call("prune", "--recipe", recipe, *out))
+    stored = json.loads(run.scores.read_text())
+    run.scores.write_text(json.dumps({**stored, "ranked": {**stored["ranked"], "images": 3}}))
+    refused(call("train", "--admm-epochs", 1, *out), f"{run.scores}: is of another ranking")
+    assert f"{run.scores} is of another ranking: the heads are ranked anew" in done(call("prune", *out))
+
+
+def test_damaged_records_are_refused(call: Call, recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    done(call("prune", "--recipe", recipe, "--out", run.directory))
+    for text in ("[]", '{"format": 2, "files": {}}', '{"format": 1, "files": {"pruned": 3}}'):
+        (run.directory / "made.json").write_text(text)
+        refused(call("train", "--out", run.directory), f"{run.directory / 'made.json'}: ")
 
 
 def test_damaged_scores_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torchvision import datasets
 
+from gohsp.demo.data import load_folder
 from gohsp.recipe import Augmentation, DataSource
-from gohsp.runs.datasets import open_images
+from gohsp.runs.datasets import open_images, read_image
 from gohsp.training.seeds import seeded
 
 
@@ -157,3 +159,80 @@ def test_sources_that_are_not_there_are_refused(source: str, message: str, model
 def test_an_empty_folder_is_refused(tmp_path: Path, model: Any) -> None:
     with pytest.raises(ValueError, match="one subfolder of images a class"):
         open_(tmp_path, model)
+
+
+def bad_images(folder: Path) -> list[Path]:
+    """Write files that are no images, of every kind that was met."""
+    paths = [folder / f"{name}.png" for name in ("empty", "text", "cut", "noise", "fifo", "bomb", "float", "folder")]
+    empty, text, cut, noise, fifo, bomb, floating, inside = paths
+    empty.touch()
+    text.write_text("<svg></svg>")
+    Image.effect_noise((64, 64), 90).save(cut)
+    cut.write_bytes(cut.read_bytes()[:1500])
+    noise.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
+    os.mkfifo(fifo)
+    Image.new("1", (20000, 20000)).save(bomb)
+    Image.new("F", (8, 8)).save(floating, format="TIFF")
+    inside.mkdir()
+    return [*paths, folder / "missing.png"]
+
+
+def test_files_that_are_no_images_are_refused_by_name(tmp_path: Path) -> None:
+    for path in bad_images(tmp_path):
+        with pytest.raises(ValueError, match=f"^data: {path}: wanted an image") as caught:
+            read_image(path)
+        assert "\n" not in str(caught.value), path
+
+
+def test_a_bad_image_is_named_by_both_readers(tmp_path: Path, model: Any) -> None:
+    bad = write_folder(tmp_path / "images") / "cat" / "2.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    with pytest.raises(ValueError, match=f"^data: {bad}: "):
+        list(open_(tmp_path / "images", model).calibration(10))
+    with pytest.raises(ValueError, match=f"^data: {bad}: "):
+        load_folder(tmp_path / "images", 14, 10, 0)
+
+
+def read_saved(image: Image.Image, path: Path, **options: Any) -> np.ndarray:
+    image.save(path, **options)
+    found = read_image(path)
+    assert found.mode == "RGB"
+    return np.asarray(found)
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_grey_of_16_bits_is_scaled(tmp_path: Path, ending: str) -> None:
+    levels = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+    pixels = read_saved(Image.fromarray(levels), tmp_path / f"grey.{ending}")
+    assert pixels[0].tolist() == [[level] * 3 for level in (0, 1, 128, 255)]
+
+
+def test_integers_of_32_bits_are_refused(tmp_path: Path) -> None:
+    Image.new("I", (4, 4), 70000).save(tmp_path / "long.tif")
+    with pytest.raises(ValueError, match=r"long\.tif: .*mode I\) have no range"):
+        read_image(tmp_path / "long.tif")
+
+
+def test_the_orientation_of_the_camera_is_applied(tmp_path: Path) -> None:
+    image = Image.fromarray(np.repeat(np.array([[0, 255]], dtype=np.uint8), 3, axis=0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees, clockwise
+    pixels = read_saved(image, tmp_path / "turned.png", exif=exif)
+    assert pixels.shape == (2, 3, 3) and (pixels[0] == 0).all() and (pixels[1] == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path: Path, mode: str) -> None:
+    if mode == "P":
+        image, options = Image.new("P", (1, 1)), {"transparency": 0}
+        image.putpalette([0, 0, 0])
+    else:
+        image, options = Image.new("RGBA", (1, 1), (0, 0, 0, 0)).convert(mode), {}
+    assert (read_saved(image, tmp_path / "clear.png", **options) == 255).all()
+
+
+def test_a_link_to_the_folder_itself_is_refused(tmp_path: Path, model: Any) -> None:
+    write_folder(tmp_path / "images")
+    (tmp_path / "images" / "cat" / "again").symlink_to(tmp_path / "images" / "dog")
+    with pytest.raises(ValueError, match=r"wanted each folder of images once; .* are one, by a link"):
+        open_(tmp_path / "images", model)
