@@ -5,10 +5,28 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
+
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxlist, _repr.maxdict, _repr.maxstring, _repr.maxother, _repr.maxlong = 3, 8, 4, 120, 120, 40
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message: what ``repr`` gives, cut where it is long."""
+    return _repr.repr(value)
+
+
+def explain(error: ValidationError, where: str) -> str:
+    """Return the first fault that pydantic found, as one line that begins with ``where`` and the name of the field."""
+    first = error.errors(include_url=False)[0]
+    name = ".".join((where, *(shown(str(part)).strip("'\"") for part in first["loc"])))
+    return f"{name}: {first['msg']}, got {shown(first['input'])}"
 
 
 @contextmanager

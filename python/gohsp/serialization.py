@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gohsp.compress import compress
-from gohsp.files import check_keys, read_json, replacing, write_json
+from gohsp.files import check_keys, read_json, replacing, shown, write_json
 from gohsp.masks.mask import ModelMask
 from gohsp.models.registry import FAMILIES, family_of
 
@@ -103,9 +103,11 @@ def _build(description: Any, mask: ModelMask) -> nn.Module:
         raise ValueError(f"plan.model: wanted a mapping, got {type(description).__name__}")
     name = description.get("family", DEFAULT_FAMILY)
     families = {type(family).__name__: family for family in FAMILIES}
-    if name not in families:
-        raise ValueError(f"plan.model.family: wanted one of {sorted(families)}, got {name!r}")
-    return compress(families[name].build({k: v for k, v in description.items() if k != "family"}), mask)
+    if not isinstance(name, str) or name not in families:
+        raise ValueError(f"plan.model.family: wanted one of {sorted(families)}, got {shown(name)}")
+    described = {key: value for key, value in description.items() if key != "family"}
+    families[name].check_description(described, mask.geometry)
+    return compress(families[name].build(described), mask)
 
 
 def _check_same(model: nn.Module, rebuilt: nn.Module) -> None:
