@@ -5,17 +5,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gohsp.compress import compress
-from gohsp.files import check_keys, read_json, replacing, shown, write_json
+from gohsp.files import (
+    MAX_JSON,
+    check_keys,
+    exclusive,
+    parse_json,
+    publish,
+    read_bytes,
+    rename,
+    scratch,
+    shown,
+    write_json,
+)
 from gohsp.masks.mask import ModelMask
 from gohsp.models.registry import FAMILIES, family_of
 
@@ -26,17 +38,22 @@ WEIGHTS = "model.safetensors"
 DEFAULT_FAMILY = "TimmVit"
 """Of plans that name none."""
 
-_DIGEST = "plan_sha256"
+_DIGEST = "plan_sha256"  # in the weights
+_WEIGHTS_DIGEST = "weights_sha256"  # in the plan
+_MAX_HEADER = 2**27  # bytes; safetensors itself takes headers of 100 MB
 
 
 def save(model: nn.Module, directory: str | Path) -> None:
     """Write a compressed model into a directory, which is made if it is not there.
 
-    The weights carry the digest of the plan, so that files of two different saves are not taken for one model.
+    The plan names the digest of the weights and the weights carry that of the plan, so that a damaged file is noticed
+    and files of two different saves are not taken for one model. One rename, that of the plan, makes the new model the
+    saved one: until then, and whenever the process is killed, the one that was there before is loaded.
 
     Args:
         model: A model made by :func:`gohsp.compress`.
-        directory: Where plan.json and model.safetensors go; those that are there are replaced, each in one step.
+        directory: Where plan.json and model.safetensors go; those that are there are replaced. Several threads and
+            processes may save into it; they take turns, and the last one stays.
 
     Raises:
         ValueError: The model is not compressed, or holds something that plan.json cannot describe.
@@ -47,13 +64,24 @@ def save(model: nn.Module, directory: str | Path) -> None:
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(target / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", _DIGEST: _digest(plan)})
-    write_json(target / PLAN, plan)
+    with exclusive(target), scratch(target) as folder:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", _DIGEST: _digest(plan)})
+        sha256 = _digest_file(folder / WEIGHTS)
+        waiting = target / _waiting(sha256)
+        publish(folder / WEIGHTS, waiting)
+        write_json(
+            target / PLAN, {**plan, _WEIGHTS_DIGEST: sha256}
+        )  # the new model is saved from here on: load looks for the name that waits
+        rename(waiting, target / WEIGHTS)
+        for left in target.glob(_waiting("*")):  # by saves that were killed
+            left.unlink(missing_ok=True)
 
 
 def load(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     """Read a model that :func:`save` wrote, in evaluation mode and in the dtype that it was saved in.
+
+    The weights are read into memory, once as they are in the file and once as tensors, and none of the model lies in
+    the file: what happens to the file afterwards does not reach it. Nothing of what the files say is run or fetched.
 
     Args:
         directory: Where plan.json and model.safetensors are.
@@ -64,20 +92,55 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module
         ValueError: A file is damaged, has another format, or does not belong to the other one.
     """
     source = Path(directory)
-    for name in (PLAN, WEIGHTS):
-        if not (source / name).is_file():
-            raise FileNotFoundError(f"{source}: wanted a directory that gohsp.save wrote, but it has no {name}")
-    plan = read_json(source / PLAN)
-    check_keys(plan, ("format", "model", "mask"), str(source / PLAN))
-    if plan["format"] != FORMAT:
-        raise ValueError(f"{source / PLAN}: wanted format {FORMAT}, got {plan['format']!r}")
-    tensors, digest = _read_weights(source / WEIGHTS)
+    while True:
+        plan = _read(source, (PLAN,), MAX_JSON)
+        try:
+            model = _load(source, plan)
+            break
+        except (FileNotFoundError, ValueError):
+            if plan == _read(source, (PLAN,), MAX_JSON):  # otherwise another process has saved in between
+                raise
+    return model.to(device).eval()
+
+
+def _load(source: Path, text: bytes) -> nn.Module:
+    where = source / PLAN
+    plan = parse_json(text, str(where))
+    sha256 = plan.get(_WEIGHTS_DIGEST) if isinstance(plan, dict) else None  # plans of earlier versions have none
+    check_keys(plan, ("format", "model", "mask", *([] if sha256 is None else [_WEIGHTS_DIGEST])), str(where))
+    if type(plan["format"]) is not int or plan["format"] != FORMAT:
+        raise ValueError(f"{where}: wanted format {FORMAT}, got {shown(plan['format'])}")
+    if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
+        raise ValueError(f"{where}: {_WEIGHTS_DIGEST}: wanted 64 hexadecimal digits, got {shown(sha256)}")
+    try:
+        model = _build(plan["model"], ModelMask.from_dict(plan["mask"]))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    most = 8 * sum(tensor.numel() for tensor in model.state_dict().values()) + _MAX_HEADER
+    data = _read(source, (WEIGHTS,) if sha256 is None else (_waiting(sha256), WEIGHTS), most)
+    if sha256 not in (None, hashlib.sha256(data).hexdigest()):
+        raise ValueError(f"{source}: {WEIGHTS} is damaged, or {PLAN} and {WEIGHTS} are not of one save")
+    tensors, digest = _parse_weights(data, source / WEIGHTS)
     if digest != _digest(plan):
         raise ValueError(f"{source}: {PLAN} and {WEIGHTS} are not of one save, or one of them was changed")
-    model = _build(plan["model"], ModelMask.from_dict(plan["mask"]))
     _check_tensors(model, tensors, source / WEIGHTS)
     model.load_state_dict(tensors, assign=True)
-    return model.to(device).eval()
+    return model
+
+
+def _read(source: Path, names: tuple[str, ...], limit: int) -> bytes:
+    """Return what is in the first of some files that is there."""
+    for name in names:
+        try:
+            return read_bytes(source / name, limit)
+        except FileNotFoundError:
+            continue
+    raise FileNotFoundError(f"{source}: wanted a directory that gohsp.save wrote, but it has no {names[-1]}")
+
+
+def _waiting(sha256: str) -> str:
+    """Return the name of weights until they take their place."""
+    return f".model.{sha256}.safetensors"
 
 
 def _describe(model: nn.Module, mask: ModelMask) -> dict[str, Any]:
@@ -125,21 +188,35 @@ def _check_tensors(model: nn.Module, tensors: dict[str, Tensor], where: object) 
     wanted = model.state_dict()
     if wanted.keys() != tensors.keys():
         missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-        raise ValueError(f"{where}: missing tensors {missing}, unknown tensors {unknown}")
-    for name, tensor in tensors.items():
+        raise ValueError(f"{where}: missing tensors {shown(missing)}, unknown tensors {shown(unknown)}")
+    for name, tensor in sorted(tensors.items()):
         if tensor.shape != wanted[name].shape:
             raise ValueError(f"{where}: {name}: wanted shape {tuple(wanted[name].shape)}, got {tuple(tensor.shape)}")
+        if tensor.is_floating_point() != wanted[name].is_floating_point():
+            raise ValueError(f"{where}: {name}: wanted a dtype like {wanted[name].dtype}, got {tensor.dtype}")
 
 
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors and the digest of the plan that they belong to."""
+def _parse_weights(data: bytes, path: Path) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors, which own their memory, and the digest of the plan that they belong to."""
     try:
-        with safe_open(path, framework="pt") as file:
-            names, metadata = file.keys(), file.metadata() or {}
-            return {name: file.get_tensor(name) for name in names}, metadata.get(_DIGEST, "")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: wanted a safetensors file, but {error}") from error
+        tensors = safetensors.torch.load(data)
+    except Exception as error:  # a SafetensorError, or what torch says to a dtype that it does not have
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path}: wanted a safetensors file, but {reason}") from error
+    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], str(path))
+    metadata = header.get("__metadata__")
+    return tensors, metadata.get(_DIGEST, "") if isinstance(metadata, dict) else ""
 
 
 def _digest(plan: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    """Return the digest of a plan without what it says of the weights, which carry this digest."""
+    told = {key: value for key, value in plan.items() if key != _WEIGHTS_DIGEST}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()

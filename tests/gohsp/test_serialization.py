@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -155,10 +156,27 @@ def edit_plan(directory: Path, edit: Callable[[Any], None], sign: bool) -> None:
     """Change the plan; with ``sign`` the weights are made to vouch for the change."""
     plan = json.loads((directory / PLAN).read_text())
     edit(plan)
-    (directory / PLAN).write_text(json.dumps(plan))
     if sign:
         tensors = load_file(directory / WEIGHTS)
         save_file(tensors, directory / WEIGHTS, metadata={"plan_sha256": _digest(plan)})
+        plan["weights_sha256"] = hashlib.sha256((directory / WEIGHTS).read_bytes()).hexdigest()
+    (directory / PLAN).write_text(json.dumps(plan))
+
+
+def make_old(directory: Path) -> None:
+    """Make of a saved model what versions wrote that did not know the digest of the weights."""
+    plan = json.loads((directory / PLAN).read_text())
+    del plan["weights_sha256"]
+    (directory / PLAN).write_text(json.dumps(plan))
+
+
+def test_a_model_of_an_earlier_version_is_loaded(saved: tuple[Any, Path]) -> None:
+    compact, directory = saved
+    make_old(directory)
+    loaded = gohsp.load(directory).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in compact.state_dict().items())
+    gohsp.save(compact, directory)
+    assert "weights_sha256" in json.loads((directory / PLAN).read_text())
 
 
 def test_a_changed_plan_is_noticed_even_if_the_shapes_fit(saved: tuple[Any, Path]) -> None:
@@ -293,6 +311,9 @@ def test_damaged_files_are_refused(saved: tuple[Any, Path]) -> None:
     directory = saved[1]
     weights = (directory / WEIGHTS).read_bytes()
     (directory / WEIGHTS).write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        gohsp.load(directory)
+    make_old(directory)
     with pytest.raises(ValueError, match=r"model\.safetensors: wanted a safetensors file, but"):
         gohsp.load(directory)
     (directory / WEIGHTS).write_bytes(weights)
