@@ -174,6 +174,12 @@ def shown(value: Any) -> str:
     return _repr.repr(value)
 
 
+def cut(error: BaseException) -> str:
+    """Return the kind of an error of another library and what it says, as one line that is not long."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
 def explain(error: ValidationError, where: str) -> str:
     """Return the first fault that pydantic found, as one line that begins with ``where`` and the name of the field."""
     first = error.errors(include_url=False)[0]

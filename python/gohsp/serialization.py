@@ -19,6 +19,7 @@ from gohsp.compress import compress
 from gohsp.files import (
     MAX_JSON,
     check_keys,
+    cut,
     exclusive,
     parse_json,
     publish,
@@ -201,8 +202,7 @@ def _parse_weights(data: bytes, path: Path) -> tuple[dict[str, Tensor], str]:
     try:
         tensors = safetensors.torch.load(data)
     except Exception as error:  # a SafetensorError, or what torch says to a dtype that it does not have
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{path}: wanted a safetensors file, but {reason}") from error
+        raise ValueError(f"{path}: wanted a safetensors file, but {cut(error)}") from error
     header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], str(path))
     metadata = header.get("__metadata__")
     return tensors, metadata.get(_DIGEST, "") if isinstance(metadata, dict) else ""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import stat
 import threading
@@ -24,7 +25,9 @@ from timm.models.vision_transformer import VisionTransformer
 import gohsp
 from gohsp.files import read_json, replacing, write_json
 from gohsp.masks.mask import ModelMask
-from gohsp.serialization import PLAN, WEIGHTS
+from gohsp.pruning.latency import LatencyTable
+from gohsp.serialization import PLAN, WEIGHTS, _digest
+from gohsp.training import checkpoint
 
 POINTS = ("replace", "fsync", "open", "unlink", "rmdir", "chmod")
 
@@ -271,3 +274,154 @@ def test_weights_of_a_terabyte_are_not_read(tmp_path: Path, models: list[Any]) -
     os.truncate(tmp_path / WEIGHTS, 2**40)
     with pytest.raises(ValueError, match=r"model\.safetensors: wanted at most \d+ bytes"):
         gohsp.load(tmp_path)
+
+
+def _damaged(data: bytes, draws: random.Random) -> bytes:
+    """Return a file as a bad disk, a bad transfer or a bad person leaves it."""
+    kind = draws.randrange(6)
+    at = draws.randrange(len(data))
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return data[:at] + bytes([data[at] ^ 1 << draws.randrange(8)]) + data[at + 1 :]
+    if kind == 2:
+        return data[:at] + draws.randbytes(draws.randrange(1, 9)) + data[at:]
+    if kind == 3:
+        end = min(len(data), at + draws.randrange(1, 40))
+        return data[:at] + data[end:]
+    if kind == 4:
+        return data[:at] + draws.choice((b"[" * 2000, b"9" * 5000, b"NaN", b"1e999", b"\xff\xff", b"{}")) + data[at:]
+    return data + data[at:]
+
+
+VALUES = (None, True, False, 0, -1, 1, 10**9, 10**30, 0.5, -0.5, 1e300, "", "all", "0-3", "x" * 5000, [], {}, [[]], [1])
+
+
+def _places(node: Any) -> list[tuple[Any, Any]]:
+    keys = list(node) if isinstance(node, dict) else range(len(node)) if isinstance(node, list) else ()
+    return [place for key in keys for place in ((node, key), *_places(node[key]))]
+
+
+def _edited(data: Any, draws: random.Random) -> Any:
+    """Return JSON that is well formed, with a value of another kind, without one, or with one too many."""
+    data = json.loads(json.dumps(data))
+    node, key = draws.choice(_places(data))
+    kind = draws.randrange(4)
+    if kind == 0:
+        del node[key]
+    elif kind == 1 and isinstance(node, dict):
+        node[draws.choice(("extra", "pretrained", "x" * 3000, ""))] = draws.choice(VALUES)
+    else:
+        node[key] = draws.choice(VALUES)
+    return data
+
+
+def _edited_weights(data: bytes, draws: random.Random) -> bytes:
+    """Return a safetensors file whose header says something else."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(_edited(json.loads(data[8 : 8 + size]), draws)).encode()
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+
+
+def _check_model(path: Path) -> None:
+    model = gohsp.load(path.parent)
+    ModelMask.of(model).validate()
+    assert all(tensor.device.type == "cpu" for tensor in model.state_dict().values())
+
+
+def _refused_or_valid(read: Callable[[], Any], what: str) -> bool:
+    """Return whether a reader refused a file, and insist that it did so in one line."""
+    try:
+        read()
+    except (ValueError, FileNotFoundError) as error:
+        text = str(error)
+        assert type(error) in (ValueError, FileNotFoundError), f"{what}: {type(error)}"
+        assert "\n" not in text and len(text) < 1500, f"{what}: {text[:2000]}"
+        assert "/" in text, f"{what}: it names no file: {text}"
+        return True
+    except BaseException as error:
+        raise AssertionError(f"{what}: {type(error).__name__}: {str(error)[:300]}") from error
+    return False
+
+
+def _check_mask(path: Path) -> None:
+    ModelMask.load(path).validate()
+
+
+def _check_checkpoint(path: Path) -> None:
+    back = checkpoint.read(path)
+    assert isinstance(back.stage, str) and back.step >= 0 and isinstance(back.values, dict)
+
+
+def _check_table(path: Path) -> None:
+    table = LatencyTable.load(path)
+    assert list(table.mlp) == sorted(table.mlp) and len(table.attention) == table.num_heads
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory, models: list[Any]) -> Path:
+    """Return a folder with one file of each kind."""
+    folder = tmp_path_factory.mktemp("examples")
+    gohsp.save(models[0], folder)
+    ModelMask.of(models[0]).save(folder / "mask.json")
+    tensors = {"model.a": torch.randn(3, 4), "optimizer.state.0.exp_avg": torch.randn(3)}
+    values = {"loss": 0.5, "history": [{"epoch": 1, "loss": 2.0}], "settings": {"seed": 0}, "mask": None}
+    checkpoint.write(folder / "checkpoint.safetensors", checkpoint.Checkpoint("admm", 7, False, tensors, values))
+    sizes = {"dim": 16, "num_heads": 2, "head_dim": 8, "hidden": 64, "batch": 1, "threads": 1, "outside": 1.0}
+    LatencyTable(**sizes, attention=(1.0, 2.0), neurons=(16, 64), mlp=(1.0, 2.0)).save(folder / "latency.json")
+    return folder
+
+
+READERS: dict[str, tuple[str, Callable[[Path], Any], int]] = {
+    "plan": (PLAN, _check_model, 40),
+    "signed plan": (PLAN, _check_model, 60),
+    "weights": (WEIGHTS, _check_model, 40),
+    "signed weights": (WEIGHTS, _check_model, 40),
+    "weights of an earlier version": (WEIGHTS, _check_model, 60),
+    "mask": ("mask.json", _check_mask, 80),
+    "checkpoint": ("checkpoint.safetensors", _check_checkpoint, 60),
+    "latency": ("latency.json", _check_table, 80),
+}
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_a_changed_file_is_refused_in_a_line_or_read_as_something_valid(
+    examples: Path, tmp_path: Path, kind: str
+) -> None:
+    name, read, number = READERS[kind]
+    seed = random.SystemRandom().randrange(2**32)
+    print("seed", seed)
+    draws, refused = random.Random(seed), 0
+    for index in range(number):
+        for file in (PLAN, WEIGHTS, name):
+            shutil.copy(examples / file, tmp_path / file)
+        if kind == "weights of an earlier version":
+            _sign(tmp_path)
+        (tmp_path / name).write_bytes(_changed(tmp_path / name, draws, edited=index % 2 == 0))
+        if kind.startswith("signed"):
+            _sign(tmp_path)
+        refused += _refused_or_valid(partial(read, tmp_path / name), f"seed {seed}, file {index}")
+    assert refused > number // 8
+
+
+def _changed(path: Path, draws: random.Random, edited: bool) -> bytes:
+    data = path.read_bytes()
+    if not edited:
+        return _damaged(data, draws)
+    return (
+        json.dumps(_edited(json.loads(data), draws)).encode()
+        if path.suffix == ".json"
+        else _edited_weights(data, draws)
+    )
+
+
+def _sign(directory: Path) -> None:
+    """Have plan and weights vouch for each other again, where they can be read at all: whoever edits them can."""
+    try:
+        plan = json.loads((directory / PLAN).read_text())
+        plan.pop("weights_sha256", None)
+        tensors = load_file(directory / WEIGHTS)
+        save_file(tensors, directory / WEIGHTS, metadata={"plan_sha256": _digest(plan)})
+        (directory / PLAN).write_text(json.dumps(plan))
+    except Exception as error:
+        print("not signed:", type(error).__name__)

@@ -24,7 +24,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from gohsp.files import check_keys, explain, shown
+from gohsp.files import check_keys, cut, explain, shown
 from gohsp.layers import (
     FrozenEmbedding,
     FrozenLinear,
@@ -372,8 +372,7 @@ class TimmVit(Family):
             with torch.device("meta"):
                 dense: nn.Module = create(**arguments, weight_init="skip")
         except Exception as error:  # timm asserts, divides and indexes with what it is given
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"plan.model.arguments: they do not make a {wanted.__name__}: {reason}") from error
+            raise ValueError(f"plan.model.arguments: they do not make a {wanted.__name__}: {cut(error)}") from error
         if type(dense) is not wanted:
             raise ValueError(f"plan.model: wanted a {wanted.__name__}, but timm made a {type(dense).__name__}")
         return dense

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gohsp.files import check_keys, parse_json, replacing, shown
+from gohsp.files import check_keys, cut, parse_json, replacing, shown
 
 FORMAT = 1
 _HEADER = "gohsp_training"
@@ -75,8 +75,7 @@ def read(path: Path) -> Checkpoint:
     except FileNotFoundError:
         raise
     except Exception as error:  # a SafetensorError, or what torch says to a dtype that it does not have
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{path}: wanted a checkpoint of gohsp.train, but {reason}") from error
+        raise ValueError(f"{path}: wanted a checkpoint of gohsp.train, but {cut(error)}") from error
     header = parse_json(text.encode(), str(path), finite=False)  # a run may have lost its way
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{path}: wanted a checkpoint of gohsp.train in format {FORMAT}")
@@ -139,7 +138,7 @@ def unpack_optimizer(
             (groups[int(number)] if part == "group" else state.setdefault(int(number), {}))[name] = value
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"optimizer: wanted the state of a {type(optimizer).__name__}, but {shown(error)}") from error
+        raise ValueError(f"optimizer: wanted the state of a {type(optimizer).__name__}, but {cut(error)}") from error
 
 
 def _is_plain(value: Any) -> bool:
