@@ -104,14 +104,27 @@ def read_bytes(path: Path, limit: int) -> bytes:
         FileNotFoundError: There is no such file.
         ValueError: It is larger, no ordinary file, or cannot be read.
     """
+    with refusing(path, limit) as size, path.open("rb") as file:
+        return file.read(size)
+
+
+@contextmanager
+def refusing(path: Path, limit: int) -> Iterator[int]:
+    """Give the size of a file that may be read in the block, if it is an ordinary one of at most so many bytes.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is larger, no ordinary file, or the block could not read it.
+    """
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # to open a pipe would wait for a writer
             raise ValueError(f"{path}: wanted a file, got a folder or a device")
         if found.st_size > limit:
             raise ValueError(f"{path}: wanted at most {limit} bytes, got {found.st_size}")
-        with path.open("rb") as file:
-            return file.read(found.st_size)
+        yield found.st_size
+    except NotADirectoryError as error:
+        raise FileNotFoundError(f"{path}: there is no such file") from error
     except FileNotFoundError:
         raise
     except (OSError, MemoryError) as error:

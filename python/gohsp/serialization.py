@@ -6,12 +6,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import safetensors.torch
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ from gohsp.files import (
     parse_json,
     publish,
     read_bytes,
+    refusing,
     rename,
     scratch,
     shown,
@@ -31,6 +34,8 @@ from gohsp.files import (
 )
 from gohsp.masks.mask import ModelMask
 from gohsp.models.registry import FAMILIES, family_of
+
+T = TypeVar("T")
 
 FORMAT = 1
 PLAN = "plan.json"
@@ -81,8 +86,9 @@ def save(model: nn.Module, directory: str | Path) -> None:
 def load(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     """Read a model that :func:`save` wrote, in evaluation mode and in the dtype that it was saved in.
 
-    The weights are read into memory, once as they are in the file and once as tensors, and none of the model lies in
-    the file: what happens to the file afterwards does not reach it. Nothing of what the files say is run or fetched.
+    The weights are mapped and copied: what happens to the file afterwards does not reach the model. Whoever makes the
+    file shorter while it is read, other than by :func:`save`, ends the process. Nothing that the files name is run or
+    fetched.
 
     Args:
         directory: Where plan.json and model.safetensors are.
@@ -94,12 +100,12 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module
     """
     source = Path(directory)
     while True:
-        plan = _read(source, (PLAN,), MAX_JSON)
+        plan = _read_plan(source)
         try:
             model = _load(source, plan)
             break
         except (FileNotFoundError, ValueError):
-            if plan == _read(source, (PLAN,), MAX_JSON):  # otherwise another process has saved in between
+            if plan == _read_plan(source):  # otherwise another process has saved in between
                 raise
     return model.to(device).eval()
 
@@ -118,10 +124,10 @@ def _load(source: Path, text: bytes) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     most = 8 * sum(tensor.numel() for tensor in model.state_dict().values()) + _MAX_HEADER
-    data = _read(source, (WEIGHTS,) if sha256 is None else (_waiting(sha256), WEIGHTS), most)
-    if sha256 not in (None, hashlib.sha256(data).hexdigest()):
+    names = (WEIGHTS,) if sha256 is None else (_waiting(sha256), WEIGHTS)
+    tensors, digest, found = _first(source, names, partial(_read_weights, limit=most))
+    if sha256 not in (None, found):
         raise ValueError(f"{source}: {WEIGHTS} is damaged, or {PLAN} and {WEIGHTS} are not of one save")
-    tensors, digest = _parse_weights(data, source / WEIGHTS)
     if digest != _digest(plan):
         raise ValueError(f"{source}: {PLAN} and {WEIGHTS} are not of one save, or one of them was changed")
     _check_tensors(model, tensors, source / WEIGHTS)
@@ -129,14 +135,18 @@ def _load(source: Path, text: bytes) -> nn.Module:
     return model
 
 
-def _read(source: Path, names: tuple[str, ...], limit: int) -> bytes:
+def _first(source: Path, names: tuple[str, ...], read: Callable[[Path], T]) -> T:
     """Return what is in the first of some files that is there."""
     for name in names:
         try:
-            return read_bytes(source / name, limit)
+            return read(source / name)
         except FileNotFoundError:
             continue
     raise FileNotFoundError(f"{source}: wanted a directory that gohsp.save wrote, but it has no {names[-1]}")
+
+
+def _read_plan(source: Path) -> bytes:
+    return _first(source, (PLAN,), partial(read_bytes, limit=MAX_JSON))
 
 
 def _waiting(sha256: str) -> str:
@@ -197,15 +207,31 @@ def _check_tensors(model: nn.Module, tensors: dict[str, Tensor], where: object) 
             raise ValueError(f"{where}: {name}: wanted a dtype like {wanted[name].dtype}, got {tensor.dtype}")
 
 
-def _parse_weights(data: bytes, path: Path) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors, which own their memory, and the digest of the plan that they belong to."""
-    try:
-        tensors = safetensors.torch.load(data)
-    except Exception as error:  # a SafetensorError, or what torch says to a dtype that it does not have
-        raise ValueError(f"{path}: wanted a safetensors file, but {cut(error)}") from error
-    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], str(path))
-    metadata = header.get("__metadata__")
-    return tensors, metadata.get(_DIGEST, "") if isinstance(metadata, dict) else ""
+def _read_weights(path: Path, limit: int) -> tuple[dict[str, Tensor], str, str]:
+    """Return the tensors, which own their memory, the digest of the plan that they belong to, and that of the file.
+
+    The last one is computed from what was read, and so holds for it whatever becomes of the file meanwhile.
+    """
+    with refusing(path, limit):
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a dict)
+            raw_bytes = {name: tensor.reshape(-1).view(torch.uint8) for name, tensor in tensors.items()}
+        except OSError:
+            raise
+        except Exception as error:  # a SafetensorError, or what torch says to a dtype that it does not have
+            raise ValueError(f"{path}: wanted a safetensors file, but {cut(error)}") from error
+        with path.open("rb") as raw:
+            size = raw.read(8)
+            text = raw.read(min(int.from_bytes(size, "little"), _MAX_HEADER))
+    header = parse_json(text, str(path))
+    metadata = header.pop("__metadata__", None)
+    if header.keys() != tensors.keys():
+        raise ValueError(f"{path}: it was changed while it was read")
+    digest = hashlib.sha256(size + text)
+    for name in sorted(header, key=lambda name: header[name]["data_offsets"]):  # nothing lies between them
+        digest.update(raw_bytes[name].numpy().data)
+    return tensors, metadata.get(_DIGEST, "") if isinstance(metadata, dict) else "", digest.hexdigest()
 
 
 def _digest(plan: dict[str, Any]) -> str:

@@ -68,6 +68,8 @@ def read(path: Path) -> Checkpoint:
         FileNotFoundError: There is no such file.
         ValueError: It is not a checkpoint of this format, or damaged.
     """
+    if path.exists() and not path.is_file():  # to open a pipe would wait for a writer
+        raise ValueError(f"{path}: wanted a checkpoint of gohsp.train, got a folder or a device")
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_HEADER, "null")
