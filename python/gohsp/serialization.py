@@ -100,19 +100,19 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module
     """
     source = Path(directory)
     while True:
-        plan = _read_plan(source)
+        before = _stamp(source / PLAN)
         try:
-            model = _load(source, plan)
+            model = _load(source)
             break
         except (FileNotFoundError, ValueError):
-            if plan == _read_plan(source):  # otherwise another process has saved in between
+            if _stamp(source / PLAN) == before:  # otherwise another process has saved in between
                 raise
     return model.to(device).eval()
 
 
-def _load(source: Path, text: bytes) -> nn.Module:
+def _load(source: Path) -> nn.Module:
     where = source / PLAN
-    plan = parse_json(text, str(where))
+    plan = parse_json(_first(source, (PLAN,), partial(read_bytes, limit=MAX_JSON)), str(where))
     sha256 = plan.get(_WEIGHTS_DIGEST) if isinstance(plan, dict) else None  # plans of earlier versions have none
     check_keys(plan, ("format", "model", "mask", *([] if sha256 is None else [_WEIGHTS_DIGEST])), str(where))
     if type(plan["format"]) is not int or plan["format"] != FORMAT:
@@ -145,8 +145,13 @@ def _first(source: Path, names: tuple[str, ...], read: Callable[[Path], T]) -> T
     raise FileNotFoundError(f"{source}: wanted a directory that gohsp.save wrote, but it has no {names[-1]}")
 
 
-def _read_plan(source: Path) -> bytes:
-    return _first(source, (PLAN,), partial(read_bytes, limit=MAX_JSON))
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from one that took its place, even if that says the same."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _waiting(sha256: str) -> str:

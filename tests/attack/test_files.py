@@ -149,7 +149,7 @@ def test_threads_and_a_reader_in_one_folder(tmp_path: Path, models: list[Any]) -
         thread.start()
     for thread in threads:
         thread.join()
-    assert not faults
+    assert not faults, faults
     assert value_in(tmp_path) in (0, 1)
     assert sorted(os.listdir(tmp_path)) == [WEIGHTS, PLAN]
 
