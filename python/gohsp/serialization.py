@@ -5,19 +5,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Callable
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gohsp.compress import compress
-from gohsp.files import check_keys, read_json, replacing, write_json
+from gohsp.files import (
+    MAX_JSON,
+    check_keys,
+    cut,
+    exclusive,
+    parse_json,
+    publish,
+    read_bytes,
+    refusing,
+    rename,
+    scratch,
+    shown,
+    write_json,
+)
 from gohsp.masks.mask import ModelMask
 from gohsp.models.registry import FAMILIES, family_of
+
+T = TypeVar("T")
 
 FORMAT = 1
 PLAN = "plan.json"
@@ -26,17 +44,22 @@ WEIGHTS = "model.safetensors"
 DEFAULT_FAMILY = "TimmVit"
 """Of plans that name none."""
 
-_DIGEST = "plan_sha256"
+_DIGEST = "plan_sha256"  # in the weights
+_WEIGHTS_DIGEST = "weights_sha256"  # in the plan
+_MAX_HEADER = 2**27  # bytes; safetensors itself takes headers of 100 MB
 
 
 def save(model: nn.Module, directory: str | Path) -> None:
     """Write a compressed model into a directory, which is made if it is not there.
 
-    The weights carry the digest of the plan, so that files of two different saves are not taken for one model.
+    The plan names the digest of the weights and the weights carry that of the plan, so that a damaged file is noticed
+    and files of two different saves are not taken for one model. One rename, that of the plan, makes the new model the
+    saved one: until then, and whenever the process is killed, the one that was there before is loaded.
 
     Args:
         model: A model made by :func:`gohsp.compress`.
-        directory: Where plan.json and model.safetensors go; those that are there are replaced, each in one step.
+        directory: Where plan.json and model.safetensors go; those that are there are replaced. Several threads and
+            processes may save into it; they take turns, and the last one stays.
 
     Raises:
         ValueError: The model is not compressed, or holds something that plan.json cannot describe.
@@ -47,13 +70,25 @@ def save(model: nn.Module, directory: str | Path) -> None:
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(target / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", _DIGEST: _digest(plan)})
-    write_json(target / PLAN, plan)
+    with exclusive(target), scratch(target) as folder:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", _DIGEST: _digest(plan)})
+        sha256 = _digest_file(folder / WEIGHTS)
+        waiting = target / _waiting(sha256)
+        publish(folder / WEIGHTS, waiting)
+        write_json(
+            target / PLAN, {**plan, _WEIGHTS_DIGEST: sha256}
+        )  # the new model is saved from here on: load looks for the name that waits
+        rename(waiting, target / WEIGHTS)
+        for left in target.glob(_waiting("*")):  # by saves that were killed
+            left.unlink(missing_ok=True)
 
 
 def load(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module:
     """Read a model that :func:`save` wrote, in evaluation mode and in the dtype that it was saved in.
+
+    The weights are mapped and copied: what happens to the file afterwards does not reach the model. Whoever makes the
+    file shorter while it is read, other than by :func:`save`, ends the process. Nothing that the files name is run or
+    fetched.
 
     Args:
         directory: Where plan.json and model.safetensors are.
@@ -64,20 +99,64 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module
         ValueError: A file is damaged, has another format, or does not belong to the other one.
     """
     source = Path(directory)
-    for name in (PLAN, WEIGHTS):
-        if not (source / name).is_file():
-            raise FileNotFoundError(f"{source}: wanted a directory that gohsp.save wrote, but it has no {name}")
-    plan = read_json(source / PLAN)
-    check_keys(plan, ("format", "model", "mask"), str(source / PLAN))
-    if plan["format"] != FORMAT:
-        raise ValueError(f"{source / PLAN}: wanted format {FORMAT}, got {plan['format']!r}")
-    tensors, digest = _read_weights(source / WEIGHTS)
+    while True:
+        before = _stamp(source / PLAN)
+        try:
+            model = _load(source)
+            break
+        except (FileNotFoundError, ValueError):
+            if _stamp(source / PLAN) == before:  # otherwise another process has saved in between
+                raise
+    return model.to(device).eval()
+
+
+def _load(source: Path) -> nn.Module:
+    where = source / PLAN
+    plan = parse_json(_first(source, (PLAN,), partial(read_bytes, limit=MAX_JSON)), str(where))
+    sha256 = plan.get(_WEIGHTS_DIGEST) if isinstance(plan, dict) else None  # plans of earlier versions have none
+    check_keys(plan, ("format", "model", "mask", *([] if sha256 is None else [_WEIGHTS_DIGEST])), str(where))
+    if type(plan["format"]) is not int or plan["format"] != FORMAT:
+        raise ValueError(f"{where}: wanted format {FORMAT}, got {shown(plan['format'])}")
+    if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
+        raise ValueError(f"{where}: {_WEIGHTS_DIGEST}: wanted 64 hexadecimal digits, got {shown(sha256)}")
+    try:
+        model = _build(plan["model"], ModelMask.from_dict(plan["mask"]))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    most = 8 * sum(tensor.numel() for tensor in model.state_dict().values()) + _MAX_HEADER
+    names = (WEIGHTS,) if sha256 is None else (_waiting(sha256), WEIGHTS)
+    tensors, digest, found = _first(source, names, partial(_read_weights, limit=most))
+    if sha256 not in (None, found):
+        raise ValueError(f"{source}: {WEIGHTS} is damaged, or {PLAN} and {WEIGHTS} are not of one save")
     if digest != _digest(plan):
         raise ValueError(f"{source}: {PLAN} and {WEIGHTS} are not of one save, or one of them was changed")
-    model = _build(plan["model"], ModelMask.from_dict(plan["mask"]))
     _check_tensors(model, tensors, source / WEIGHTS)
     model.load_state_dict(tensors, assign=True)
-    return model.to(device).eval()
+    return model
+
+
+def _first(source: Path, names: tuple[str, ...], read: Callable[[Path], T]) -> T:
+    """Return what is in the first of some files that is there."""
+    for name in names:
+        try:
+            return read(source / name)
+        except FileNotFoundError:
+            continue
+    raise FileNotFoundError(f"{source}: wanted a directory that gohsp.save wrote, but it has no {names[-1]}")
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from one that took its place, even if that says the same."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _waiting(sha256: str) -> str:
+    """Return the name of weights until they take their place."""
+    return f".model.{sha256}.safetensors"
 
 
 def _describe(model: nn.Module, mask: ModelMask) -> dict[str, Any]:
@@ -103,9 +182,11 @@ def _build(description: Any, mask: ModelMask) -> nn.Module:
         raise ValueError(f"plan.model: wanted a mapping, got {type(description).__name__}")
     name = description.get("family", DEFAULT_FAMILY)
     families = {type(family).__name__: family for family in FAMILIES}
-    if name not in families:
-        raise ValueError(f"plan.model.family: wanted one of {sorted(families)}, got {name!r}")
-    return compress(families[name].build({k: v for k, v in description.items() if k != "family"}), mask)
+    if not isinstance(name, str) or name not in families:
+        raise ValueError(f"plan.model.family: wanted one of {sorted(families)}, got {shown(name)}")
+    described = {key: value for key, value in description.items() if key != "family"}
+    families[name].check_description(described, mask.geometry)
+    return compress(families[name].build(described), mask)
 
 
 def _check_same(model: nn.Module, rebuilt: nn.Module) -> None:
@@ -123,21 +204,50 @@ def _check_tensors(model: nn.Module, tensors: dict[str, Tensor], where: object) 
     wanted = model.state_dict()
     if wanted.keys() != tensors.keys():
         missing, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-        raise ValueError(f"{where}: missing tensors {missing}, unknown tensors {unknown}")
-    for name, tensor in tensors.items():
+        raise ValueError(f"{where}: missing tensors {shown(missing)}, unknown tensors {shown(unknown)}")
+    for name, tensor in sorted(tensors.items()):
         if tensor.shape != wanted[name].shape:
             raise ValueError(f"{where}: {name}: wanted shape {tuple(wanted[name].shape)}, got {tuple(tensor.shape)}")
+        if tensor.is_floating_point() != wanted[name].is_floating_point():
+            raise ValueError(f"{where}: {name}: wanted a dtype like {wanted[name].dtype}, got {tensor.dtype}")
 
 
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors and the digest of the plan that they belong to."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names, metadata = file.keys(), file.metadata() or {}
-            return {name: file.get_tensor(name) for name in names}, metadata.get(_DIGEST, "")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: wanted a safetensors file, but {error}") from error
+def _read_weights(path: Path, limit: int) -> tuple[dict[str, Tensor], str, str]:
+    """Return the tensors, which own their memory, the digest of the plan that they belong to, and that of the file.
+
+    The last one is computed from what was read, and so holds for it whatever becomes of the file meanwhile.
+    """
+    with refusing(path, limit):
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a dict)
+            raw_bytes = {name: tensor.reshape(-1).view(torch.uint8) for name, tensor in tensors.items()}
+        except OSError:
+            raise
+        except Exception as error:  # a SafetensorError, or what torch says to a dtype that it does not have
+            raise ValueError(f"{path}: wanted a safetensors file, but {cut(error)}") from error
+        with path.open("rb") as raw:
+            size = raw.read(8)
+            text = raw.read(min(int.from_bytes(size, "little"), _MAX_HEADER))
+    header = parse_json(text, str(path))
+    metadata = header.pop("__metadata__", None)
+    if header.keys() != tensors.keys():
+        raise ValueError(f"{path}: it was changed while it was read")
+    digest = hashlib.sha256(size + text)
+    for name in sorted(header, key=lambda name: header[name]["data_offsets"]):  # nothing lies between them
+        digest.update(raw_bytes[name].numpy().data)
+    return tensors, metadata.get(_DIGEST, "") if isinstance(metadata, dict) else "", digest.hexdigest()
 
 
 def _digest(plan: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    """Return the digest of a plan without what it says of the weights, which carry this digest."""
+    told = {key: value for key, value in plan.items() if key != _WEIGHTS_DIGEST}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -269,7 +269,7 @@ MUTATIONS = {
     ),
     "load: weights of another save are taken": Mutation(
         "serialization.py", "if digest != _digest(plan):", "if not digest:",
-        "test_serialization.py::test_files_of_two_saves_are_not_mixed"
+        "test_serialization.py::test_a_changed_plan_is_noticed_even_if_the_shapes_fit"
     ),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import gohsp
 from gohsp.masks.mask import ModelMask
+from gohsp.models.registry import family_of
 from gohsp.serialization import PLAN, WEIGHTS, _digest
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -150,14 +152,37 @@ def test_missing_file(saved: tuple[Any, Path], name: str) -> None:
         gohsp.load(saved[1])
 
 
+def test_a_file_in_the_place_of_the_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileNotFoundError, match=r"wanted a directory that gohsp\.save wrote"):
+        gohsp.load(tmp_path / "file")
+
+
 def edit_plan(directory: Path, edit: Callable[[Any], None], sign: bool) -> None:
     """Change the plan; with ``sign`` the weights are made to vouch for the change."""
     plan = json.loads((directory / PLAN).read_text())
     edit(plan)
-    (directory / PLAN).write_text(json.dumps(plan))
     if sign:
         tensors = load_file(directory / WEIGHTS)
         save_file(tensors, directory / WEIGHTS, metadata={"plan_sha256": _digest(plan)})
+        plan["weights_sha256"] = hashlib.sha256((directory / WEIGHTS).read_bytes()).hexdigest()
+    (directory / PLAN).write_text(json.dumps(plan))
+
+
+def make_old(directory: Path) -> None:
+    """Make of a saved model what versions wrote that did not know the digest of the weights."""
+    plan = json.loads((directory / PLAN).read_text())
+    del plan["weights_sha256"]
+    (directory / PLAN).write_text(json.dumps(plan))
+
+
+def test_a_model_of_an_earlier_version_is_loaded(saved: tuple[Any, Path]) -> None:
+    compact, directory = saved
+    make_old(directory)
+    loaded = gohsp.load(directory).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in compact.state_dict().items())
+    gohsp.save(compact, directory)
+    assert "weights_sha256" in json.loads((directory / PLAN).read_text())
 
 
 def test_a_changed_plan_is_noticed_even_if_the_shapes_fit(saved: tuple[Any, Path]) -> None:
@@ -198,8 +223,8 @@ def put(*path: Any, value: Any) -> Callable[[Any], None]:
         (put("model", "architecture", value="hf-hub:x/y"), r"plan\.model\.architecture: .* knows no 'hf-hub:x/y'"),
         (put("model", "architecture", value="resnet18"), r"plan\.model"),
         (put("model", "extra", value=1), r"plan\.model: missing keys \[\], unknown keys \['extra'\]"),
-        (put("model", "arguments", "embed_dimm", value=1), r"plan\.model\.arguments: they do not make a VisionTrans"),
-        (put("model", "arguments", "activation", value="eval"), r"plan\.model\.arguments: .*KeyError\('eval'\)"),
+        (put("model", "arguments", "embed_dimm", value=1), r"plan\.model\.arguments\.embed_dimm: Extra inputs are not"),
+        (put("model", "arguments", "activation", value="eval"), r"plan\.model\.arguments\.activation: .*got 'eval'"),
         (put("model", "arguments", "depth", value=3), r"mask: it is made for .*depth=2"),
         (put("model", "arguments", "num_classes", value=6), r"head\.bias: wanted shape \(6,\), got \(5,\)"),
         (put("model", "arguments", "qkv_bias", value=False), r"unknown tensors \['blocks\.0\.attn\.qkv\.bias'"),
@@ -210,6 +235,81 @@ def put(*path: Any, value: Any) -> Callable[[Any], None]:
 def test_wrong_plans_are_refused(saved: tuple[Any, Path], edit: Callable[[Any], None], message: str) -> None:
     edit_plan(saved[1], edit, sign=True)
     with pytest.raises(ValueError, match=message):
+        gohsp.load(saved[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("pretrained", True),
+        ("pretrained", [1]),
+        ("pretrained_cfg", {"url": "http://localhost:1/x.pth"}),
+        ("pretrained_cfg_overlay", {"file": "/etc/hostname"}),
+        ("checkpoint_path", "/etc/hostname"),
+        ("cache_dir", "/nowhere"),
+        ("scriptable", True),
+        ("weight_init", "jax"),
+        ("norm_layer", "layernorm"),
+        ("embed_layer", "os.system"),
+        ("embed_dim", True),
+        ("embed_dim", -192),
+        ("num_heads", 0),
+        ("depth", 10**5),
+        ("depth", "2"),
+        ("img_size", [32, 32, 32]),
+        ("img_size", [0, 32]),
+        ("patch_size", 10**9),
+        ("global_pool", "mean"),
+        ("class_token", 1),
+        ("norm_eps", -1.0),
+        ("norm_eps", float("nan")),
+        ("drop_rate", 2.0),
+        ("mlp_ratio", float("inf")),
+        ("mlp_ratio", None),
+    ],
+)
+def test_a_plan_names_nothing_but_what_save_writes(
+    make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+) -> None:
+    compact = gohsp.compress(make_model(), ModelMask.full(make_model()))
+    description = family_of(compact).describe(compact, ModelMask.of(compact).geometry)
+    description["arguments"][name] = value
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("timm was asked"))
+    with pytest.raises(ValueError, match=rf"^plan\.model\.arguments\.{name}.*: ") as raised:
+        family_of(compact).build(description)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("arguments", [5, None, [], "x"])
+def test_arguments_that_are_no_mapping(make_model: Callable[..., Any], arguments: Any) -> None:
+    family = family_of(make_model())
+    with pytest.raises(ValueError, match=r"^plan\.model\.arguments: "):
+        family.build({"class": "VisionTransformer", "architecture": None, "arguments": arguments})
+
+
+@pytest.mark.parametrize("architecture", [5, ["vit_tiny_patch16_224"], "hf-hub:x/y", "local-dir:/tmp", "", "x" * 5000])
+def test_an_architecture_is_one_that_timm_registers(make_model: Callable[..., Any], architecture: Any) -> None:
+    compact = gohsp.compress(make_model(), ModelMask.full(make_model()))
+    description = family_of(compact).describe(compact, ModelMask.of(compact).geometry)
+    with pytest.raises(ValueError, match=r"^plan\.model\.architecture: .{,300}$"):
+        family_of(compact).build({**description, "architecture": architecture})
+
+
+def test_the_depth_is_compared_before_anything_is_built(
+    saved: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_plan(saved[1], put("model", "arguments", "depth", value=9000), sign=True)
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("it was built"))
+    with pytest.raises(ValueError, match=r"mask: it is made for .*depth=2.*9000"):
+        gohsp.load(saved[1])
+
+
+def test_what_timm_cannot_build_is_one_line(saved: tuple[Any, Path]) -> None:
+    def no_token(plan: Any) -> None:
+        plan["model"]["arguments"] |= {"class_token": False, "global_pool": "token"}
+
+    edit_plan(saved[1], no_token, sign=True)
+    with pytest.raises(ValueError, match=r"plan\.model\.arguments: they do not make a VisionTransformer: [^\n]*$"):
         gohsp.load(saved[1])
 
 

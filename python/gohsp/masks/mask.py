@@ -7,6 +7,7 @@ set to zero, and LayerNorm still over all features. :meth:`ModelMask.apply_` mak
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,15 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.count import BlockSize, count_opened
-from gohsp.files import check_keys, read_json, write_json
+from gohsp.files import check_keys, read_json, shown, write_json
 from gohsp.masks.layout import BlockLayout
 from gohsp.masks.ranges import from_ranges, to_ranges
 from gohsp.masks.summary import table
-from gohsp.models.base import BlockGeometry, Geometry, OpenBlock, OpenModel
+from gohsp.models.base import MAX_DEPTH, MAX_SIZE, BlockGeometry, Geometry, OpenBlock, OpenModel
 from gohsp.models.registry import family_of, find_compact_blocks, geometry_of, open_model
 
 FORMATS = (1, 2)
 """Of mask files. Format 1 has one geometry for all blocks and is written where they are alike; format 2 one a block."""
+
+_MAX_ENTRIES = 2**27
+"""Of the masks of a file, a byte each: a few letters ("all") may ask for any number of them."""
 
 
 @dataclass(eq=False)
@@ -300,10 +304,10 @@ class ModelMask:
         """
         check_keys(data, ("format", "model", "geometry", "blocks"), "mask")
         if type(data["format"]) is not int or data["format"] not in FORMATS:
-            raise ValueError(f"mask.format: wanted {' or '.join(map(str, FORMATS))}, got {data['format']!r}")
+            raise ValueError(f"mask.format: wanted {' or '.join(map(str, FORMATS))}, got {shown(data['format'])}")
         for key, kind in (("model", str), ("blocks", list)):
             if not isinstance(data[key], kind):
-                raise ValueError(f"mask.{key}: wanted a {kind.__name__}, got {data[key]!r}")
+                raise ValueError(f"mask.{key}: wanted a {kind.__name__}, got {shown(data[key])}")
         sizes = _read_geometry(data["geometry"], data["format"])
         if len(data["blocks"]) != sizes.depth:
             raise ValueError(f"mask.blocks: wanted {sizes.depth} blocks, got {len(data['blocks'])}")
@@ -331,9 +335,13 @@ class ModelMask:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: The file is not JSON, or see :meth:`from_dict`.
+            ValueError: The file is not JSON, or see :meth:`from_dict`; the message begins with its name.
         """
-        return cls.from_dict(read_json(Path(path)))
+        data = read_json(Path(path))
+        try:
+            return cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _shapes(size: BlockGeometry) -> dict[str, tuple[int, ...]]:
@@ -397,18 +405,29 @@ def _read_geometry(data: Any, version: int) -> Geometry:
     names = tuple(field.name for field in fields(BlockGeometry))
     if version == 1:
         check_keys(data, ("depth", *names), "mask.geometry")
-        _check_sizes(data, "mask.geometry")
-        return Geometry.uniform(**data)
-    if not isinstance(data, list) or not data:
-        raise ValueError(f"mask.geometry: wanted a list with the sizes of each block, got {data!r}")
-    for index, sizes in enumerate(data):
-        check_keys(sizes, names, f"mask.geometry[{index}]")
-        _check_sizes(sizes, f"mask.geometry[{index}]")
-    return Geometry(tuple(BlockGeometry(**sizes) for sizes in data))
+        _check_size(data["depth"], MAX_DEPTH, "mask.geometry.depth")
+        geometry = Geometry((_read_sizes({name: data[name] for name in names}, "mask.geometry"),) * data["depth"])
+    else:
+        if not isinstance(data, list) or not 0 < len(data) <= MAX_DEPTH:
+            raise ValueError(f"mask.geometry: wanted a list with the sizes of each block, got {shown(data)}")
+        for index, sizes in enumerate(data):
+            check_keys(sizes, names, f"mask.geometry[{index}]")
+        geometry = Geometry(tuple(_read_sizes(sizes, f"mask.geometry[{i}]") for i, sizes in enumerate(data)))
+    entries = sum(math.prod(shape) for size in geometry.blocks for shape in _shapes(size).values())
+    if entries > _MAX_ENTRIES:
+        raise ValueError(f"mask.geometry: wanted at most {_MAX_ENTRIES} entries in all blocks together, got {entries}")
+    return geometry
 
 
-def _check_sizes(sizes: Mapping[str, Any], where: str) -> None:
+def _read_sizes(sizes: Mapping[str, Any], where: str) -> BlockGeometry:
     for name, value in sizes.items():
-        kind = bool if name == "qk_norm" else int
-        if type(value) is not kind or value < 0:
-            raise ValueError(f"{where}.{name}: wanted a non-negative {kind.__name__}, got {value!r}")
+        if name != "qk_norm":
+            _check_size(value, MAX_SIZE, f"{where}.{name}")
+        elif type(value) is not bool:
+            raise ValueError(f"{where}.{name}: wanted a bool, got {shown(value)}")
+    return BlockGeometry(**sizes)
+
+
+def _check_size(value: Any, most: int, where: str) -> None:
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"{where}: wanted an int from 1 to {most}, got {shown(value)}")

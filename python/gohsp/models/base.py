@@ -19,6 +19,12 @@ from torch import Tensor, nn
 
 from gohsp.models.hooks import inputs_of
 
+MAX_SIZE = 2**16
+"""Of a width or a number of heads in a file: what is larger is taken for damage before memory is asked for."""
+
+MAX_DEPTH = 10_000
+"""Of a model in a file, in blocks."""
+
 
 @dataclass(frozen=True)
 class BlockGeometry:
@@ -442,6 +448,13 @@ class Family(ABC):
     @abstractmethod
     def describe(self, model: nn.Module, geometry: Geometry) -> dict[str, Any]:
         """Return plain JSON values from which :meth:`build` makes the dense model of a compressed one."""
+
+    def check_description(self, description: Mapping[str, Any], geometry: Geometry) -> None:  # noqa: B027
+        """Refuse a description that cannot give a dense model of some sizes, before :meth:`build` spends time on it.
+
+        Raises:
+            ValueError: It cannot. A family that does not override this leaves the refusal to :meth:`build`.
+        """
 
     @abstractmethod
     def build(self, description: Mapping[str, Any]) -> nn.Module:

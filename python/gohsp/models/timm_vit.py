@@ -8,13 +8,15 @@ other module knows timm's names, so that a change in timm is met in this file.
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import timm
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from timm.layers import GELU, GELUTanh, LayerNorm, LayerScale, PatchEmbed, QuickGELU
 from timm.layers import Attention as TimmAttention
 from timm.layers import Mlp as TimmMlp
@@ -22,7 +24,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from gohsp.files import check_keys
+from gohsp.files import check_keys, cut, explain, shown
 from gohsp.layers import (
     FrozenEmbedding,
     FrozenLinear,
@@ -39,6 +41,8 @@ from gohsp.layers import (
     plain_linear,
 )
 from gohsp.models.base import (
+    MAX_DEPTH,
+    MAX_SIZE,
     Attention,
     BlockGeometry,
     CompactBlock,
@@ -348,24 +352,27 @@ class TimmVit(Family):
             "arguments": {**_arguments_outside(model), **_arguments_of_blocks(model, geometry)},
         }
 
+    def check_description(self, description: Mapping[str, Any], geometry: Geometry) -> None:
+        check_keys(description, ("class", "architecture", "arguments"), "plan.model")
+        depth = _read_arguments(description["arguments"])["depth"]
+        if depth != geometry.depth:
+            raise ValueError(f"mask: it is made for {geometry}, but plan.model.arguments.depth is {depth}")
+
     def build(self, description: Mapping[str, Any]) -> nn.Module:
         check_keys(description, ("class", "architecture", "arguments"), "plan.model")
-        name, arguments = description["architecture"], dict(description["arguments"])
-        wanted = {cls.__name__: cls for cls in COMPRESSED_CLASS}.get(description["class"])
+        arguments = _read_arguments(description["arguments"])
+        wanted = {cls.__name__: cls for cls in COMPRESSED_CLASS}.get(str(description["class"]))
         if wanted is None:
             classes = sorted(cls.__name__ for cls in COMPRESSED_CLASS)
-            raise ValueError(f"plan.model.class: wanted one of {classes}, got {description['class']!r}")
-        # is_model also keeps create_model from names that would make it fetch something.
-        if name is not None and not timm.is_model(name):
-            raise ValueError(f"plan.model.architecture: this timm ({timm.__version__}) knows no {name!r}")
-        create = wanted if name is None else partial(timm.create_model, name)
+            raise ValueError(f"plan.model.class: wanted one of {classes}, got {shown(description['class'])}")
+        create = _registered(description["architecture"], wanted)
+        arguments["norm_layer"] = partial(LayerNorm, eps=arguments.pop("norm_eps"))
+        arguments["act_layer"] = ACTIVATIONS[arguments.pop("activation")]
         try:
-            arguments["norm_layer"] = partial(LayerNorm, eps=arguments.pop("norm_eps"))
-            arguments["act_layer"] = ACTIVATIONS[arguments.pop("activation")]
             with torch.device("meta"):
                 dense: nn.Module = create(**arguments, weight_init="skip")
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"plan.model.arguments: they do not make a {wanted.__name__}: {error!r}") from error
+        except Exception as error:  # timm asserts, divides and indexes with what it is given
+            raise ValueError(f"plan.model.arguments: they do not make a {wanted.__name__}: {cut(error)}") from error
         if type(dense) is not wanted:
             raise ValueError(f"plan.model: wanted a {wanted.__name__}, but timm made a {type(dense).__name__}")
         return dense
@@ -523,6 +530,68 @@ class FrozenPatchEmbed(FrozenEmbedding):
 
 def _as_it_is(x: Tensor) -> Tensor:
     return x
+
+
+_Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+_Count = Annotated[int, Field(ge=0, le=MAX_SIZE)]
+_Rate = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Arguments(BaseModel):
+    """All that a description gives to timm; a file that names anything else, such as weights to fetch, is refused."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    img_size: tuple[_Size, _Size] | None
+    patch_size: tuple[_Size, _Size]
+    in_chans: _Size
+    num_classes: Annotated[int, Field(ge=0, le=2**24)]
+    global_pool: Literal["", "avg", "avgmax", "max", "token", "map"]
+    class_token: bool
+    pos_embed: Literal["none", "learn"]
+    no_embed_class: bool
+    reg_tokens: _Count
+    pre_norm: bool
+    final_norm: bool
+    fc_norm: bool
+    pool_include_prefix: bool
+    dynamic_img_size: bool
+    dynamic_img_pad: bool
+    drop_rate: _Rate
+    pos_drop_rate: _Rate
+    patch_drop_rate: _Rate
+    embed_dim: _Size
+    depth: Annotated[int, Field(ge=1, le=MAX_DEPTH)]
+    num_heads: _Size
+    mlp_ratio: Annotated[float, Field(gt=0, le=MAX_SIZE + 1)]
+    qkv_bias: bool
+    qk_norm: bool
+    proj_bias: bool
+    init_values: _Rate
+    proj_drop_rate: _Rate
+    attn_drop_rate: _Rate
+    drop_path_rate: _Rate
+    norm_eps: _Rate
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "identity"]
+
+
+def _read_arguments(data: Any) -> dict[str, Any]:
+    """Return the arguments of a description, each of its type and in its range."""
+    try:
+        # As JSON, in which tuples and lists are one thing.
+        return _Arguments.model_validate_json(json.dumps(data)).model_dump()
+    except ValidationError as error:
+        raise ValueError(explain(error, "plan.model.arguments")) from error
+
+
+def _registered(name: Any, cls: type[nn.Module]) -> Callable[..., nn.Module]:
+    """Return what makes an architecture: the class itself where it has no name."""
+    if name is None:
+        return cls
+    # What is registered is code of timm's; other names, such as "hf-hub:", would make it fetch or read something.
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise ValueError(f"plan.model.architecture: this timm ({timm.__version__}) knows no {shown(name)}")
+    return partial(timm.create_model, name)
 
 
 def _arguments_outside(model: Any) -> dict[str, Any]:

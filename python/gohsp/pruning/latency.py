@@ -4,21 +4,23 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
 from gohsp.compress import compress
-from gohsp.files import read_json, write_json
+from gohsp.files import explain, read_json, shown, write_json
 from gohsp.freeze import freeze
 from gohsp.layers import FrozenBlocks
 from gohsp.masks.mask import ModelMask
-from gohsp.models.base import Geometry
+from gohsp.models.base import MAX_SIZE, Geometry
 from gohsp.models.registry import open_model
 from gohsp.pruning.budget import BlockBudget
 from gohsp.timing import interleave
@@ -40,18 +42,31 @@ class LatencyTable(BaseModel):
         neurons, mlp: The measured widths, ascending, and their values.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    dim: int
-    num_heads: int
-    head_dim: int
-    hidden: int
-    batch: int
-    threads: int
-    outside: float
+    dim: int = Field(ge=1, le=MAX_SIZE)
+    num_heads: int = Field(ge=1, le=MAX_SIZE)
+    head_dim: int = Field(ge=1, le=MAX_SIZE)
+    hidden: int = Field(ge=1, le=MAX_SIZE)
+    batch: int = Field(ge=1)
+    threads: int = Field(ge=1)
+    outside: float = Field(ge=0)
     attention: tuple[float, ...]
     neurons: tuple[int, ...]
     mlp: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _check_values(self) -> LatencyTable:
+        if len(self.attention) != self.num_heads:
+            raise ValueError(f"attention: wanted {self.num_heads} values, got {len(self.attention)}")
+        if not self.neurons or len(self.mlp) != len(self.neurons):
+            raise ValueError(f"mlp: wanted {len(self.neurons)} values, one for each of neurons, got {len(self.mlp)}")
+        if self.neurons[0] < 1 or self.neurons[-1] != self.hidden or len(set(self.neurons)) < len(self.neurons):
+            raise ValueError(f"neurons: wanted widths up to {self.hidden}, got {shown(self.neurons)}")
+        for name, values in (("attention", self.attention), ("neurons", self.neurons), ("mlp", self.mlp)):
+            if values[0] < 0 or any(after < before for before, after in pairwise(values)):
+                raise ValueError(f"{name}: wanted ascending values from 0, got {shown(values)}")
+        return self
 
     @classmethod
     def measure(cls, model: Any, batch: int = 1, rounds: int = 15) -> LatencyTable:
@@ -143,7 +158,12 @@ class LatencyTable(BaseModel):
             FileNotFoundError: There is no such file.
             ValueError: It does not hold one.
         """
-        return cls.model_validate(read_json(Path(path)))
+        data = read_json(Path(path))
+        try:
+            # As JSON, in which a number in quotes is none.
+            return cls.model_validate_json(json.dumps(data), strict=True)
+        except ValidationError as error:
+            raise ValueError(explain(error, str(path))) from error
 
 
 def _without_blocks(model: nn.Module) -> nn.Module:

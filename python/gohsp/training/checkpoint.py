@@ -9,20 +9,23 @@ not used because it pickles, writes several files, and saves states of generator
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gohsp.files import check_keys, cut, parse_json, replacing, shown
+
 FORMAT = 1
 _HEADER = "gohsp_training"
+_KINDS: dict[str, type] = {"format": int, "stage": str, "step": int, "done": bool, "values": dict}
 
 
 @dataclass(frozen=True)
@@ -53,29 +56,49 @@ def write(path: Path, state: Checkpoint) -> None:
     """Write a checkpoint beside its place, make sure that it is on the disk, and rename it."""
     header = {"format": FORMAT, "stage": state.stage, "step": state.step, "done": state.done, "values": state.values}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-    temporary = path.with_name(f".{path.name}.tmp")  # no process id: what a killed run left behind is written over
-    save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
+    header["sha256"] = _digest(tensors)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a checkpoint.
+    """Read a checkpoint into memory: what happens to the file afterwards does not reach it.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not a checkpoint of this format.
+        ValueError: It is not a checkpoint of this format, or damaged.
     """
+    if path.exists() and not path.is_file():  # to open a pipe would wait for a writer
+        raise ValueError(f"{path}: wanted a checkpoint of gohsp.train, got a folder or a device")
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: wanted a checkpoint of gohsp.train, but {error}") from error
+            text = (file.metadata() or {}).get(_HEADER, "null")
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a SafetensorError, or what torch says to a dtype that it does not have
+        raise ValueError(f"{path}: wanted a checkpoint of gohsp.train, but {cut(error)}") from error
+    header = parse_json(text.encode(), str(path), finite=False)  # a run may have lost its way
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{path}: wanted a checkpoint of gohsp.train in format {FORMAT}")
+    digest = header.pop("sha256", None)  # earlier versions wrote none
+    check_keys(header, tuple(_KINDS), str(path))
+    for name, kind in _KINDS.items():
+        if type(header[name]) is not kind:
+            raise ValueError(f"{path}: {name}: wanted a {kind.__name__}, got {shown(header[name])}")
+    if header["step"] < 0:
+        raise ValueError(f"{path}: step: wanted 0 or more, got {header['step']}")
+    if digest not in (None, _digest(tensors)):
+        raise ValueError(f"{path}: it is damaged: its tensors are not those that were written")
     return Checkpoint(header["stage"], header["step"], header["done"], tensors, header["values"])
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -104,22 +127,21 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
 def unpack_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], values: Mapping[str, Any]
 ) -> None:
-    """Give a fresh optimiser, made with the same settings, the state that :func:`pack_optimizer` took apart."""
+    """Give a fresh optimiser, made with the same settings, the state that :func:`pack_optimizer` took apart.
+
+    Raises:
+        ValueError: The state is not one of such an optimiser.
+    """
     state: dict[int, dict[str, Any]] = {}
     groups = optimizer.state_dict()["param_groups"]
-    for key, value in {**tensors, **values}.items():
-        part, number, name = key.split(".", 2)
-        (groups[int(number)] if part == "group" else state.setdefault(int(number), {}))[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    try:
+        for key, value in {**tensors, **values}.items():
+            part, number, name = key.split(".", 2)
+            (groups[int(number)] if part == "group" else state.setdefault(int(number), {}))[name] = value
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"optimizer: wanted the state of a {type(optimizer).__name__}, but {cut(error)}") from error
 
 
 def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

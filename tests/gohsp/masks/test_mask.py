@@ -300,6 +300,26 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Any, monkeypatch: pytest.Mo
     assert path.read_text() == old
 
 
+def test_a_mask_that_would_fill_the_memory_is_refused() -> None:
+    sizes = {"dim": 2**16, "num_heads": 2**8, "head_dim": 2**8, "hidden": 2**16, "qk_norm": False}
+    entry: dict[str, Any] = dict.fromkeys(FIELDS, "all") | {"qk": ["all"] * 2**8, "v": ["all"] * 2**8}
+    data = {"format": 1, "model": "x", "geometry": {"depth": 10_000, **sizes}, "blocks": [entry] * 10_000}
+    with pytest.raises(ValueError, match=r"mask\.geometry: wanted at most \d+ entries"):
+        ModelMask.from_dict(data)
+    data |= {"geometry": {"depth": 1, **sizes, "num_heads": 2**16, "head_dim": 2**16}, "blocks": [entry]}
+    with pytest.raises(ValueError, match=r"mask\.geometry: wanted at most \d+ entries"):
+        ModelMask.from_dict(data)
+
+
+def test_a_message_names_the_file_and_stays_short(tmp_path: Any) -> None:
+    data = full_mask().to_dict()
+    data["blocks"][0]["hidden"] = "x\n" * 100_000
+    (tmp_path / "long.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=r"long\.json: mask\.blocks\[0\]\.hidden: wanted ranges") as raised:
+        ModelMask.load(tmp_path / "long.json")
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+
+
 def test_an_invalid_mask_is_not_saved(tmp_path: Any) -> None:
     mask = full_mask()
     mask.blocks[0].heads = torch.ones(7, dtype=torch.bool)
@@ -323,9 +343,16 @@ def test_an_invalid_mask_is_not_saved(tmp_path: Any) -> None:
         (("blocks", 1, "v"), ["all", "all", "9"], r"mask.blocks\[1\].v\[2\]: wanted ascending indices below 2"),
         (("blocks", 1), "all", r"mask.blocks\[1\]: wanted a mapping, got str"),
         (("geometry",), None, "mask.geometry: wanted a mapping, got NoneType"),
-        (("geometry", "depth"), "2", "mask.geometry.depth: wanted a non-negative int, got '2'"),
-        (("geometry", "dim"), -6, "mask.geometry.dim: wanted a non-negative int, got -6"),
-        (("geometry", "qk_norm"), 0, "mask.geometry.qk_norm: wanted a non-negative bool, got 0"),
+        (("geometry", "depth"), "2", "mask.geometry.depth: wanted an int from 1 to 10000, got '2'"),
+        (("geometry", "dim"), -6, "mask.geometry.dim: wanted an int from 1 to 65536, got -6"),
+        (("geometry", "qk_norm"), 0, "mask.geometry.qk_norm: wanted a bool, got 0"),
+        (("geometry", "depth"), 0, "mask.geometry.depth: wanted an int from 1 to 10000, got 0"),
+        (("geometry", "depth"), 10**9, "mask.geometry.depth: wanted an int from 1 to 10000, got 1000000000"),
+        (("geometry", "num_heads"), 0, "mask.geometry.num_heads: wanted an int from 1 to 65536, got 0"),
+        (("geometry", "hidden"), 3 * 10**9, "mask.geometry.hidden: wanted an int from 1 to 65536, got 3000000000"),
+        (("geometry", "dim"), True, "mask.geometry.dim: wanted an int from 1 to 65536, got True"),
+        (("blocks", 0, "heads"), "0," * 30, r"mask.blocks\[0\].heads: wanted ranges such as"),
+        (("blocks", 0, "heads"), "9" * 9, r"mask.blocks\[0\].heads: wanted ranges such as"),
         (("model",), 3, "mask.model: wanted a str, got 3"),
         (("blocks",), {}, "mask.blocks: wanted a list, got {}"),
     ],

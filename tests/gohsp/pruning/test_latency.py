@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from gohsp.pruning.budget import BlockBudget
@@ -59,3 +61,43 @@ def test_a_file_that_is_no_table_is_refused(tmp_path) -> None:
     (tmp_path / "latency.json").write_text('{"dim": 48, "speed": "fast"}')
     with pytest.raises(ValueError, match="speed"):
         LatencyTable.load(tmp_path / "latency.json")
+
+
+TABLE = {
+    "dim": 48, "num_heads": 3, "head_dim": 16, "hidden": 192, "batch": 1, "threads": 1, "outside": 1.0,
+    "attention": [1.0, 2.0, 4.0], "neurons": [64, 192], "mlp": [3.0, 5.0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("attention", [1.0, 2.0]),
+        ("attention", [1.0, 4.0, 2.0]),
+        ("attention", [-1.0, 2.0, 4.0]),
+        ("attention", "fast"),
+        ("mlp", [3.0]),
+        ("mlp", []),
+        ("mlp", [5.0, 3.0]),
+        ("neurons", []),
+        ("neurons", [192, 64]),
+        ("neurons", [0, 192]),
+        ("neurons", [64, 128]),
+        ("neurons", [192, 192]),
+        ("outside", -1.0),
+        ("outside", "1"),
+        ("outside", None),
+        ("hidden", 10**9),
+        ("num_heads", 0),
+        ("threads", 0),
+        ("batch", True),
+    ],
+)
+def test_values_that_no_measurement_gives_are_refused_in_a_line(tmp_path, name: str, value: object) -> None:
+    path = tmp_path / "latency.json"
+    path.write_text(json.dumps(TABLE))
+    LatencyTable.load(path)
+    path.write_text(json.dumps({**TABLE, name: value}))
+    with pytest.raises(ValueError, match=r"latency\.json[.:][^\n]*$") as raised:
+        LatencyTable.load(path)
+    assert "\n" not in str(raised.value)

@@ -165,7 +165,7 @@ def killed_while_writing(directory: Path, moment: str, number: int) -> None:
         if is_checkpoint and written == number and moment == "after the rename":
             die()
 
-    checkpoint.save_file, checkpoint.os.replace = save_or_die, replace_or_die  # type: ignore[assignment]
+    checkpoint.save_file, os.replace = save_or_die, replace_or_die  # type: ignore[assignment]
     noisy_run(directory)
 
 

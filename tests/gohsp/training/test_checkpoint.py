@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from timm.optim import create_optimizer_v2
 
 from gohsp.training import checkpoint
@@ -40,6 +42,62 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="wanted a checkpoint"):
         checkpoint.read(path)
+
+
+def edit_header(path: Path, **changes: Any) -> None:
+    """Change the header of a checkpoint; what becomes None goes."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["gohsp_training"])
+    header = {key: value for key, value in {**header, **changes}.items() if value is not None}
+    save_file(load_file(path), path, metadata={"gohsp_training": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stage": 1}, "stage: wanted a str, got 1"),
+        ({"step": "7"}, "step: wanted a int, got '7'"),
+        ({"step": -1}, "step: wanted 0 or more, got -1"),
+        ({"done": 0}, "done: wanted a bool, got 0"),
+        ({"values": []}, r"values: wanted a dict, got \[\]"),
+        ({"step": None}, r"missing keys \['step'\]"),
+        ({"more": 1}, r"missing keys \[\], unknown keys \['more'\]"),
+    ],
+)
+def test_headers_that_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = tmp_path / "c.safetensors"
+    checkpoint.write(path, Checkpoint("admm", 7, False, {"model.a": torch.randn(10)}))
+    edit_header(path, **changes)
+    with pytest.raises(ValueError, match=rf"c\.safetensors: {message}"):
+        checkpoint.read(path)
+
+
+def test_a_header_nested_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    save_file({"a": torch.zeros(1)}, path, metadata={"gohsp_training": "[" * 100_000})
+    with pytest.raises(ValueError, match=r"c\.safetensors: wanted JSON of at most 32 levels"):
+        checkpoint.read(path)
+    with pytest.raises(ValueError, match="wanted a checkpoint"):
+        checkpoint.read(tmp_path)
+
+
+def test_damage_is_noticed_and_checkpoints_without_a_digest_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    checkpoint.write(path, Checkpoint("admm", 7, False, {"model.a": torch.randn(10), "admm.z": torch.tensor(1.5)}))
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"c\.safetensors: it is damaged"):
+        checkpoint.read(path)
+    edit_header(path, sha256=None)
+    assert checkpoint.read(path).step == 7
+
+
+@pytest.mark.parametrize("key", ["state.0", "state.x.y", "group.9.lr", "nothing"])
+def test_states_of_no_optimiser_are_refused(key: str) -> None:
+    model = runs.make_vit()
+    with pytest.raises(ValueError, match="optimizer: wanted the state of a AdamW"):
+        checkpoint.unpack_optimizer(create_optimizer_v2(model, opt="adamw"), {}, {key: 1.0})
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "adafactor"])
