@@ -75,9 +75,8 @@ def save(model: nn.Module, directory: str | Path) -> None:
         sha256 = _digest_file(folder / WEIGHTS)
         waiting = target / _waiting(sha256)
         publish(folder / WEIGHTS, waiting)
-        write_json(
-            target / PLAN, {**plan, _WEIGHTS_DIGEST: sha256}
-        )  # the new model is saved from here on: load looks for the name that waits
+        # The new model is saved from here on: load looks for the name that waits.
+        write_json(target / PLAN, {**plan, _WEIGHTS_DIGEST: sha256})
         rename(waiting, target / WEIGHTS)
         for left in target.glob(_waiting("*")):  # by saves that were killed
             left.unlink(missing_ok=True)
