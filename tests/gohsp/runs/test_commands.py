@@ -356,7 +356,7 @@ def test_a_bad_image_is_named(call: Call, recipe: Path, tmp_path: Path, folders:
         ({"what": "../../elsewhere"}, "what: Input should be 'model', 'pruned', 'compressed' or 'dense'"),
         ({"params": 0}, "params: Input should be greater than 0"),
         ({"macs": "many"}, "macs: Input should be a valid integer"),
-        ({"top1": float("nan")}, "top1: Input should be"),
+        ({"top1": "high"}, "top1: Input should be"),
         ({"top2": 1}, "top2: Extra inputs"),
     ],
 )
