@@ -59,6 +59,27 @@ def exclusive(directory: Path) -> Iterator[None]:
         _release(handle)
 
 
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """As :func:`exclusive`, for work that takes too long for others to wait for.
+
+    Raises:
+        ValueError: Somebody else has the directory; the message names it.
+    """
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(f"{directory}: another command works in this folder; wait for its end") from error
+            except OSError:  # some network disks have no locks
+                pass
+        yield
+    finally:
+        _release(handle)
+
+
 def publish(written: Path, path: Path) -> None:
     """Rename a file of a :func:`scratch` folder to its place, on the disk and with the mode that new files have."""
     probe = written.with_name(".mode")

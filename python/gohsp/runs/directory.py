@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gohsp import serialization
-from gohsp.files import check_keys, read_json, replacing, write_json
+from gohsp.files import alone, check_keys, read_json, replacing, write_json
 from gohsp.masks.mask import ModelMask
 from gohsp.models.registry import is_compressed
 from gohsp.recipe import ModelSource, Recipe, make_recipe, read_recipe, read_yaml, write_recipe
@@ -111,9 +111,17 @@ class RunDirectory:
 
         It is taken back if the command in the block finds that a value is wrong, so that the next one does not fail
         by it as well. That is not done once there is a checkpoint, which belongs to this recipe.
+
+        Raises:
+            ValueError: Another command works in the directory.
         """
-        before = self.recipe.read_bytes() if self.recipe.is_file() else None
         self.directory.mkdir(parents=True, exist_ok=True)
+        with alone(self.directory), self._remembering(recipe):
+            yield
+
+    @contextmanager
+    def _remembering(self, recipe: Recipe) -> Iterator[None]:
+        before = self.recipe.read_bytes() if self.recipe.is_file() else None
         if not self._holds(recipe):
             write_recipe(recipe, self.recipe)
         started = self.checkpoint.is_file()

@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -22,6 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gohsp.files import check_keys, cut, parse_json, replacing, shown
+
+T = TypeVar("T")
 
 FORMAT = 1
 _HEADER = "gohsp_training"
@@ -51,12 +53,24 @@ class Checkpoint:
         start = f"{name}."
         return {key.removeprefix(start): value for key, value in self.tensors.items() if key.startswith(start)}
 
+    def value(self, name: str, kind: type[T]) -> T:
+        """Return one of the plain values.
+
+        Raises:
+            ValueError: It is not there, or of another kind.
+        """
+        found = self.values.get(name)
+        if not isinstance(found, kind):
+            raise ValueError(f"checkpoint: {name}: wanted a {kind.__name__}, got {shown(found)}")
+        return found
+
 
 def write(path: Path, state: Checkpoint) -> None:
     """Write a checkpoint beside its place, make sure that it is on the disk, and rename it."""
     header = {"format": FORMAT, "stage": state.stage, "step": state.step, "done": state.done, "values": state.values}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-    header["sha256"] = _digest(tensors)
+    header = json.loads(json.dumps(header))  # as it will be read: keys are strings, tuples lists
+    header["sha256"] = _digest(header, tensors)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
 
@@ -88,13 +102,13 @@ def read(path: Path) -> Checkpoint:
             raise ValueError(f"{path}: {name}: wanted a {kind.__name__}, got {shown(header[name])}")
     if header["step"] < 0:
         raise ValueError(f"{path}: step: wanted 0 or more, got {header['step']}")
-    if digest not in (None, _digest(tensors)):
-        raise ValueError(f"{path}: it is damaged: its tensors are not those that were written")
+    if digest not in (None, _digest(header, tensors)):
+        raise ValueError(f"{path}: it is damaged: it does not hold what was written")
     return Checkpoint(header["stage"], header["step"], header["done"], tensors, header["values"])
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

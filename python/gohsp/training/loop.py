@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gohsp.compress import compress
-from gohsp.files import write_text
+from gohsp.files import cut, write_text
 from gohsp.masks.mask import ModelMask
 from gohsp.recipe import Fit
 from gohsp.training import checkpoint
@@ -93,12 +93,15 @@ class Loop:
             raise ValueError(f"directory: wanted one that all processes share, but they find different files in {path}")
         if saved is None:
             return None
-        if other := sorted(k for k, v in self.settings.items() if saved.values["settings"].get(k) != v):
+        if other := sorted(k for k, v in self.settings.items() if saved.value("settings", dict).get(k) != v):
             raise ValueError(
                 f"directory: {path} belongs to a run with another {', '.join(other)}; go on with the same settings, "
                 "or start in another directory"
             )
-        self.history[:] = saved.values["history"]
+        history = saved.value("history", list)
+        if not all(isinstance(row, dict) and row.keys() <= set(COLUMNS) for row in history):
+            raise ValueError(f"{path}: history: wanted mappings of {', '.join(COLUMNS)}")
+        self.history[:] = history
         self._write_metrics()
         return saved
 
@@ -111,7 +114,7 @@ class Loop:
         schedule = self._schedule(optimizer, total, per_epoch)
         step, loss_before = 0, 0.0
         if saved is not None:
-            step, loss_before = saved.step, saved.values["loss"]
+            step, loss_before = saved.step, saved.value("loss", float)
             _restore(saved, model, optimizer, admm)
             if saved.done:
                 return
@@ -286,7 +289,10 @@ def _state(
 
 
 def _restore(saved: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer, admm: SoftMaskAdmm | None) -> None:
-    model.load_state_dict(saved.part("model"))
-    checkpoint.unpack_optimizer(optimizer, saved.part("optimizer"), saved.values["optimizer"])
-    if admm is not None:
-        admm.restore(saved.part("admm"), saved.values["admm"])
+    checkpoint.unpack_optimizer(optimizer, saved.part("optimizer"), saved.value("optimizer", dict))
+    try:
+        model.load_state_dict(saved.part("model"))
+        if admm is not None:
+            admm.restore(saved.part("admm"), saved.value("admm", dict))
+    except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(f"checkpoint: wanted that of such a run, but {cut(error)}") from error

@@ -127,7 +127,7 @@ def train(
             loop.run(Stage("admm", admm.epochs, admm.lr or fit.lr), model, saved, pruner)
             saved, mask = None, pruner.mask()
         else:
-            mask = ModelMask.from_dict(saved.values["mask"])
+            mask = ModelMask.from_dict(saved.value("mask", dict))
         model = compress(model, mask)
     loop.mask = mask
     if fit.epochs:

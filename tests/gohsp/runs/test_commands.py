@@ -25,6 +25,7 @@ from typer.testing import CliRunner, Result
 
 import gohsp
 from gohsp.cli import app
+from gohsp.files import alone
 from gohsp.recipe import ModelSource, read_recipe
 from gohsp.runs.directory import RunDirectory, open_model, read_scores
 from gohsp.runs.report import Row, draw, markdown
@@ -264,6 +265,15 @@ def test_a_full_disk_is_one_line_that_names_the_directory(
     out = tmp_path / "run"
     refused(call("prune", "--recipe", recipe, "--out", out), f"{out}: No space left on device")
     refused(call("prune", "--recipe", recipe, "--out", out), f"{out}: SafetensorError: I/O error: No space left")
+
+
+def test_two_commands_do_not_work_in_one_folder(call: Call, recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with alone(run):
+        refused(call("prune", "--recipe", recipe, "--out", run), f"{run}: another command works in this folder")
+        assert list(run.iterdir()) == []
+    done(call("prune", "--recipe", recipe, "--out", run))
 
 
 def test_with_debug_a_failure_shows_where(call: Call, recipe: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,51 @@ def test_damage_is_noticed_and_checkpoints_without_a_digest_are_read(tmp_path: P
         checkpoint.read(path)
     edit_header(path, sha256=None)
     assert checkpoint.read(path).step == 7
+
+
+def test_a_changed_number_in_the_header_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    checkpoint.write(path, Checkpoint("admm", 7, False, {"model.a": torch.ones(2)}, {"loss": 0.25, 3: (1, 2)}))
+    assert checkpoint.read(path).values == {"loss": 0.25, "3": [1, 2]}
+    data = path.read_bytes()
+    assert data.count(b"0.25") == 1
+    path.write_bytes(data.replace(b"0.25", b"0.75"))
+    with pytest.raises(ValueError, match=r"c\.safetensors: it is damaged"):
+        checkpoint.read(path)
+
+
+CHANGES: dict[str, Callable[[Checkpoint], object]] = {
+    "settings: wanted a dict, got None": lambda c: c.values.pop("settings"),
+    "history: wanted a list, got 3": lambda c: c.values.update(history=3),
+    "history: wanted mappings of": lambda c: c.values.update(history=[{"epochs": 1}]),
+    "loss: wanted a float, got 'low'": lambda c: c.values.update(loss="low"),
+    "optimizer: wanted a dict, got": lambda c: c.values.update(optimizer=[]),
+    "admm: wanted a dict, got": lambda c: c.values.update(admm=1.0),
+    "wanted that of such a run, but KeyError": lambda c: c.values.update(admm={}),
+    "wanted that of such a run, but RuntimeError": lambda c: c.tensors.pop("model.norm.weight"),
+    "wanted that of such a run, but KeyError: 'z": lambda c: c.tensors.pop("admm.z.0"),
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_a_checkpoint_of_no_such_run_is_one_line(message: str, tmp_path: Path) -> None:
+    """Such as a file that somebody put together: its digest is right, and what it says is not."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(stage: str, step: int, total: int, loss: float) -> None:
+        if step == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        runs.run(tmp_path, checkpoint_steps=1, on_step=stop)
+    saved = checkpoint.read(tmp_path / "checkpoint.safetensors")
+    CHANGES[message](saved)
+    checkpoint.write(tmp_path / "checkpoint.safetensors", saved)
+    with pytest.raises(ValueError, match=message) as error:
+        runs.run(tmp_path, checkpoint_steps=1)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("key", ["state.0", "state.x.y", "group.9.lr", "nothing"])
