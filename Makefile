@@ -6,6 +6,7 @@
 #   make test     the tests (PYTEST_ARGS="-k mask" to choose; --exhaustive compiles Triton's kernels for all GPUs)
 #   make test-quick  those of the packages without the slow ones, for use between edits (PYTEST_ARGS too)
 #   make bench    benchmarks (BENCH_ARGS="--help" to choose)
+#   make attack   changed files, hostile calls and kills, twenty times as many as make test tries (10 minutes)
 #   make sanitize the C++ tests under the address, undefined-behaviour and thread sanitizers
 #   make lint     ruff, mypy, the layers of the house, clang-format
 #   make gpu-check  correctness and speed on the GPU at hand; writes gpu-report/ (hours, most of them others' compilers)
@@ -39,7 +40,7 @@ CXX_SOURCES = find csrc examples -type f -regex '.*\.\(h\|cpp\|inl\|cu\|cuh\)'
 
 say = @printf '\033[1m== %s\033[0m\n' "$(1)"
 
-.PHONY: setup demo test test-quick bench sanitize lint format gpu-check clean
+.PHONY: setup demo test test-quick bench attack sanitize lint format gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMPS)/native $(STAMPS)/packages
@@ -64,6 +65,11 @@ bench: setup
 gpu-check: setup
 	$(call say,GPU check)
 	@$(BIN)/python -m bench.gpu_check $(GPU_CHECK_ARGS)
+
+# tests/attack, twenty times as long; what each tried and with which seed is printed.
+attack: setup
+	$(call say,attack)
+	@GOHSP_ATTACK=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) -rP tests/attack $(PYTEST_ARGS)
 
 # The C++ tests of the CPU kernels on every instruction set of this machine.
 sanitize: $(STAMPS)/build-tools

@@ -29,6 +29,8 @@ from gohsp.pruning.latency import LatencyTable
 from gohsp.serialization import PLAN, WEIGHTS, _digest
 from gohsp.training import checkpoint
 
+from .scale import TIMES
+
 POINTS = ("replace", "fsync", "open", "unlink", "rmdir", "chmod")
 
 
@@ -119,7 +121,7 @@ def test_kills_at_random_moments(tmp_path: Path, models: list[Any]) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print("seed", seed)
     draws, now = random.Random(seed), 0
-    for _ in range(40):
+    for _ in range(40 * TIMES):
         in_child(partial(gohsp.save, models[1 - now], tmp_path), kill_after=draws.random() * 1.5 * takes)
         now = check_after_a_kill(tmp_path, now)
     gohsp.save(models[1], tmp_path)
@@ -389,6 +391,7 @@ def test_a_changed_file_is_refused_in_a_line_or_read_as_something_valid(
     examples: Path, tmp_path: Path, kind: str
 ) -> None:
     name, read, number = READERS[kind]
+    number *= TIMES
     seed = random.SystemRandom().randrange(2**32)
     print("seed", seed)
     draws, refused = random.Random(seed), 0

@@ -15,6 +15,8 @@ import torch
 from gohsp_kernels import _native, cpu
 from gohsp_kernels.testing import Maker
 
+from .scale import TIMES
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not _native.load(), reason=_native.load().reason)
 
@@ -31,13 +33,13 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 @pytest.mark.parametrize("seed", range(2))
 def test_random_hostile_calls(seed: int) -> None:
-    run = python("-m", "tests.attack.native", str(seed), "1500")
+    run = python("-m", "tests.attack.native", str(seed), str(1500 * TIMES))
     last = [line for line in run.stderr.splitlines() if ", argument " in line][-1:]
     assert run.returncode == 0, (run.returncode, last, run.stderr[-1000:])
     told = json.loads(run.stdout)
     print(f"seed {seed}: {told}")
     assert told["unwritten"] == []
-    assert told["refused"] > 1000 and told["answered"] > 100
+    assert told["refused"] > 1000 * TIMES and told["answered"] > 100 * TIMES
 
 
 def layout(*numbers: int) -> torch.Tensor:
