@@ -291,6 +291,7 @@ EDGES: Mapping[str, Callable[[Maker], Call]] = {
     "ragged_attention, norms on q and k without bias": lambda m: m.attention(
         2, 20, [5, 5], [8, 3], eps=0.5, **_weights_only(m.qk_norm(5))
     ),
+    "ragged_attention, norms without a head": lambda m: m.attention(1, 3, [], [], **m.qk_norm(4)),
     "attention_sublayer, no head": lambda m: m.attention_sublayer(2, 7, 16, [], []),
     "attention_sublayer, a head without QK channels": lambda m: m.attention_sublayer(2, 7, 16, [0, 4], [4, 4]),
     "attention_sublayer, a head without V channels": lambda m: m.attention_sublayer(2, 7, 16, [4, 4], [0, 4]),

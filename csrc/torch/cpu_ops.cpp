@@ -303,7 +303,7 @@ Tensor cpu_attention(Tensor qkv, Tensor widths, std::optional<Tensor> qk_norm, d
   if (qk_norm.has_value()) {
     heads.qk_norm = floats(*qk_norm, "qk_norm");
     const int64_t width = norm_width(heads);
-    STD_TORCH_CHECK(qk_norm->numel() == 4 * width, "qk_norm: wanted shape [4, ", width, "]");
+    STD_TORCH_CHECK(count == 0 || qk_norm->numel() == 4 * width, "qk_norm: wanted shape [4, ", width, "]");
   }
   STD_TORCH_CHECK(qkv.dim() == 3 && qkv.size(2) == 2 * totals.qk + totals.v && v_total == totals.v,
                   "qkv: wanted [batch, tokens, ", 2 * totals.qk + totals.v, "]");
