@@ -6,7 +6,7 @@
 #   make test     the tests (PYTEST_ARGS="-k mask" to choose; --exhaustive compiles Triton's kernels for all GPUs)
 #   make test-quick  those of the packages without the slow ones, for use between edits (PYTEST_ARGS too)
 #   make bench    benchmarks (BENCH_ARGS="--help" to choose)
-#   make attack   changed files, hostile calls and kills, twenty times as many as make test tries (10 minutes)
+#   make attack   changed files, hostile calls and kills, twenty times as many as make test tries
 #   make sanitize the C++ tests under the address, undefined-behaviour and thread sanitizers
 #   make lint     ruff, mypy, the layers of the house, clang-format
 #   make gpu-check  correctness and speed on the GPU at hand; writes gpu-report/ (hours, most of them others' compilers)
@@ -17,7 +17,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 # Bytecode is compiled when a module is first imported: of thousands that are installed, hundreds are. It has to be kept
-# then, whatever the environment says: torch and timm take 12 s to compile, in each of a hundred processes of the tests.
+# then, whatever the environment says: otherwise each process of the tests compiles torch and timm again, which takes longer
+# than most tests.
 export PYTHONDONTWRITEBYTECODE :=
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 

@@ -42,14 +42,8 @@ inline void round_row(Format format, float* x, int64_t columns, const RoundedRow
 }
 
 template <class Emit>
-inline void multiply(const Lhs& a, int64_t rows, const Matrix& w, int64_t first_panel, int64_t last_panel,
-                     const Emit& emit) {
-  with_format(w.format, [&](auto f) { multiply<decltype(f)>(f.of(a), rows, w, first_panel, last_panel, emit); });
-}
-
-template <class Emit>
 inline void multiply(const Lhs& a, int64_t rows, const Matrix& w, const Emit& emit) {
-  multiply(a, rows, w, 0, panel_count(w.n), emit);
+  with_format(w.format, [&](auto f) { multiply<decltype(f)>(f.of(a), rows, w, 0, panel_count(w.n), emit); });
 }
 
 }  // namespace gohsp::GOHSP_ISA
