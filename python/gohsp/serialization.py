@@ -6,7 +6,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -45,7 +46,7 @@ DEFAULT_FAMILY = "TimmVit"
 """Of plans that name none."""
 
 _DIGEST = "plan_sha256"  # in the weights
-_WEIGHTS_DIGEST = "weights_sha256"  # in the plan
+_WEIGHTS_DIGEST = "tensors_sha256"  # in the plan
 _MAX_HEADER = 2**27  # bytes; safetensors itself takes headers of 100 MB
 
 
@@ -70,9 +71,10 @@ def save(model: nn.Module, directory: str | Path) -> None:
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    digest = _digest(plan)
     with exclusive(target), scratch(target) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", _DIGEST: _digest(plan)})
-        sha256 = _digest_file(folder / WEIGHTS)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", _DIGEST: digest})
+        sha256 = digest_tensors(tensors, digest)
         waiting = target / _waiting(sha256)
         publish(folder / WEIGHTS, waiting)
         # The new model is saved from here on: load looks for the name that waits.
@@ -82,7 +84,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def load(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+def load(directory: str | Path, device: torch.device | str = "cpu", *, verify: bool = True) -> nn.Module:
     """Read a model that :func:`save` wrote, in evaluation mode and in the dtype that it was saved in.
 
     The weights are mapped and copied: what happens to the file afterwards does not reach the model. Whoever makes the
@@ -92,6 +94,8 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module
     Args:
         directory: Where plan.json and model.safetensors are.
         device: Where the model goes.
+        verify: Compare the weights with the SHA-256 that was saved with them, which takes longer than all else of
+            loading. False believes the disk; every other check is made.
 
     Raises:
         FileNotFoundError: One of the two files is not there.
@@ -101,7 +105,7 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module
     while True:
         before = _stamp(source / PLAN)
         try:
-            model = _load(source)
+            model = _load(source, verify)
             break
         except (FileNotFoundError, ValueError):
             if _stamp(source / PLAN) == before:  # otherwise another process has saved in between
@@ -109,7 +113,7 @@ def load(directory: str | Path, device: torch.device | str = "cpu") -> nn.Module
     return model.to(device).eval()
 
 
-def _load(source: Path) -> nn.Module:
+def _load(source: Path, verify: bool) -> nn.Module:
     where = source / PLAN
     plan = parse_json(_first(source, (PLAN,), partial(read_bytes, limit=MAX_JSON)), str(where))
     sha256 = plan.get(_WEIGHTS_DIGEST) if isinstance(plan, dict) else None  # plans of earlier versions have none
@@ -124,8 +128,8 @@ def _load(source: Path) -> nn.Module:
         raise ValueError(f"{where}: {error}") from error
     most = 8 * sum(tensor.numel() for tensor in model.state_dict().values()) + _MAX_HEADER
     names = (WEIGHTS,) if sha256 is None else (_waiting(sha256), WEIGHTS)
-    tensors, digest, found = _first(source, names, partial(_read_weights, limit=most))
-    if sha256 not in (None, found):
+    tensors, digest = _first(source, names, partial(_read_weights, limit=most))
+    if verify and sha256 not in (None, digest_tensors(tensors, digest)):
         raise ValueError(f"{source}: {WEIGHTS} is damaged, or {PLAN} and {WEIGHTS} are not of one save")
     if digest != _digest(plan):
         raise ValueError(f"{source}: {PLAN} and {WEIGHTS} are not of one save, or one of them was changed")
@@ -167,12 +171,24 @@ def _describe(model: nn.Module, mask: ModelMask) -> dict[str, Any]:
 
 
 def digest_weights(model: nn.Module) -> str:
-    """Return what tells the parameters and buffers of a model from others, names included: SHA-256."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    """Return the SHA-256 of the parameters and buffers of a model with their names, dtypes and shapes."""
+    return digest_tensors(model.state_dict())
+
+
+def digest_tensors(tensors: Mapping[str, Tensor], beside: str = "") -> str:
+    """Return the SHA-256 of a text and of tensors with their names, dtypes and shapes.
+
+    As many threads as torch has read the tensors' bytes: it is what takes longest when a large model is loaded.
+    """
+
+    def digest(name: str) -> str:
+        tensor = tensors[name].detach().cpu().contiguous()
+        raw_bytes = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+        return f"{name} {tensor.dtype} {tuple(tensor.shape)} {raw_bytes}"
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        lines = [beside, *pool.map(digest, sorted(tensors))]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _build(description: Any, mask: ModelMask) -> nn.Module:
@@ -211,42 +227,21 @@ def _check_tensors(model: nn.Module, tensors: dict[str, Tensor], where: object) 
             raise ValueError(f"{where}: {name}: wanted a dtype like {wanted[name].dtype}, got {tensor.dtype}")
 
 
-def _read_weights(path: Path, limit: int) -> tuple[dict[str, Tensor], str, str]:
-    """Return the tensors, which own their memory, the digest of the plan that they belong to, and that of the file.
-
-    The last one is computed from what was read, and so holds for it whatever becomes of the file meanwhile.
-    """
+def _read_weights(path: Path, limit: int) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors, which own their memory, and the digest of the plan that they belong to."""
     with refusing(path, limit):
         try:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (not a dict)
-            raw_bytes = {name: tensor.reshape(-1).view(torch.uint8) for name, tensor in tensors.items()}
+                metadata = file.metadata() or {}
         except OSError:
             raise
         except Exception as error:  # a SafetensorError, or what torch says to a dtype that it does not have
             raise ValueError(f"{path}: wanted a safetensors file, but {cut(error)}") from error
-        with path.open("rb") as raw:
-            size = raw.read(8)
-            text = raw.read(min(int.from_bytes(size, "little"), _MAX_HEADER))
-    header = parse_json(text, str(path))
-    metadata = header.pop("__metadata__", None)
-    if header.keys() != tensors.keys():
-        raise ValueError(f"{path}: it was changed while it was read")
-    digest = hashlib.sha256(size + text)
-    for name in sorted(header, key=lambda name: header[name]["data_offsets"]):  # nothing lies between them
-        digest.update(raw_bytes[name].numpy().data)
-    return tensors, metadata.get(_DIGEST, "") if isinstance(metadata, dict) else "", digest.hexdigest()
+    return tensors, metadata.get(_DIGEST, "")
 
 
 def _digest(plan: dict[str, Any]) -> str:
     """Return the digest of a plan without what it says of the weights, which carry this digest."""
     told = {key: value for key, value in plan.items() if key != _WEIGHTS_DIGEST}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def _digest_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()

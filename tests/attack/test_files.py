@@ -422,7 +422,7 @@ def _sign(directory: Path) -> None:
     """Have plan and weights vouch for each other again, where they can be read at all: whoever edits them can."""
     try:
         plan = json.loads((directory / PLAN).read_text())
-        plan.pop("weights_sha256", None)
+        plan.pop("tensors_sha256", None)
         tensors = load_file(directory / WEIGHTS)
         save_file(tensors, directory / WEIGHTS, metadata={"plan_sha256": _digest(plan)})
         (directory / PLAN).write_text(json.dumps(plan))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 import gohsp
 from gohsp.masks.mask import ModelMask
 from gohsp.models.registry import family_of
-from gohsp.serialization import PLAN, WEIGHTS, _digest
+from gohsp.serialization import PLAN, WEIGHTS, _digest, digest_tensors
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("vit_tiny_patch16_224", {}),
@@ -164,15 +163,16 @@ def edit_plan(directory: Path, edit: Callable[[Any], None], sign: bool) -> None:
     edit(plan)
     if sign:
         tensors = load_file(directory / WEIGHTS)
-        save_file(tensors, directory / WEIGHTS, metadata={"plan_sha256": _digest(plan)})
-        plan["weights_sha256"] = hashlib.sha256((directory / WEIGHTS).read_bytes()).hexdigest()
+        digest = _digest(plan)
+        save_file(tensors, directory / WEIGHTS, metadata={"plan_sha256": digest})
+        plan["tensors_sha256"] = digest_tensors(tensors, digest)
     (directory / PLAN).write_text(json.dumps(plan))
 
 
 def make_old(directory: Path) -> None:
     """Make of a saved model what versions wrote that did not know the digest of the weights."""
     plan = json.loads((directory / PLAN).read_text())
-    del plan["weights_sha256"]
+    del plan["tensors_sha256"]
     (directory / PLAN).write_text(json.dumps(plan))
 
 
@@ -182,7 +182,7 @@ def test_a_model_of_an_earlier_version_is_loaded(saved: tuple[Any, Path]) -> Non
     loaded = gohsp.load(directory).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in compact.state_dict().items())
     gohsp.save(compact, directory)
-    assert "weights_sha256" in json.loads((directory / PLAN).read_text())
+    assert "tensors_sha256" in json.loads((directory / PLAN).read_text())
 
 
 def test_a_changed_plan_is_noticed_even_if_the_shapes_fit(saved: tuple[Any, Path]) -> None:
@@ -324,6 +324,40 @@ def test_damaged_files_are_refused(saved: tuple[Any, Path]) -> None:
     (directory / PLAN).write_text(plan[: len(plan) // 2])
     with pytest.raises(ValueError, match=r"plan\.json: wanted JSON"):
         gohsp.load(directory)
+
+
+def test_damage_is_believed_where_the_caller_says_so(saved: tuple[Any, Path]) -> None:
+    compact, directory = saved
+    data = bytearray((directory / WEIGHTS).read_bytes())
+    data[-5] ^= 1
+    (directory / WEIGHTS).write_bytes(data)
+    with pytest.raises(ValueError, match="is damaged"):
+        gohsp.load(directory)
+    loaded = gohsp.load(directory, verify=False).state_dict()
+    assert sum(not torch.equal(loaded[name], value) for name, value in compact.state_dict().items()) == 1
+
+
+def test_a_save_of_equal_tensors_under_another_mask_fails_between_its_files(
+    tmp_path: Path, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights that wait for their plan have a name of their own, even if they hold the same numbers."""
+
+    def ones(first: int) -> nn.Module:
+        model = make_model()
+        for parameter in model.parameters():
+            nn.init.ones_(parameter)
+        mask = ModelMask.keep_first(model)
+        mask.blocks[0].hidden[first] = False
+        return gohsp.compress(model, mask)
+
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    gohsp.save(ones(0), tmp_path)
+    monkeypatch.setattr("gohsp.serialization.write_json", fail)
+    with pytest.raises(OSError, match="disk full"):
+        gohsp.save(ones(1), tmp_path)
+    assert ModelMask.of(gohsp.load(tmp_path)).blocks[0].hidden.tolist().index(False) == 0
 
 
 def test_a_failed_save_leaves_no_half_model(

@@ -9,7 +9,6 @@ not used because it pickles, writes several files, and saves states of generator
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,11 +21,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gohsp.files import check_keys, cut, parse_json, replacing, shown
+from gohsp.serialization import digest_tensors
 
 T = TypeVar("T")
 
 FORMAT = 1
 _HEADER = "gohsp_training"
+_SHA256 = "tensors_sha256"
 _KINDS: dict[str, type] = {"format": int, "stage": str, "step": int, "done": bool, "values": dict}
 
 
@@ -70,7 +71,7 @@ def write(path: Path, state: Checkpoint) -> None:
     header = {"format": FORMAT, "stage": state.stage, "step": state.step, "done": state.done, "values": state.values}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
     header = json.loads(json.dumps(header))  # as it will be read: keys are strings, tuples lists
-    header["sha256"] = _digest(header, tensors)
+    header[_SHA256] = _digest(header, tensors)
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={_HEADER: json.dumps(header)})
 
@@ -95,7 +96,7 @@ def read(path: Path) -> Checkpoint:
     header = parse_json(text.encode(), str(path), finite=False)  # a run may have lost its way
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{path}: wanted a checkpoint of gohsp.train in format {FORMAT}")
-    digest = header.pop("sha256", None)  # earlier versions wrote none
+    digest = header.pop(_SHA256, None)  # earlier versions wrote none
     check_keys(header, tuple(_KINDS), str(path))
     for name, kind in _KINDS.items():
         if type(header[name]) is not kind:
@@ -108,11 +109,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return digest_tensors(tensors, beside=json.dumps(header, sort_keys=True))
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

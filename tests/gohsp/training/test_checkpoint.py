@@ -90,7 +90,7 @@ def test_damage_is_noticed_and_checkpoints_without_a_digest_are_read(tmp_path: P
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"c\.safetensors: it is damaged"):
         checkpoint.read(path)
-    edit_header(path, sha256=None)
+    edit_header(path, tensors_sha256=None)
     assert checkpoint.read(path).step == 7
 
 
