@@ -6,7 +6,7 @@
 #   make test     the tests (PYTEST_ARGS="-k mask" to choose; --exhaustive compiles Triton's kernels for all GPUs)
 #   make test-quick  those of the packages without the slow ones, for use between edits (PYTEST_ARGS too)
 #   make bench    benchmarks (BENCH_ARGS="--help" to choose)
-#   make attack   changed files, hostile calls and kills, twenty times as many as make test tries
+#   make attack   changed files, hostile calls, kills, bad disks and threads, up to twenty times as many as in make test
 #   make sanitize the C++ tests under the address, undefined-behaviour and thread sanitizers
 #   make lint     ruff, mypy, the layers of the house, clang-format
 #   make lock     chooses again the versions of packages that all of these install (constraints.txt)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from gohsp.files import replacing
+from gohsp.files import exclusive, replacing
 
 DEFAULT_PATH = Path("bench/results/results.csv")
 
@@ -79,8 +79,10 @@ def append(path: Path, rows: Sequence[Row]) -> None:
         ValueError: The file is there and is not one of these.
     """
     new = {row.key: row for row in rows}
-    kept = [row for row in read(path) if row.key not in new] if path.exists() else []
-    write_table(path, COLUMNS, (_cells(row) for row in [*kept, *new.values()]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(path.parent):
+        kept = [row for row in read(path) if row.key not in new] if path.exists() else []
+        write_table(path, COLUMNS, (_cells(row) for row in [*kept, *new.values()]))
 
 
 def read(path: Path) -> list[Row]:

@@ -25,6 +25,7 @@ from bench.harness.results import read_table, write_table
 from bench.harness.timing import TIMES, time_against
 from gohsp.count import Count
 from gohsp.demo.data import Images, load_folder
+from gohsp.files import exclusive
 from gohsp.pruning.budget import BlockBudget
 from gohsp.pruning.criteria import CRITERIA
 from gohsp.pruning.scoring import CHANNEL_TILE
@@ -264,7 +265,9 @@ def run(
 def append(path: Path, trial: Trial, outcome: Outcome) -> None:
     """Add one row."""
     values = {name: f"{value:.5g}" if isinstance(value, float) else value for name, value in asdict(outcome).items()}
-    write_table(path, COLUMNS, [*read_table(path), dict(zip(KEYS, trial.key(), strict=True)) | values])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(path.parent):
+        write_table(path, COLUMNS, [*read_table(path), dict(zip(KEYS, trial.key(), strict=True)) | values])
 
 
 def add_times(path: Path, rounds: int = 15) -> None:

@@ -200,11 +200,14 @@ def demo(
     """
     from gohsp.demo import report
     from gohsp.demo.run import Settings, run
+    from gohsp.files import alone
 
     console = Console()
     with _at(out):
-        results = run(Settings(out=out, data=data, keep=keep, images=images, seed=seed), console)
-        path = report.write(results, out)
+        out.mkdir(parents=True, exist_ok=True)
+        with alone(out):
+            results = run(Settings(out=out, data=data, keep=keep, images=images, seed=seed), console)
+            path = report.write(results, out)
     report.show(results, console)
     figures, model = escape(str(out / "results.json")), escape(str(out / "model"))
     console.print(f"\nThe pictures: [bold]{escape(str(path))}[/]. The figures: {figures}. The pruned model: {model}")

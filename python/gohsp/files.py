@@ -6,20 +6,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import reprlib
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from safetensors import SafetensorError
 
 try:
     import fcntl
-except ImportError:  # Windows: no locks; writers in one folder have to take turns
+except ImportError:  # Windows, where folders cannot be opened: they are neither locked nor flushed
     fcntl = None  # type: ignore[assignment]
 
 MAX_JSON = 2**26
@@ -31,12 +34,15 @@ MAX_NESTING = 32
 _repr = reprlib.Repr()
 _repr.maxlevel, _repr.maxlist, _repr.maxdict, _repr.maxstring, _repr.maxother, _repr.maxlong = 3, 8, 4, 120, 120, 40
 
+_of_thread = threading.local()
+
 
 @contextmanager
 def scratch(directory: Path) -> Iterator[Path]:
     """Give a new folder inside ``directory`` that is one's own until the block ends; then it goes.
 
-    Nobody can guess its name or put a link into it. Those that killed writers left behind are removed first.
+    Nobody can guess its name or put a link into it. Those that killed writers left behind are removed first; on Windows
+    they stay.
     """
     for left in directory.glob(".gohsp-*.tmp"):
         _remove_if_left(left)
@@ -50,13 +56,12 @@ def scratch(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def exclusive(directory: Path) -> Iterator[None]:
-    """Let no other writer that asks for the same directory in until the block ends: they wait. A kill ends it too."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        _acquire(handle)
+    """Let no other writer that asks for the same directory in until the block ends: they wait. A kill ends it too.
+
+    Who holds the directory already, by this or by :func:`alone`, in the same thread, does not wait for itself.
+    """
+    with _held(directory, _acquire):
         yield
-    finally:
-        _release(handle)
 
 
 @contextmanager
@@ -66,18 +71,56 @@ def alone(directory: Path) -> Iterator[None]:
     Raises:
         ValueError: Somebody else has the directory; the message names it.
     """
+
+    def acquire(handle: int) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{directory}: another process or thread works there; wait for its end") from error
+        except OSError:  # some network disks have no locks
+            pass
+
+    with _held(directory, acquire):
+        yield
+
+
+@contextmanager
+def _held(directory: Path, acquire: Callable[[int], None]) -> Iterator[None]:
+    """Hold the lock on a directory in the block, unless this thread has it."""
+    if fcntl is None:
+        yield
+        return
     handle = os.open(directory, os.O_RDONLY)
     try:
-        if fcntl is not None:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ValueError(f"{directory}: another command works in this folder; wait for its end") from error
-            except OSError:  # some network disks have no locks
-                pass
-        yield
+        found = os.fstat(handle)
+        folder, mine = (found.st_dev, found.st_ino), _of_thread.__dict__.setdefault("folders", set())
+        if folder in mine:
+            yield
+            return
+        acquire(handle)
+        mine.add(folder)
+        try:
+            yield
+        finally:
+            mine.remove(folder)
     finally:
         _release(handle)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name a file in what the system says while it is written: elsewhere, or by other libraries, as it may be."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def publish(written: Path, path: Path) -> None:
@@ -102,7 +145,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     It has the same name in another folder: by its ending some writers choose a format.
     """
-    with scratch(path.parent) as folder:
+    with naming(path), scratch(path.parent) as folder:
         yield folder / path.name
         publish(folder / path.name, path)
 
@@ -238,10 +281,12 @@ def _too_deep(where: str) -> ValueError:
     return ValueError(f"{where}: wanted JSON of at most {MAX_NESTING} levels")
 
 
-def _own_folder(directory: Path) -> tuple[Path, int]:
+def _own_folder(directory: Path) -> tuple[Path, int | None]:
     """Return a new folder and the lock on it that tells others that its writer lives."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=".gohsp-", suffix=".tmp", dir=directory))
+        if fcntl is None:
+            return folder, None
         with suppress(FileNotFoundError):  # another writer may take it away before it is locked
             handle = os.open(folder, os.O_RDONLY)
             _acquire(handle)
@@ -263,20 +308,21 @@ def _remove_if_left(folder: Path) -> None:
 
 
 def _acquire(handle: int) -> None:
-    if fcntl is not None:
-        with suppress(OSError):  # some network disks have no locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    with suppress(OSError):  # some network disks have no locks
+        fcntl.flock(handle, fcntl.LOCK_EX)
 
 
-def _release(handle: int) -> None:
-    if fcntl is not None:
+def _release(handle: int | None) -> None:
+    if handle is not None:
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_UN)  # a forked child may hold the same handle
-    os.close(handle)
+        os.close(handle)
 
 
 def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    if fcntl is None and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY if fcntl else os.O_RDWR)  # Windows flushes only what may be written
     try:
         os.fsync(handle)
     finally:

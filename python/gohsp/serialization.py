@@ -6,8 +6,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -24,6 +25,7 @@ from gohsp.files import (
     check_keys,
     cut,
     exclusive,
+    naming,
     parse_json,
     publish,
     read_bytes,
@@ -64,6 +66,8 @@ def save(model: nn.Module, directory: str | Path) -> None:
 
     Raises:
         ValueError: The model is not compressed, or holds something that plan.json cannot describe.
+        OSError: The disk is full or may not be written to; the error names the file. The old model or the new one is
+            loaded then.
     """
     mask = ModelMask.of(model)
     plan = {"format": FORMAT, "model": _describe(model, mask), "mask": mask.to_dict()}
@@ -72,16 +76,33 @@ def save(model: nn.Module, directory: str | Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     digest = _digest(plan)
-    with exclusive(target), scratch(target) as folder:
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", _DIGEST: digest})
-        sha256 = digest_tensors(tensors, digest)
-        waiting = target / _waiting(sha256)
-        publish(folder / WEIGHTS, waiting)
-        # The new model is saved from here on: load looks for the name that waits.
+    sha256 = digest_tensors(tensors, digest)
+    with exclusive(target), _without_leftovers(target):
+        with naming(target / WEIGHTS), scratch(target) as folder:
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", _DIGEST: digest})
+            publish(folder / WEIGHTS, target / _waiting(sha256))
         write_json(target / PLAN, {**plan, _WEIGHTS_DIGEST: sha256})
-        rename(waiting, target / WEIGHTS)
-        for left in target.glob(_waiting("*")):  # by saves that were killed
-            left.unlink(missing_ok=True)
+        # The new model is saved from here on: load looks for the name that waits.
+        with naming(target / WEIGHTS):
+            rename(target / _waiting(sha256), target / WEIGHTS)
+
+
+@contextmanager
+def _without_leftovers(target: Path) -> Iterator[None]:
+    """Remove weights that wait for a plan that never came, before the block, which may need the room, and after it."""
+    _remove_leftovers(target)
+    try:
+        yield
+    finally:
+        _remove_leftovers(target)
+
+
+def _remove_leftovers(target: Path) -> None:
+    with suppress(OSError):
+        plan = (target / PLAN).read_bytes() if (target / PLAN).exists() else b""
+        for left in target.glob(_waiting("*")):
+            if left.name.split(".")[2].encode() not in plan:
+                left.unlink(missing_ok=True)
 
 
 def load(directory: str | Path, device: torch.device | str = "cpu", *, verify: bool = True) -> nn.Module:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -11,27 +12,29 @@ import signal
 import stat
 import threading
 import time
-import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 import gohsp
-from gohsp.files import read_json, replacing, write_json
+from gohsp import files, serialization
+from gohsp.files import alone, exclusive, read_json, replacing, write_json
 from gohsp.masks.mask import ModelMask
 from gohsp.pruning.latency import LatencyTable
 from gohsp.serialization import PLAN, WEIGHTS, _digest
 from gohsp.training import checkpoint
 
+from .kills import POINTS, in_child, killed_at
 from .scale import TIMES
-
-POINTS = ("replace", "fsync", "open", "unlink", "rmdir", "chmod")
 
 
 def small(value: float) -> Any:
@@ -47,42 +50,6 @@ def value_in(directory: Path) -> float:
     value = float(loaded.head.bias.detach()[0])
     assert ModelMask.of(loaded).blocks[0].hidden.sum() == 8 + int(value)
     return value
-
-
-def in_child(work: Callable[[], Any], kill_after: float | None = None) -> bool:
-    """Run something in a fork, perhaps killed from outside after some seconds; return whether it was killed."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the save failed"
-    return os.WIFSIGNALED(status)
-
-
-def killed_at(point: str, number: int, work: Callable[[], Any]) -> None:
-    """Do some work, but die at a call of a function of os, before or after it in turn."""
-    calls, real = 0, getattr(os, point)
-
-    def dying(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == number // 2 and number % 2 == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = real(*args, **kwargs)
-        if calls == number // 2 and number % 2 == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(os, point, dying)
-    work()
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +100,95 @@ def test_a_first_save_that_is_killed_after_its_plan_is_loaded(tmp_path: Path, mo
     assert in_child(lambda: killed_at("replace", 2 * 3, lambda: gohsp.save(models[1], tmp_path)))
     assert not (tmp_path / WEIGHTS).exists()
     assert value_in(tmp_path) == 1
+
+
+def test_a_save_that_finds_no_room_leaves_none_of_its_weights_and_what_kills_left_goes_first(
+    tmp_path: Path, models: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gohsp.save(models[0], tmp_path)
+    assert in_child(lambda: killed_at("replace", 2 * 2, lambda: gohsp.save(models[1], tmp_path)))
+    assert len(list(tmp_path.glob(".model.*"))) == 1
+    left: list[int] = []
+
+    def full(*arguments: Any, **options: Any) -> None:
+        left.append(len(list(tmp_path.glob(".model.*"))))
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(serialization, "save_file", full)
+    with pytest.raises(OSError, match=rf"^\[Errno 28\] No space left on device: '{tmp_path / WEIGHTS}'$"):
+        gohsp.save(models[1], tmp_path)
+    assert left == [0]
+    monkeypatch.undo()
+    monkeypatch.setattr(serialization, "write_json", full)
+    with pytest.raises(SafetensorError):
+        gohsp.save(models[1], tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [WEIGHTS, PLAN] and value_in(tmp_path) == 0
+
+
+def test_a_thread_that_holds_a_folder_does_not_wait_for_itself(tmp_path: Path, models: list[Any]) -> None:
+    def hold() -> None:
+        with ThreadPoolExecutor() as elsewhere:
+            with alone(tmp_path), alone(tmp_path), exclusive(tmp_path):
+                gohsp.save(models[0], tmp_path)
+                error = elsewhere.submit(alone(tmp_path).__enter__).exception()
+            assert str(error) == f"{tmp_path}: another process or thread works there; wait for its end"
+            elsewhere.submit(gohsp.save, models[1], tmp_path).result()
+
+    assert not in_child(hold)  # ends it, should it wait
+    assert value_in(tmp_path) == 1
+
+
+def test_on_windows_nothing_is_locked_and_no_folder_is_opened(
+    tmp_path: Path, models: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There, os.open refuses folders, fsync what is only read, and there is no fcntl."""
+    opened, real_open, real_fsync = {}, os.open, os.fsync
+
+    def open_file(path: Any, flags: int, *mode: Any, **options: Any) -> int:
+        if os.path.isdir(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        handle = real_open(path, flags, *mode, **options)
+        opened[handle] = flags
+        return handle
+
+    def fsync(handle: int) -> None:
+        if not opened[handle] & (os.O_RDWR | os.O_WRONLY):
+            raise OSError(9, "Bad file descriptor")
+        real_fsync(handle)
+
+    monkeypatch.setattr(files, "fcntl", None)
+    monkeypatch.setattr(shutil, "_use_fd_functions", False)
+    monkeypatch.setattr(os, "open", open_file)
+    monkeypatch.setattr(os, "fsync", fsync)
+    for number in (0, 1):
+        gohsp.save(models[number], tmp_path)
+        with alone(tmp_path):
+            write_json(tmp_path / "x.json", {})
+        assert sorted(os.listdir(tmp_path)) == [WEIGHTS, PLAN, "x.json"]
+        assert value_in(tmp_path) == number
+
+
+def test_modules_nested_without_end_are_named(models: list[Any]) -> None:
+    model, small = VisionTransformer(16, 8, embed_dim=12, depth=1, num_heads=2), copy.deepcopy(models[0])
+    for _ in range(200):
+        model.head, small.head = nn.Sequential(model.head), nn.Sequential(small.head)
+    images = [torch.zeros(1, 3, 16, 16)]
+    calls: dict[str, Callable[[], object]] = {
+        "prune": lambda: gohsp.prune(model, images, target={"params": 0.8}),
+        "rank": lambda: gohsp.rank_heads(model, images),
+        "mask": lambda: ModelMask.full(model),
+        "count": lambda: gohsp.count(model),
+        "count compressed": lambda: gohsp.count(small),
+        "freeze": lambda: gohsp.freeze(small),
+        "densify": lambda: gohsp.densify(small),
+        "save": lambda: gohsp.save(small, "nowhere"),
+        "train": lambda: gohsp.train(small, []),
+        "train dense": lambda: gohsp.train(model, []),
+    }
+    for name, call in calls.items():
+        print(name)
+        with pytest.raises(ValueError, match="model: wanted at most 64 modules within each other"):
+            call()
 
 
 def test_threads_and_a_reader_in_one_folder(tmp_path: Path, models: list[Any]) -> None:

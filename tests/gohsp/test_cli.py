@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: its help teaches, wrong input is answered in one line, results are written and announced."""
 
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 import timm
 from typer.testing import CliRunner
@@ -8,6 +14,9 @@ from typer.testing import CliRunner
 import gohsp
 from gohsp.cli import app
 from gohsp.demo import report, run
+from gohsp.files import alone
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -77,8 +86,37 @@ def test_demo_passes_its_options_on_and_says_where_the_report_is(call, tmp_path,
     monkeypatch.setattr(run, "run", fake_run)
     monkeypatch.setattr(report, "write", lambda results, out: out / "report.html")
     monkeypatch.setattr(report, "show", lambda results, console: None)
+    monkeypatch.chdir(tmp_path)
     result = call("demo", "--out", "here", "--keep", "0.5", "--images", "80", "--seed", "7", "--data", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert (str(given["out"]), given["keep"], given["images"], given["seed"]) == ("here", 0.5, 80, 7)
     assert given["data"] == tmp_path
     assert "here/report.html" in result.output and "12 s in all" in result.output
+
+
+def test_two_demos_do_not_work_in_one_folder(call, tmp_path):
+    with alone(tmp_path), ThreadPoolExecutor() as elsewhere:
+        result = elsewhere.submit(call, "demo", "--out", str(tmp_path)).result()
+    assert result.exit_code == 1
+    assert result.stderr == f"gohsp demo: {tmp_path}: another process or thread works there; wait for its end\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("module", ["gohsp", "torch"])
+def test_ctrl_c_while_the_program_is_imported_is_one_line(module):
+    assert 'gohsp = "gohsp_command:main"' in (ROOT / "pyproject.toml").read_text()
+    script = f"""
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "{module}":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+from gohsp_command import main
+main()
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
+    done = subprocess.run([sys.executable, "-c", script, "info"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "gohsp: interrupted\n")

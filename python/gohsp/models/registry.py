@@ -12,6 +12,9 @@ from gohsp.models.base import CompactBlock, CompressedModel, Family, Geometry, O
 FAMILIES: list[Family] = []
 """In the order in which they are asked."""
 
+DEEPEST = 64
+"""Modules within each other: to copy a model takes Python several calls for each."""
+
 
 def register(family: Family) -> None:
     """Add a family of models. It is asked before those that are there."""
@@ -23,11 +26,22 @@ def family_of(model: nn.Module) -> Family:
 
     Raises:
         TypeError: No family claims it; the message names what they want.
+        ValueError: Its modules are nested too deeply to be copied.
     """
+    _check_nesting(model)
     for family in FAMILIES:
         if family.claims(model):
             return family
     raise wrong_kind(" or ".join(family.wanted for family in FAMILIES), model)
+
+
+def _check_nesting(model: nn.Module) -> None:
+    level = {model}
+    for _ in range(DEEPEST + 1):
+        level = {child for module in level for child in module.children()}
+        if not level:
+            return
+    raise ValueError(f"model: wanted at most {DEEPEST} modules within each other, got more")
 
 
 def open_model(model: nn.Module) -> OpenModel:
@@ -35,8 +49,8 @@ def open_model(model: nn.Module) -> OpenModel:
 
     Raises:
         TypeError: It is of no family that gohsp knows.
-        ValueError: It is already compressed, or a block holds something that gohsp cannot prune exactly; the message
-            names the block and the reason.
+        ValueError: It is already compressed or nested too deeply, or a block holds something that gohsp cannot prune
+            exactly; the message names the block and the reason.
     """
     if is_compressed(model):
         raise ValueError("model: it is already compressed; wanted the dense model that the mask is made for")

@@ -240,7 +240,6 @@ class Loop:
             return
         mask = None if self.mask is None else self.mask.to_dict()
         state.values.update(loss=loss, mask=mask, history=self.history, settings=self.settings)
-        self.directory.mkdir(parents=True, exist_ok=True)
         checkpoint.write(self.directory / CHECKPOINT, state)
         self._write_metrics()
 

@@ -11,7 +11,8 @@ Accelerate spreads a run over processes and machines; timm gives the optimiser, 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.compress import compress
+from gohsp.files import alone
 from gohsp.masks.mask import ModelMask
 from gohsp.models.registry import family_of, is_compressed
 from gohsp.pruning.prune import PruneResult
@@ -87,7 +89,8 @@ def train(
         distill: Learn from a teacher as well.
         teacher: Gives logits; a dense start is its own teacher by default.
         test: Data set to measure on after each epoch.
-        directory: Where checkpoint.safetensors and metrics.csv go. Processes must share it.
+        directory: Where checkpoint.safetensors and metrics.csv go. Processes must share it. No other run may train
+            there, or :func:`gohsp.save` write there, until this one has ended.
         checkpoint_steps: Write a checkpoint after so many steps, besides those at the ends of epochs.
         workers: Processes that load images, for each training process.
         seed: Of everything that is drawn.
@@ -96,7 +99,8 @@ def train(
     Raises:
         ImportError: Accelerate is not installed.
         TypeError: The start is of no kind that is known.
-        ValueError: Arguments do not fit each other, or the directory holds the checkpoint of another run.
+        ValueError: Arguments do not fit each other, the directory holds the checkpoint of another run, or somebody else
+            works in it.
     """
     from gohsp.training.loop import Loop, Stage
 
@@ -120,18 +124,19 @@ def train(
         workers=workers,
         on_step=on_step if accelerator.is_main_process else None,
     )
-    saved = loop.find_checkpoint()
-    if admm is not None:
-        if saved is None or saved.stage == "admm":
-            pruner = _pruner(model, wanted, scores, admm, accelerator)
-            loop.run(Stage("admm", admm.epochs, admm.lr or fit.lr), model, saved, pruner)
-            saved, mask = None, pruner.mask()
-        else:
-            mask = ModelMask.from_dict(saved.value("mask", dict))
-        model = compress(model, mask)
-    loop.mask = mask
-    if fit.epochs:
-        loop.run(Stage("finetune", fit.epochs, fit.lr), model, saved)
+    with _alone_in(loop.directory, accelerator):
+        saved = loop.find_checkpoint()
+        if admm is not None:
+            if saved is None or saved.stage == "admm":
+                pruner = _pruner(model, wanted, scores, admm, accelerator)
+                loop.run(Stage("admm", admm.epochs, admm.lr or fit.lr), model, saved, pruner)
+                saved, mask = None, pruner.mask()
+            else:
+                mask = ModelMask.from_dict(saved.value("mask", dict))
+            model = compress(model, mask)
+        loop.mask = mask
+        if fit.epochs:
+            loop.run(Stage("finetune", fit.epochs, fit.lr), model, saved)
     return TrainResult(model.eval(), mask, loop.history)
 
 
@@ -149,12 +154,24 @@ def make_accelerator() -> Accelerator:
     return Accelerator(cpu=not torch.accelerator.is_available())
 
 
+@contextmanager
+def _alone_in(directory: Path | None, accelerator: Accelerator) -> Iterator[None]:
+    """Make the directory of a run, and hold it in the block: the first process does, which alone writes there."""
+    if directory is None or not accelerator.is_main_process:
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    with alone(directory):
+        yield
+
+
 def _start(start: PruneResult | nn.Module) -> tuple[nn.Module, ModelMask]:
     """Return a model that may be changed, and what it keeps."""
     if isinstance(start, PruneResult):
         return compress(start.model, start.mask), start.mask
     if not isinstance(start, nn.Module):
         raise TypeError(f"start: wanted a PruneResult or a model, got {type(start).__name__}")
+    family_of(start)  # or it cannot be copied
     model = copy.deepcopy(start)
     return model, ModelMask.of(model) if is_compressed(model) else ModelMask.full(model)
 

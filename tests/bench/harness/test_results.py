@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,10 @@ def test_a_malformed_value_is_refused_with_its_line(tmp_path: Path, old: str, ne
 def test_reading_what_is_not_there_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         results.read(tmp_path / "results.csv")
+
+
+def test_two_writers_lose_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda batch: results.append(path, [make_row(batch=batch)]), range(1, 33)))
+    assert sorted(row.batch for row in results.read(path)) == list(range(1, 33))

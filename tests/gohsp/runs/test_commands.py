@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -270,8 +271,11 @@ def test_a_full_disk_is_one_line_that_names_the_directory(
 def test_two_commands_do_not_work_in_one_folder(call: Call, recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    with alone(run):
-        refused(call("prune", "--recipe", recipe, "--out", run), f"{run}: another command works in this folder")
+    with alone(run), ThreadPoolExecutor() as elsewhere:
+        refused(
+            elsewhere.submit(call, "prune", "--recipe", recipe, "--out", run).result(),
+            f"{run}: another process or thread works there",
+        )
         assert list(run.iterdir()) == []
     done(call("prune", "--recipe", recipe, "--out", run))
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 import gohsp
+from gohsp.files import alone
 from gohsp.training import checkpoint
 from gohsp.training.loop import CHECKPOINT, METRICS, Loop
 from gohsp.training.losses import stream_distance, watch
@@ -275,3 +277,22 @@ def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch: pytest.Monk
     monkeypatch.setattr(accelerate.Accelerator, "num_processes", property(lambda self: 3))
     with pytest.raises(ValueError, match="multiple of the 3 processes"):
         gohsp.train(compact(), runs.Digits(), fit=runs.FIT)
+
+
+def test_two_runs_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    small, refused = compact(), []
+
+    def meanwhile(stage: str, step: int, total: int, loss: float) -> None:
+        with pytest.raises(ValueError, match=f"^{tmp_path}: another process or thread works there"):
+            elsewhere.submit(gohsp.train, small, runs.Digits(), fit=runs.FIT, directory=tmp_path).result()
+        gohsp.save(small, tmp_path)  # by the thread that trains there, which does not wait for itself
+        refused.append(step)
+
+    with ThreadPoolExecutor() as elsewhere:
+        first = gohsp.train(small, runs.Digits(), fit=runs.FIT, directory=tmp_path, on_step=meanwhile)
+        assert refused == [1, 2, 3, 4, 5, 6]
+        again = elsewhere.submit(gohsp.train, small, runs.Digits(), fit=runs.FIT, directory=tmp_path).result()
+        assert same(first.model.state_dict(), again.model.state_dict())
+    with alone(tmp_path):  # as the command line does
+        again = gohsp.train(small, runs.Digits(), fit=runs.FIT, directory=tmp_path)
+    assert same(first.model.state_dict(), again.model.state_dict())
