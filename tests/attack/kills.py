@@ -27,8 +27,8 @@ LIMIT = 300
 TIMES_OF = {"seconds", "prune_seconds", "epoch_seconds", "ms", "times_gohsp", "value", "p20", "p80", "run", "machine"}
 """Names, in JSON and CSV files, of what is a time or hangs on it."""
 
-OF_THE_BYTES = {"sha256", "saved_bytes"}
-"""Digests of files, in which the order of the tensors' names may differ."""
+OF_THE_BYTES = {"sha256", "tensors_sha256", "saved_bytes"}
+"""Digests and sizes of what has times in it."""
 
 
 def fork(work: Callable[[], Any]) -> int:
