@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -17,7 +18,8 @@ from ._stamp import Stamp, trusting
 
 Packed = TypeVar("Packed")
 
-_keepers: list[list[object]] = []
+# Of the thread (or task) that captures: another's block would end this one, and what it gives out is not read here.
+_keepers: ContextVar[tuple[list[object], ...]] = ContextVar("gohsp_kernels_keepers", default=())
 
 # What graphs that others capture (torch.compile among them) read by address, and so must not go.
 _captured: list[object] = []
@@ -27,11 +29,11 @@ _captured: list[object] = []
 def keeping() -> Iterator[list[object]]:
     """A list of everything that caches give out in the ``with`` block, for what goes on reading it afterwards."""
     kept: list[object] = []
-    _keepers.append(kept)
+    token = _keepers.set((*_keepers.get(), kept))
     try:
         yield kept
     finally:
-        _keepers.pop()
+        _keepers.reset(token)
 
 
 def up_to_date(
@@ -53,9 +55,10 @@ def up_to_date(
             # Without the modes of the caller: a form made under FakeTensorMode would be a fake for good.
             with _disable_current_modes():
                 entry = (Stamp(tensors, constants), pack())
-    for kept in _keepers:
+    keepers = _keepers.get()
+    for kept in keepers:
         kept.append(entry[1])
-    if capturing and not _keepers:
+    if capturing and not keepers:
         _captured.append(entry[1])
     return entry
 

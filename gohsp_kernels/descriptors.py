@@ -8,6 +8,7 @@ schema, what a cache compares, and what every backend is given. A public functio
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -84,6 +85,12 @@ class Descriptor:
         """
         raise NotImplementedError
 
+    def _check_factors(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if type(value) is not float and not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
+                raise TypeError(f"{name}: wanted a number; got {type(value).__name__}")
+
     def shape_of_result(self, shape: Sequence[int], num_queries: int | None) -> tuple[int, ...]:
         """The shape that activations of a shape become."""
         raise NotImplementedError
@@ -155,8 +162,11 @@ class Linear(Descriptor):
 
     def check(self, features: int) -> None:
         _check_activation(self.activation)
+        check_number("out_features", self.out_features)
+        if self.out_features < 0:
+            raise wrong("out_features", "0 or more", self.out_features)
         outputs = _kept("out_cols", self.out_cols, self.out_features)
-        _check_shape("weight", self.weight, outputs, _kept("in_cols", self.in_cols, features))
+        _check_weight("weight", self.weight, outputs, _kept("in_cols", self.in_cols, features))
         _check_shape("bias", self.bias, self.weight.shape[0])
 
     def shape_of_result(self, shape: Sequence[int], num_queries: int | None) -> tuple[int, ...]:
@@ -186,6 +196,8 @@ class _Heads(Descriptor):
 
     def _check_heads(self) -> None:
         qk_widths, v_widths = self.qk_widths, self.v_widths
+        for width in (*qk_widths, *v_widths):
+            check_number("qk_widths, v_widths", width)
         if len(qk_widths) != len(v_widths):
             raise wrong("v_widths", f"{len(qk_widths)} heads, as in qk_widths", f"{len(v_widths)}")
         if any(width < 0 for width in (*qk_widths, *v_widths)):
@@ -193,7 +205,7 @@ class _Heads(Descriptor):
 
     def _check_norms(self) -> None:
         norms = dict(zip(NORMS, self.norms, strict=True))
-        if norms["q_norm_weight"] is None and norms["k_norm_weight"] is None:
+        if all(norm is None for norm in norms.values()):
             return
         if len(set(self.qk_widths)) > 1:
             raise wrong("qk_widths", "one width for all heads, as the model has a q and k norm", list(self.qk_widths))
@@ -223,6 +235,7 @@ class Attention(_Heads):
     def check(self, features: int) -> None:
         """``features`` are the channels of qkv."""
         self._check_heads()
+        self._check_factors("scale", "eps")
         if features != self.channels:
             raise wrong("qkv", f"{self.channels} channels", features)
         self._check_norms()
@@ -230,7 +243,8 @@ class Attention(_Heads):
     def check_input(self, qkv: Tensor) -> None:
         """:meth:`check`, with a message that shows the shape."""
         self._check_heads()
-        _check_shape("qkv", qkv, qkv.shape[0], qkv.shape[1], self.channels)
+        self._check_factors("scale", "eps")
+        _check_weight("qkv", qkv, qkv.shape[0], qkv.shape[1], self.channels)
         self._check_norms()
 
     def shape_of_result(self, shape: Sequence[int], num_queries: int | None) -> tuple[int, ...]:
@@ -268,12 +282,13 @@ class AttentionSublayer(_Heads):
 
     def check(self, features: int) -> None:
         self._check_heads()
+        self._check_factors("scale", "eps", "qk_eps")
         _check_shape("norm_weight", self.norm_weight, features)
         _check_shape("norm_bias", self.norm_bias, features)
-        _check_shape("qkv_weight", self.qkv_weight, self.channels, _kept("in_cols", self.in_cols, features))
+        _check_weight("qkv_weight", self.qkv_weight, self.channels, _kept("in_cols", self.in_cols, features))
         _check_shape("qkv_bias", self.qkv_bias, self.channels)
         outputs = _kept("out_cols", self.out_cols, features)
-        _check_shape("proj_weight", self.proj_weight, outputs, sum(self.v_widths))
+        _check_weight("proj_weight", self.proj_weight, outputs, sum(self.v_widths))
         _check_shape("proj_bias", self.proj_bias, outputs)
         _check_shape("layer_scale", self.layer_scale, outputs)
         self._check_norms()
@@ -302,13 +317,15 @@ class MlpSublayer(Descriptor):
 
     def check(self, features: int) -> None:
         _check_activation(self.activation)
-        hidden = self.fc1_weight.shape[0]
+        check_tensor("fc1_weight", self.fc1_weight)
+        self._check_factors("eps")
+        hidden = self.fc1_weight.shape[0] if self.fc1_weight.dim() else 0
         _check_shape("norm_weight", self.norm_weight, features)
         _check_shape("norm_bias", self.norm_bias, features)
-        _check_shape("fc1_weight", self.fc1_weight, hidden, _kept("in_cols", self.in_cols, features))
+        _check_weight("fc1_weight", self.fc1_weight, hidden, _kept("in_cols", self.in_cols, features))
         _check_shape("fc1_bias", self.fc1_bias, hidden)
         outputs = _kept("out_cols", self.out_cols, features)
-        _check_shape("fc2_weight", self.fc2_weight, outputs, hidden)
+        _check_weight("fc2_weight", self.fc2_weight, outputs, hidden)
         _check_shape("fc2_bias", self.fc2_bias, outputs)
         _check_shape("layer_scale", self.layer_scale, outputs)
 
@@ -325,13 +342,54 @@ def wrong(argument: str, wanted: str, got: object) -> ValueError:
     return ValueError(f"{argument}: wanted {wanted}; got {got}")
 
 
+def check_tensor(argument: str, value: object) -> None:
+    """Refuse what is no tensor of floats, None included.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: its numbers are no floats.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument}: wanted a tensor; got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise wrong(argument, "a tensor of floats", value.dtype)
+
+
+def check_devices(x: Tensor, tensors: Sequence[Tensor | None]) -> None:
+    """Refuse tensors beside ``x`` that are elsewhere: with one on "meta" torch gives memory that nobody wrote.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for tensor in tensors:
+        if tensor is not None and tensor.device != x.device:
+            raise wrong("tensors", f"all on {x.device}, as x", f"one on {tensor.device}")
+
+
+def check_number(argument: str, value: object) -> None:
+    """Refuse what is no whole number.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if type(value) is not int and not isinstance(value, numbers.Integral | torch.SymInt):
+        raise TypeError(f"{argument}: wanted a whole number; got {type(value).__name__}")
+
+
 def _check_shape(argument: str, tensor: Tensor | None, *shape: int) -> None:
-    if tensor is not None and tuple(tensor.shape) != shape:
+    if tensor is not None:
+        _check_weight(argument, tensor, *shape)
+
+
+def _check_weight(argument: str, tensor: Tensor, *shape: int) -> None:
+    """The same of a tensor that has to be there."""
+    check_tensor(argument, tensor)
+    if tuple(tensor.shape) != shape:
         raise wrong(argument, f"shape {list(shape)}", f"shape {list(tensor.shape)}")
 
 
 def _check_activation(activation: str) -> None:
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise wrong("activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
 
 
@@ -358,6 +416,8 @@ def _kept(argument: str, cols: Tensor | None, features: int) -> int:
     """Number of kept columns."""
     if cols is None:
         return features
+    if not isinstance(cols, Tensor):
+        raise TypeError(f"{argument}: wanted a 1-D int64 tensor; got {type(cols).__name__}")
     if cols.dim() != 1 or cols.dtype != torch.int64:
         raise wrong(argument, "a 1-D int64 tensor", f"{cols.dim()}-D {cols.dtype}")
     # Such tensors hold no numbers.

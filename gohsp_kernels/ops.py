@@ -24,7 +24,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _schemas, dispatch
 from ._autocast import autocast_dtype, run_in
-from .descriptors import OPERATORS, Attention, AttentionSublayer, Descriptor, Linear, MlpSublayer, wrong
+from .descriptors import (
+    OPERATORS,
+    Attention,
+    AttentionSublayer,
+    Descriptor,
+    Linear,
+    MlpSublayer,
+    check_devices,
+    check_number,
+    check_tensor,
+    wrong,
+)
 from .registry import BACKENDS, needs_grad
 
 
@@ -45,6 +56,7 @@ def _on_reference(dtype: torch.dtype | None, operator: Descriptor, x: Tensor, nu
 
 def run(operator: Descriptor, x: Tensor, backend: str | None, num_queries: int | None = None) -> Tensor:
     """Compute a call whose arguments have been checked, on the named backend or the one that is chosen."""
+    check_devices(x, operator.tensors)
     differentiable = needs_grad((x, *operator.tensors))
     dtype = autocast_dtype(x)
 
@@ -79,8 +91,14 @@ def _in_dtype_of(x: Tensor, arguments: Sequence[Any]) -> Sequence[Any]:
 def _graph_node(kind: type[Descriptor]) -> Callable[..., Tensor]:
     def node(x: Tensor, *flat: Any) -> Tensor:
         operator, num_queries = kind.from_flat(flat)
+        check_tensor(kind.activations, x)
+        if x.dim() != 3 if kind.attends else x.dim() == 0:
+            raise wrong(kind.activations, "3 dimensions" if kind.attends else "at least 1", f"shape {list(x.shape)}")
+        if kind.attends:
+            check_queries(num_queries, x.shape[1])
         # Not all could be checked while the call was traced, when nothing was in its columns yet.
         operator.check(x.shape[-1])
+        check_devices(x, operator.tensors)
         chosen = _chosen(operator, None, x, x.dtype, False)
         if chosen == "reference":
             operator, _ = kind.from_flat(_in_dtype_of(x, flat))
@@ -115,6 +133,7 @@ def call(name: str, arguments: Sequence[Any], backend: str | None = None) -> Ten
 def check_queries(num_queries: int | None, tokens: int) -> int:
     if num_queries is None:
         return tokens
+    check_number("num_queries", num_queries)
     if not 0 <= num_queries <= tokens:
         raise wrong("num_queries", f"0 to {tokens} (the number of tokens)", num_queries)
     return num_queries
@@ -150,14 +169,16 @@ def packed_linear(
         ValueError: for arguments that do not fit together.
         RuntimeError: if the named backend cannot run the call.
     """
+    check_tensor("x", x)
     if x.dim() == 0:
         raise wrong("x", "at least 1 dimension", "a scalar")
+    check_tensor("weight", weight)
     linear = Linear(
         weight=weight,
         bias=bias,
         in_cols=in_cols,
         out_cols=out_cols,
-        out_features=weight.shape[0] if out_features is None else out_features,
+        out_features=sum(weight.shape[:1]) if out_features is None else out_features,
         activation=activation,
     )
     linear.check(x.shape[-1])
@@ -197,6 +218,7 @@ def ragged_attention(
         ValueError: for arguments that do not fit together.
         RuntimeError: if the named backend cannot run the call.
     """
+    check_tensor("qkv", qkv)
     if qkv.dim() != 3:
         raise wrong("qkv", "3 dimensions (batch, tokens, channels)", f"shape {list(qkv.shape)}")
     heads = Attention(
@@ -264,6 +286,7 @@ def attention_sublayer(
         ValueError: for arguments that do not fit together.
         RuntimeError: if the named backend cannot run the call.
     """
+    check_tensor("x", x)
     if x.dim() != 3:
         raise wrong("x", "3 dimensions (batch, tokens, features)", f"shape {list(x.shape)}")
     sublayer = AttentionSublayer(
@@ -328,6 +351,7 @@ def mlp_sublayer(
         ValueError: for arguments that do not fit together.
         RuntimeError: if the named backend cannot run the call.
     """
+    check_tensor("x", x)
     if x.dim() == 0:
         raise wrong("x", "at least 1 dimension", "a scalar")
     sublayer = MlpSublayer(

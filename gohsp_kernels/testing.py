@@ -376,9 +376,12 @@ def worst_element(result: Tensor, truth: Tensor) -> float:
 @contextmanager
 def poisoned() -> Iterator[None]:
     """New tensors hold NaN, so that an element that nobody writes, or that is read too early, shows."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    flags: Any = torch.utils.deterministic
+    filled, flags.fill_uninitialized_memory = flags.fill_uninitialized_memory, True
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        flags.fill_uninitialized_memory = filled

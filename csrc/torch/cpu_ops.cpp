@@ -15,8 +15,11 @@
 
 namespace {
 
+using gohsp::check_matrix;
+using gohsp::checked_features;
 using gohsp::Columns;
 using gohsp::Format;
+using gohsp::kMostColumns;
 using gohsp::Matrix;
 using gohsp::new_tensor;
 using gohsp::Reader;
@@ -38,21 +41,7 @@ const int64_t* indices(const Tensor& t, const char* name) {
   return contents<int64_t>(t, ScalarType::Long, name, "int64");
 }
 
-// Sizes whose products stay far from the end of an int64; what is bigger is nobody's matrix.
-constexpr int64_t kMostColumns = 1 << 24;
-constexpr int64_t kMostElements = int64_t{1} << 36;
 constexpr int64_t kMostPixels = 1 << 20;  // of a side
-
-int64_t checked_features(int64_t features, const char* name) {
-  STD_TORCH_CHECK(features >= 0 && features < kMostColumns, name, ": wanted 0 to ", kMostColumns - 1, " columns; got ",
-                  features);
-  return features;
-}
-
-void check_matrix(int64_t n, int64_t k, const char* name) {
-  const bool fits = n >= 0 && n < kMostColumns && k >= 0 && k < kMostColumns && n * k <= kMostElements;
-  STD_TORCH_CHECK(fits, name, ": wanted no negative and no gigantic sizes; got ", n, " outputs and ", k, " inputs");
-}
 
 float* data(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 

@@ -46,7 +46,7 @@ void* pointer(const Tensor& t, size_t bytes) {
 // Makes the device of a tensor the current one, as long as it lives.
 class OnDevice {
  public:
-  explicit OnDevice(const Tensor& t) : device_(t.get_device()), guard_(device_) {}
+  explicit OnDevice(const Tensor& t) : device_(index_of(t)), guard_(device_) {}
 
   gohsp::cuda::Stream stream() const {
     void* stream = nullptr;
@@ -55,6 +55,11 @@ class OnDevice {
   }
 
  private:
+  static int32_t index_of(const Tensor& t) {
+    STD_TORCH_CHECK(t.is_cuda(), "x: wanted a tensor on the GPU, where others are");
+    return t.get_device();
+  }
+
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
 };
@@ -63,6 +68,8 @@ class OnDevice {
 void* pointer(const Tensor& t, size_t) { return t.data_ptr(); }
 
 #endif
+
+constexpr int64_t kMostTokens = int64_t{1} << 31;  // kernels count them in 32 bits
 
 // Whether float32 may be multiplied as tf32 is torch's setting, which Python reads.
 Precision precision_of(const Tensor& x, bool tf32) {
@@ -86,10 +93,26 @@ Tensor new_bytes(const Tensor& like, size_t bytes) {
   return torch::stable::new_empty(like, {shape.data(), shape.size()}, ScalarType::Byte);
 }
 
+// What lies on the device of x, for the kernels, and what lies on the host, to be read here.
+void check_beside(const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.get_device_index() == x.get_device_index(), name, ": wanted a tensor on the device of x");
+}
+
 template <class T>
 Reader<T> parts_of(const Tensor& t, ScalarType dtype, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == dtype && t.is_contiguous(), name, ": wanted another dtype, or contiguous");
   return {static_cast<const T*>(pointer(t, t.numel() * sizeof(T))), t.numel(), name};
+}
+
+template <class T>
+Reader<T> parts_beside(const Tensor& x, const Tensor& t, ScalarType dtype, const char* name) {
+  check_beside(t, x, name);
+  return parts_of<T>(t, dtype, name);
+}
+
+Reader<int64_t> host_numbers(const Tensor& layout) {
+  STD_TORCH_CHECK(layout.is_cpu(), "layouts: wanted tensors on the cpu");
+  return parts_of<int64_t>(layout, ScalarType::Long, "layouts");
 }
 
 // One packed sublayer or linear layer, read in the order in which gohsp_kernels/cuda.py wrote it.
@@ -100,9 +123,10 @@ class Packed {
       : chunk_(gohsp::cuda::kChunkBytes / gohsp::cuda::element_bytes(precision)),
         weights_(static_cast<const char*>(pointer(weights, weights.numel() * gohsp::cuda::element_bytes(precision)))),
         chunks_(weights.numel() / chunk_),
-        vectors_(parts_of<float>(vectors, ScalarType::Float, "vectors")),
-        tables_(parts_of<int32_t>(tables, ScalarType::Int, "tables")),
-        numbers_(parts_of<int64_t>(layout, ScalarType::Long, "layouts")) {
+        vectors_(parts_beside<float>(x, vectors, ScalarType::Float, "vectors")),
+        tables_(parts_beside<int32_t>(x, tables, ScalarType::Int, "tables")),
+        numbers_(host_numbers(layout)) {
+    check_beside(weights, x, "weights");
     STD_TORCH_CHECK(weights.scalar_type() == x.scalar_type() && weights.is_contiguous(),
                     "weights: wanted the dtype of x, contiguous");
   }
@@ -119,7 +143,8 @@ class Packed {
     m.n = number();
     m.chunks = number();
     const int64_t parts = number();
-    STD_TORCH_CHECK(m.n >= 0 && m.chunks >= 0 && m.n * m.chunks <= chunks_, "weights: too short");
+    gohsp::check_matrix(m.n, m.chunks, "layouts");
+    STD_TORCH_CHECK(m.n * m.chunks <= chunks_, "weights: too short");
     m.weight = weights_;
     weights_ += m.n * m.chunks * gohsp::cuda::kChunkBytes;
     chunks_ -= m.n * m.chunks;
@@ -130,17 +155,33 @@ class Packed {
     return m;
   }
 
+  // Elements of a row that a product with `m` reads.
+  int64_t depth(const gohsp::cuda::Matrix& m) const { return m.chunks * chunk_; }
+
   // How the product with `m` reads its input. Numbers: form, columns, and whether there is a list.
-  gohsp::cuda::Input input(const gohsp::cuda::Matrix& m) {
+  gohsp::cuda::Input input(const gohsp::cuda::Matrix& m, int64_t features) {
+    using Form = gohsp::cuda::InputForm;
     gohsp::cuda::Input in{};
-    in.form = static_cast<gohsp::cuda::InputForm>(number());
-    in.count = number();
+    in.form = static_cast<Form>(number());
+    in.count = gohsp::checked_features(number(), "layouts");
     const bool listed = number() != 0;
-    if (listed) in.list = table(in.form == gohsp::cuda::InputForm::chunks ? m.chunks : in.count);
+    const bool copied = in.form == Form::copy, in_chunks = in.form == Form::chunks && listed;
+    STD_TORCH_CHECK(copied || in_chunks || in.form == Form::direct, "layouts: unknown form of input");
+    if (listed) in.list = table(in.form == Form::chunks ? m.chunks : in.count);
+    // What lists lead to lies on the GPU, and was checked when it was packed.
+    const bool fits =
+        copied ? in.count <= depth(m) && (listed || in.count <= features) : in_chunks || depth(m) <= features;
+    STD_TORCH_CHECK(fits, "layouts: wanted inputs among ", features, " features");
     return in;
   }
 
-  gohsp::cuda::Output output(int64_t features) { return {number() != 0 ? table(features) : nullptr}; }
+  // Where the product with `m` writes. Number: whether there is a list.
+  gohsp::cuda::Output output(const gohsp::cuda::Matrix& m, int64_t features) {
+    const bool listed = number() != 0;
+    STD_TORCH_CHECK(listed ? m.n <= features : m.n == features, "layouts: wanted outputs for ", features,
+                    " features; got ", m.n);
+    return {listed ? table(features) : nullptr};
+  }
 
   bool empty() const { return chunks_ == 0 && vectors_.empty() && tables_.empty() && numbers_.empty(); }
 
@@ -161,16 +202,18 @@ void check_features(int64_t packed, int64_t features) {
 Tensor cuda_linear(Tensor x, Tensor weights, Tensor vectors, Tensor tables, Tensor layout, int64_t out_features,
                    bool tf32) {
   const OnDevice device(x);
+  STD_TORCH_CHECK(x.dim() > 0, "x: wanted at least 1 dimension");
   x = readable(x);
   const Precision precision = precision_of(x, tf32);
   Packed packed(precision, x, weights, vectors, tables, layout);
-  const int64_t features = x.size(x.dim() - 1);
+  const int64_t features = gohsp::checked_features(x.size(x.dim() - 1), "x");
+  gohsp::checked_features(out_features, "out_features");
   check_features(packed.number(), features);
   STD_TORCH_CHECK(packed.number() == out_features, "out_features: wanted that for which it was packed");
   const gohsp::Activation activation = gohsp::activation_of(packed.number());
   const gohsp::cuda::Matrix weight = packed.matrix();
-  const gohsp::cuda::Input in = packed.input(weight);
-  const gohsp::cuda::Output out = packed.output(out_features);
+  const gohsp::cuda::Input in = packed.input(weight, features);
+  const gohsp::cuda::Output out = packed.output(weight, out_features);
   STD_TORCH_CHECK(packed.empty(), "layout: does not fit the packed weights");
 
   std::vector<int64_t> shape = gohsp::shape_of(x);
@@ -193,7 +236,13 @@ Tensor cuda_attention(Tensor qkv, Tensor heads, std::optional<Tensor> qk_norm, i
   qkv = readable(qkv);
   const Precision precision = precision_of(qkv, tf32);
   STD_TORCH_CHECK(qkv.dim() == 3, "qkv: wanted 3 dimensions; got ", qkv.dim());
-  STD_TORCH_CHECK(heads.scalar_type() == ScalarType::Int && heads.is_contiguous(), "heads: wanted contiguous int32");
+  STD_TORCH_CHECK(
+      heads.scalar_type() == ScalarType::Int && heads.is_contiguous() && heads.dim() == 2 && heads.size(1) == 6,
+      "heads: wanted contiguous int32 of shape [heads, 6]");
+  check_beside(heads, qkv, "heads");
+  gohsp::checked_features(qkv.size(2), "qkv");
+  gohsp::checked_features(v_total, "v_total");
+  STD_TORCH_CHECK(qkv.size(1) < kMostTokens, "qkv: wanted at most ", kMostTokens - 1, " tokens; got ", qkv.size(1));
   STD_TORCH_CHECK(num_queries >= 0 && num_queries <= qkv.size(1), "num_queries: wanted 0 to ", qkv.size(1));
   gohsp::cuda::AttentionParams p{};
   p.images = qkv.size(0);
@@ -208,7 +257,10 @@ Tensor cuda_attention(Tensor qkv, Tensor heads, std::optional<Tensor> qk_norm, i
   Tensor y = new_tensor(qkv, {p.images, num_queries, v_total});
   if (y.numel() == 0) return y;
   const size_t element = gohsp::cuda::element_bytes(precision);
-  if (qk_norm.has_value()) p.qk_norm = parts_of<float>(*qk_norm, ScalarType::Float, "qk_norm").take(qk_norm->numel());
+  if (qk_norm.has_value()) {
+    STD_TORCH_CHECK(qk_norm->dim() == 2 && qk_norm->size(0) == 4, "qk_norm: wanted shape [4, QK width]");
+    p.qk_norm = parts_beside<float>(qkv, *qk_norm, ScalarType::Float, "qk_norm").take(qk_norm->numel());
+  }
   p.heads = static_cast<const int32_t*>(pointer(heads, heads.numel() * sizeof(int32_t)));
   p.qkv = pointer(qkv, qkv.numel() * element);
   p.out = pointer(y, y.numel() * element);
@@ -219,13 +271,13 @@ Tensor cuda_attention(Tensor qkv, Tensor heads, std::optional<Tensor> qk_norm, i
 // Order of the numbers: heads, widest head, width of the q and k norms or 0, qkv, proj, input, output.
 gohsp::cuda::Attention read_attention(Packed& packed, const double* constants, int64_t features) {
   gohsp::cuda::Attention a{};
-  a.head_count = packed.number();
+  a.head_count = gohsp::checked_features(packed.number(), "layouts");
   a.widest = packed.number();
-  const int64_t qk_norm = packed.number();
+  const int64_t qk_norm = gohsp::checked_features(packed.number(), "layouts");
   a.qkv = packed.matrix();
   a.proj = packed.matrix();
-  a.in = packed.input(a.qkv);
-  a.out = packed.output(features);
+  a.in = packed.input(a.qkv, features);
+  a.out = packed.output(a.proj, features);
   a.heads = packed.table(6 * a.head_count);
   if (qk_norm > 0) a.qk_norm = packed.floats(4 * qk_norm);
   a.eps = static_cast<float>(constants[0]);
@@ -240,8 +292,9 @@ gohsp::cuda::Mlp read_mlp(Packed& packed, const double* constants, int64_t featu
   m.activation = gohsp::activation_of(packed.number());
   m.fc1 = packed.matrix();
   m.fc2 = packed.matrix();
-  m.in = packed.input(m.fc1);
-  m.out = packed.output(features);
+  STD_TORCH_CHECK(packed.depth(m.fc2) == m.fc1.n, "layouts: wanted as many inputs of fc2 as outputs of fc1");
+  m.in = packed.input(m.fc1, features);
+  m.out = packed.output(m.fc2, features);
   m.eps = static_cast<float>(constants[0]);
   return m;
 }
@@ -258,7 +311,8 @@ Tensor cuda_sublayers(Tensor x, std::vector<Tensor> weights, std::vector<Tensor>
                       constants.size() == gohsp::kConstants * count,
                   "weights, vectors, tables, layouts, constants: wanted the same number of sublayers, at least one");
   const Precision precision = precision_of(x, tf32);
-  const int64_t features = x.size(2);
+  const int64_t features = gohsp::checked_features(x.size(2), "x");
+  STD_TORCH_CHECK(x.size(1) < kMostTokens, "x: wanted at most ", kMostTokens - 1, " tokens; got ", x.size(1));
   gohsp::Chain<gohsp::cuda::Attention, gohsp::cuda::Mlp, gohsp::cuda::Sublayer> chain(count);
   for (size_t i = 0; i < count; ++i) {
     Packed packed(precision, x, weights[i], vectors[i], tables[i], layouts[i]);

@@ -30,6 +30,21 @@ inline int64_t rows_of(const Tensor& t) {
   return rows;
 }
 
+// Sizes whose products stay far from the end of an int64; what is bigger is nobody's matrix.
+constexpr int64_t kMostColumns = 1 << 24;
+constexpr int64_t kMostElements = int64_t{1} << 36;
+
+inline int64_t checked_features(int64_t features, const char* name) {
+  STD_TORCH_CHECK(features >= 0 && features < kMostColumns, name, ": wanted 0 to ", kMostColumns - 1, " columns; got ",
+                  features);
+  return features;
+}
+
+inline void check_matrix(int64_t n, int64_t k, const char* name) {
+  const bool fits = n >= 0 && n < kMostColumns && k >= 0 && k < kMostColumns && n * k <= kMostElements;
+  STD_TORCH_CHECK(fits, name, ": wanted no negative and no gigantic sizes; got ", n, " outputs and ", k, " inputs");
+}
+
 // Hands out the elements of an array, one part behind the other.
 template <class T>
 class Reader {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from gohsp.arguments import check_kind
 from gohsp.layers import PrunedBlock, find_bare_blocks
 from gohsp.masks.mask import ModelMask
 from gohsp.models.base import OpenModel
@@ -28,6 +29,7 @@ def compress(model: nn.Module, mask: ModelMask) -> nn.Module:
     """
     opened = open_model(model)
     refuse_hooks(opened)
+    check_kind("mask", mask, ModelMask, "a ModelMask")
     mask.check_fits(opened.geometry)
     blocks = [PrunedBlock(block, kept) for block, kept in zip(opened.blocks, mask.blocks, strict=True)]
     return opened.family.assemble(model, blocks)

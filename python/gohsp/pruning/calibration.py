@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gohsp.arguments import check_whole
 from gohsp.models.base import OpenModel
 
 CHUNK = 16  # images that go through a block at once: small enough for the caches, large enough for the GEMMs
@@ -29,8 +30,8 @@ def read_images(batches: Iterable[Any], model: nn.Module, max_images: int | None
         TypeError: ``batches`` cannot be iterated over, or holds something else.
         ValueError: A tensor is not four-dimensional, ``max_images`` is not positive, or there is no image.
     """
-    if max_images is not None and max_images < 1:
-        raise ValueError(f"max_images: wanted a positive number or None, got {max_images}")
+    if max_images is not None:
+        check_whole("max_images", max_images, 1)
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         raise TypeError(f"batches: wanted an iterable of batches of images, got {type(batches).__name__}")
     like = next(model.parameters())

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import nn
 
+from gohsp.arguments import check_whole
 from gohsp.compress import compress
 from gohsp.files import explain, read_json, shown, write_json
 from gohsp.freeze import freeze
@@ -80,12 +81,14 @@ class LatencyTable(BaseModel):
         Raises:
             TypeError, ValueError: The model is not one that gohsp can prune.
         """
+        check_whole("batch", batch, 1)
+        check_whole("rounds", rounds, 1)
         opened = open_model(model)
         size, family = opened.geometry, opened.family
         like, shape = next(model.parameters()), family.image_shape(model)
         if shape is None:
             raise ValueError("model: wanted one that is made for images of one size; got one that takes any")
-        images = torch.randn(batch, *shape, device=like.device, dtype=like.dtype)
+        images = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0), device="cpu").to(like)
         step = max(size.hidden // NEURON_POINTS // 16 * 16, 1)
         neurons = (*range(step, size.hidden, step), size.hidden)
         shapes = {("heads", h): (h, neurons[0]) for h in range(1, size.num_heads + 1)}

@@ -16,7 +16,6 @@ together. The closed forms used here (backward elimination, ridge regression, se
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -25,6 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gohsp.arguments import (
+    check_callable,
+    check_kind,
+    check_name,
+    check_number,
+    check_seed,
+    check_sequence,
+    check_whole,
+)
 from gohsp.compress import refuse_hooks
 from gohsp.count import Count, count_opened
 from gohsp.masks.mask import ModelMask
@@ -146,8 +154,17 @@ def prune(
     refuse_hooks(opened)
     kind, share = parse_target(target)
     depth = len(opened.blocks)
+    check_callable("on_progress", on_progress)
+    check_seed(seed)
+    if budgets is not None:
+        check_sequence("budgets", budgets, "a list of BlockBudget")
+        for budget in budgets:
+            check_kind("budgets", budget, BlockBudget, "BlockBudget")
     if budgets is not None and len(budgets) != depth:
         raise ValueError(f"budgets: wanted one for each of {depth} blocks, got {len(budgets)}")
+    check_sequence("groups", groups, "a list of names")
+    check_number("guidance", guidance)
+    check_number("ridge", ridge, 0)
     settings = PruneSettings(
         method, tuple(groups), optimiser, refine, similarity, teleport, high_is, float(guidance), float(ridge)
     )
@@ -180,28 +197,25 @@ def prune(
 
 
 def _check(settings: PruneSettings, floors: Mapping[str, float], size: Geometry) -> None:
-    if settings.method not in CRITERIA:
-        raise ValueError(f"method: wanted one of {', '.join(CRITERIA)}, got {settings.method!r}")
-    if settings.optimiser not in OPTIMISERS:
-        raise ValueError(f"optimiser: wanted one of {', '.join(OPTIMISERS)}, got {settings.optimiser!r}")
+    check_name("method", settings.method, CRITERIA)
+    check_name("optimiser", settings.optimiser, OPTIMISERS)
     groups = settings.groups
-    if not groups or len(set(groups)) != len(groups) or not set(groups) <= set(GROUPS):
+    if not groups or not all(group in GROUPS for group in groups) or len(set(groups)) != len(groups):
         raise ValueError(f"groups: wanted some of {', '.join(GROUPS)}, each once, got {groups!r}")
     if "qk" in groups and any(block.qk_norm for block in size.blocks):
         raise ValueError("groups: wanted no 'qk' for a model with qk-norm, which mixes the channels of a head")
+    check_kind("floors", floors, Mapping, "a mapping of shares")
     for group, floor in floors.items():
+        check_number(f"floors[{group!r}]", floor)
         if group not in groups or not 0 <= floor <= 1:
             raise ValueError(f"floors: wanted shares from 0 to 1 of {', '.join(groups)}, got {group!r}: {floor!r}")
     check_reading(settings.similarity, settings.teleport, settings.high_is)
-    if settings.refine < 0:
-        raise ValueError(f"refine: wanted a number of steps, 0 or more, got {settings.refine}")
-    if not math.isfinite(settings.guidance):
-        raise ValueError(f"guidance: wanted a finite number, got {settings.guidance}")
-    if not (math.isfinite(settings.ridge) and settings.ridge >= 0):
-        raise ValueError(f"ridge: wanted a non-negative number, got {settings.ridge}")
+    check_whole("refine", settings.refine, 0)
 
 
 def _check_latency(latency: LatencyTable | None, settings: PruneSettings, size: Geometry) -> None:
+    if not isinstance(latency, LatencyTable | None):
+        raise TypeError(f"latency: wanted a LatencyTable, got {type(latency).__name__}")
     if latency is None:
         raise ValueError("latency: wanted a table for a target in ms, such as LatencyTable.measure(model), got None")
     if columns := {"attn_in", "attn_out", "mlp_in", "mlp_out"} & set(settings.groups):

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from gohsp.arguments import check_kind, check_name, check_number, check_sequence
 from gohsp.models.hooks import evaluating, inputs_of
 from gohsp.models.registry import open_model
 from gohsp.pruning.calibration import read_images
@@ -251,12 +252,9 @@ def check_reading(similarity: str, teleport: float, high_is: str) -> None:
     Raises:
         ValueError: One of them is out of its range.
     """
-    if similarity not in SIMILARITIES:
-        raise ValueError(f"similarity: wanted one of {', '.join(SIMILARITIES)}, got {similarity!r}")
-    if not 0 <= teleport <= 1:
-        raise ValueError(f"teleport: wanted a probability from 0 to 1, got {teleport!r}")
-    if high_is not in (*READINGS, "auto"):
-        raise ValueError(f"high_is: wanted one of {', '.join(READINGS)}, auto, got {high_is!r}")
+    check_name("similarity", similarity, SIMILARITIES)
+    check_number("teleport", teleport, 0, 1)
+    check_name("high_is", high_is, (*READINGS, "auto"))
 
 
 def check_scores(importance: Sequence[Tensor], heads: Sequence[int]) -> Sequence[Tensor]:
@@ -269,6 +267,9 @@ def check_scores(importance: Sequence[Tensor], heads: Sequence[int]) -> Sequence
     Raises:
         ValueError: They do not fit a model of so many blocks and heads, or are no scores.
     """
+    check_sequence("importance", importance, "scores of the heads, a tensor a block")
+    for block in importance:
+        check_kind("importance", block, Tensor, "a tensor a block")
     if len(importance) != len(heads):
         raise ValueError(f"importance: wanted scores for each of {len(heads)} blocks, got {len(importance)}")
     for index, (scores, number) in enumerate(zip(importance, heads, strict=True)):

@@ -49,7 +49,7 @@ def fit_ridge(features: Tensor, labels: Tensor, classes: int, penalty: float = 1
     targets = nn.functional.one_hot(labels, classes).double()
     gram = x.T @ x + penalty * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
     weight = torch.linalg.solve(gram, x.T @ (targets - targets.mean(dim=0))).T / std
-    head = nn.Linear(features.shape[1], classes)
+    head = nn.utils.skip_init(nn.Linear, features.shape[1], classes)
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(targets.mean(dim=0) - weight @ mean)

@@ -311,7 +311,8 @@ def set_classifier(
         return None
     if source.fit_head:
         note = _renew_head(model, source.fit_head, images, cache, advance)
-        model.reset_classifier(classes)
+        with torch.random.fork_rng(devices=[]):
+            model.reset_classifier(classes)
         try:
             model.head.load_state_dict(load_file(cache))
         except (RuntimeError, SafetensorError) as error:

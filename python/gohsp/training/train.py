@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from gohsp.arguments import check_callable, check_kind, check_path, check_sequence, check_whole
 from gohsp.compress import compress
 from gohsp.files import alone
 from gohsp.masks.mask import ModelMask
@@ -104,8 +106,27 @@ def train(
     """
     from gohsp.training.loop import Loop, Stage
 
-    accelerator, fit = make_accelerator(), fit or Fit()
+    check_kind("fit", fit, (Fit, NoneType), "a Fit")
+    check_kind("admm", admm, (Admm, NoneType), "an Admm")
+    check_kind("distill", distill, (Distillation, NoneType), "a Distillation")
+    check_kind("plan", plan, (PruneResult, ModelMask, NoneType), "a PruneResult or a ModelMask")
+    check_kind("teacher", teacher, (nn.Module, NoneType), "a model")
+    _check_data("data", data)
+    if test is not None:
+        _check_data("test", test)
+    if directory is not None:
+        check_path("directory", directory)
+    if checkpoint_steps is not None:
+        check_whole("checkpoint_steps", checkpoint_steps, 1)
+    if importance is not None:
+        check_sequence("importance", importance, "scores of the heads, a tensor a block")
+        for block in importance:
+            check_kind("importance", block, Tensor, "a tensor a block")
+    check_whole("workers", workers, 0)
+    check_whole("seed", seed, 0)
+    check_callable("on_step", on_step)
     model, mask = _start(start)
+    accelerator, fit = make_accelerator(), fit or Fit()
     _check(model, admm, plan, distill, teacher)
     if distill is not None:
         teacher = copy.deepcopy(model if teacher is None else teacher)
@@ -138,6 +159,11 @@ def train(
         if fit.epochs:
             loop.run(Stage("finetune", fit.epochs, fit.lr), model, saved)
     return TrainResult(model.eval(), mask, loop.history)
+
+
+def _check_data(name: str, data: Any) -> None:
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, str | bytes | dict):
+        raise TypeError(f"{name}: wanted a map-style data set of (image, class), got {type(data).__name__}")
 
 
 def make_accelerator() -> Accelerator:

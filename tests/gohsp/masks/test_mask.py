@@ -122,7 +122,11 @@ def test_random_takes_a_share_for_each_field(make_model: Callable[..., Any]) -> 
 
 @pytest.mark.parametrize(
     ("keep", "message"),
-    [(1.5, "keep: wanted a share"), ({"qk": -0.1}, "for qk"), ({"neurons": 0.5}, "unknown field 'neurons'")],
+    [
+        (1.5, r"keep\['heads'\]: wanted a finite number from 0 to 1, got 1.5"),
+        ({"qk": -0.1}, r"keep\['qk'\]: wanted a finite number from 0 to 1, got -0.1"),
+        ({"neurons": 0.5}, "unknown field 'neurons'"),
+    ],
 )
 def test_random_refuses_wrong_shares(make_model: Callable[..., Any], keep: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -149,9 +153,9 @@ def test_keep_first(make_model: Callable[..., Any]) -> None:
         assert layout.hidden.tolist() == list(range(100))
         assert layout.attn_in is None
     assert ModelMask.keep_first(model) == ModelMask.full(model)
-    with pytest.raises(ValueError, match="heads: wanted 0 to 3, got 4"):
+    with pytest.raises(ValueError, match="heads: wanted a whole number from 0 to 3, got 4"):
         ModelMask.keep_first(model, heads=4)
-    with pytest.raises(ValueError, match="hidden: wanted 0 to 768, got -1"):
+    with pytest.raises(ValueError, match="hidden: wanted a whole number from 0 to 768, got -1"):
         ModelMask.keep_first(model, hidden=-1)
 
 

@@ -352,9 +352,9 @@ def test_auto_reports_both_losses(make_model, images) -> None:
     ("arguments", "message"),
     [
         ({"similarity": "euclid"}, r"similarity: wanted one of cka, cosine, attention, explained, got 'euclid'"),
-        ({"teleport": 1.5}, r"teleport: wanted a probability from 0 to 1, got 1.5"),
+        ({"teleport": 1.5}, r"teleport: wanted a finite number from 0 to 1, got 1.5"),
         ({"high_is": "best"}, r"high_is: wanted one of important, redundant, auto, got 'best'"),
-        ({"max_images": 0}, r"max_images: wanted a positive number or None, got 0"),
+        ({"max_images": 0}, r"max_images: wanted a whole number from 1 up, got 0"),
     ],
 )
 def test_wrong_parameters_are_refused(make_model, images, arguments, message: str) -> None:
