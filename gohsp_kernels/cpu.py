@@ -53,6 +53,22 @@ def activation_levels() -> int:
 
 
 @functools.cache
+def attends_in_pairs(weights: str) -> bool:
+    """Whether queries, keys, values and what the softmax makes of scores are rounded to bfloat16 beside such weights.
+
+    Beside bfloat16 weights they are on every CPU, beside int8 ones where it multiplies bfloat16 numbers.
+
+    Args:
+        weights: name of a format.
+
+    Raises:
+        RuntimeError: if the native library cannot be loaded.
+    """
+    number = ctypes.c_int64(_native.numbers("formats")[weights])
+    return bool(_native.function("gohsp_cpu_attends_in_pairs", ctypes.c_bool)(number))
+
+
+@functools.cache
 def packing(weights: str) -> int:
     """A number for the way in which this process arranges packed weights: by its instruction set, by their format and
     by the version of both. What was packed where the number is another one is refused by the native operators.

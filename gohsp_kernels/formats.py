@@ -7,6 +7,7 @@ demo ask these objects; none of them knows a format by name.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import _native, reference
 from ._packing import fold_attention, fold_mlp
 from .descriptors import NORMS, MlpSublayer, Sublayer
 
@@ -33,8 +34,12 @@ def _anywhere(capability: str) -> str:
     return ""
 
 
-def _with_amx(capability: str) -> str:
-    return "" if capability == "amx" else f"needs AMX for bfloat16 weights; runs on {capability}"
+def _with_bfloat16_products(capability: str) -> str:
+    if capability in ("amx", "avx512bf16"):
+        return ""
+    reason = f"needs AMX, or AVX512_BF16 that pays, for bfloat16 weights; runs on {capability}"
+    gain = _native.function("gohsp_cpu_bfloat16_gain", ctypes.c_double)()
+    return f"{reason}, and AVX512_BF16 has {gain:.2f} times float32's products a second here" if gain else reason
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,6 @@ class WeightFormat:
             exceeds by far.
         last_block: name of the format that the last block of a model has, whose errors no later block evens out.
         linear: x, weight, bias and the levels of an activation in 8 bits to what the kernels compute, in plain PyTorch.
-        attention: the same of ragged attention beside such weights.
     """
 
     name: str
@@ -63,9 +67,8 @@ class WeightFormat:
     tolerance: float
     last_block: str
     linear: Callable[..., Tensor]
-    attention: Callable[..., Tensor] = reference.ragged_attention
 
-    def reference(self, sublayer: Sublayer, x: Tensor, levels: int = 255) -> Tensor:
+    def reference(self, sublayer: Sublayer, x: Tensor, levels: int = 255, pairs: bool = False) -> Tensor:
         """What a sublayer that was packed in this format computes, in plain PyTorch.
 
         Args:
@@ -73,7 +76,9 @@ class WeightFormat:
             x: [batch, tokens, features].
             levels: largest integer that an activation becomes where it meets int8 weights; see
                 :func:`gohsp_kernels.cpu.activation_levels`.
+            pairs: whether attention rounds to bfloat16; see :func:`gohsp_kernels.cpu.attends_in_pairs`.
         """
+        attention = reference.bf16_attention if pairs else reference.ragged_attention
         linear = partial(self.linear, levels=levels)
         plain: dict[str, Any] = {"norm_weight": None, "norm_bias": None, "layer_scale": None}
         if isinstance(sublayer, MlpSublayer):
@@ -85,7 +90,7 @@ class WeightFormat:
         plain |= {"proj_weight": folded.proj, "proj_bias": folded.proj_bias}
         norms = zip(NORMS, sublayer.norms, strict=True)
         plain |= {name: None if norm is None else norm.to(x.dtype) for name, norm in norms}
-        return reference.attention_sublayer(replace(sublayer, **plain), x, x.shape[1], linear, self.attention)
+        return reference.attention_sublayer(replace(sublayer, **plain), x, x.shape[1], linear, attention)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int) -> Tensor:
@@ -112,13 +117,12 @@ FORMATS: dict[str, WeightFormat] = {
         WeightFormat(
             name="bfloat16",
             short="bf16",
-            about="weights of the blocks and their inputs in bfloat16, for CPUs with AMX",
+            about="weights of the blocks and their inputs in bfloat16, for CPUs with AMX or fast AVX512_BF16",
             numbers=_bfloat16,
-            missing=_with_amx,
+            missing=_with_bfloat16_products,
             tolerance=0.03,
             last_block="bfloat16",
             linear=_bf16_linear,
-            attention=reference.bf16_attention,
         ),
         WeightFormat(
             name="int8",

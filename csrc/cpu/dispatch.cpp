@@ -32,19 +32,23 @@ namespace gohsp {
 
 namespace {
 
-// Whether the CPU has tiles and bfloat16, and Linux lets this process use them, which it has to be asked for.
+// Whether the CPU has tiles with bfloat16 and bytes, and Linux lets this process use them, which it has to be asked for.
 [[maybe_unused]] bool may_use_amx() {
 #if defined(__x86_64__) && defined(__linux__)
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kAvx512Bf16 = 1u << 5;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAvx512Bf16 = 1u << 5;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   unsigned a = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBf16) == 0 || (d & kTile) == 0) return false;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kBf16) == 0 || (d & kTile) == 0 || (d & kInt8) == 0)
+    return false;
   if (__get_cpuid_count(7, 1, &a, &b, &c, &d) == 0 || (a & kAvx512Bf16) == 0) return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif
 }
+
+// CPUs have run bfloat16 products at two times and at half the rate of float32's. What is between pays for nothing.
+constexpr double kWorthwhile = 1.25;
 
 struct Choice {
   const KernelTable* table;
@@ -66,7 +70,8 @@ const KernelTable& pick() {
   const char* wanted = std::getenv("GOHSP_CPU_CAPABILITY");
   if (wanted == nullptr || *wanted == '\0') {
     for (const Choice& choice : choices())
-      if (choice.runs_here) return *choice.table;
+      if (choice.runs_here && (!choice.table->for_bfloat16 || bfloat16_gain_in_vectors() >= kWorthwhile))
+        return *choice.table;
   }
   if (const KernelTable* table = kernels(wanted)) return *table;
   std::string message = "GOHSP_CPU_CAPABILITY: wanted an instruction set that this build and this machine have, of";
@@ -93,6 +98,15 @@ const KernelTable* kernels(const char* name) {
   for (const Choice& choice : choices())
     if (choice.runs_here && std::strcmp(name, choice.table->name) == 0) return choice.table;
   return nullptr;
+}
+
+double bfloat16_gain_in_vectors() {
+  static const double gain = [] {
+    for (const Choice& choice : choices())
+      if (choice.runs_here && choice.table->for_bfloat16) return choice.table->bfloat16_gain();
+    return 0.0;
+  }();
+  return gain;
 }
 
 const KernelTable& kernels() {

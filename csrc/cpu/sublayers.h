@@ -43,7 +43,7 @@ struct Scratch {
   float* scores;        // [M, ld_scores]
   float* row;           // [features + W]
   RoundedRows rounded;  // [rows, ld_bytes] the left side of a product with rounded weights
-  TiledScratch tiled;
+  PairScratch pairs;
   LostTime lost_time;
 };
 
@@ -87,7 +87,7 @@ class Chain {
       const int64_t byte_rows = ld_bytes_ > 0 ? round_up(max_rows_, kBlockRows) : 0;
       s.rounded = {arena.take<uint8_t>(byte_rows * ld_bytes_), arena.take<float>(byte_rows),
                    arena.take<int32_t>(byte_rows), ld_bytes_};
-      if (tiled_) s.tiled.lay_out(arena, widest_qk_, widest_v_, shape_.tokens);
+      if (in_pairs_) s.pairs.lay_out(arena, widest_qk_, widest_v_, shape_.tokens);
       if (arena.base != nullptr) scratch_[w] = s;
     }
   }
@@ -98,7 +98,7 @@ class Chain {
         workers_,
         [](void* self, int64_t worker) {
           Chain& chain = *static_cast<Chain*>(self);
-          const AmxTiles tiles(chain.tiled_);
+          const AmxTiles tiles(chain.on_tiles_);
           chain.work(worker);
         },
         this);
@@ -120,8 +120,9 @@ class Chain {
       if (out.plan != nullptr) ld_packed_ = max(ld_packed_, row_stride(out.count));
       const Matrix &first = a != nullptr ? a->q : m->fc1, &second = a != nullptr ? a->proj : m->fc2;
       for (const Matrix* w : {&first, &second}) ld_bytes_ = max(ld_bytes_, rounded_stride(w->format, w->k));
-      tiled_ = tiled_ || first.format == Format::bfloat16;
+      on_tiles_ = on_tiles_ || (kHasTiles && first.format != Format::float32);
       if (a != nullptr) {
+        in_pairs_ = in_pairs_ || attends_in_pairs(a->proj.format);
         for (int64_t h = 0; h < a->heads.count; ++h) {
           widest_qk_ = max(widest_qk_, a->heads.qk_widths[h]);
           widest_v_ = max(widest_v_, a->heads.v_widths[h]);
@@ -139,7 +140,7 @@ class Chain {
     // workers that share an image should have equally many tasks. The images that are shared are those which are left
     // when every worker has had equally many; where most are not, their number of blocks is not bent far.
     // Tiles use weights up faster than the third level brings them, and their machines have 2 MB.
-    const int64_t fitting = max(2 * M, (tiled_ ? 330000 : 110000) / (ld_in_ + ld_inner_) / M * M);
+    const int64_t fitting = max(2 * M, (on_tiles_ ? 330000 : 110000) / (ld_in_ + ld_inner_) / M * M);
     const int64_t left = shape_.batch % workers_;
     const int64_t sharing = left == 0 ? 1 : ceil_div(workers_, left);
     const int64_t wanted = round_up(ceil_div(shape_.tokens, fitting), left < shape_.batch ? min(sharing, 4) : sharing);
@@ -253,8 +254,8 @@ class Chain {
   void attend_rows(int64_t layer, const HeadBuffers& heads, int64_t r0, int64_t r1, const float* x, float* y,
                    const Scratch& scratch) const {
     const Attention& a = *layers_[layer].attention;
-    if (a.proj.format == Format::bfloat16) {
-      attend_tiled(a.heads, heads, shape_.tokens, r0, r1, scratch.tiled, scratch.inner, ld_inner_);
+    if (attends_in_pairs(a.proj.format)) {
+      attend_in_pairs(a.heads, heads, shape_.tokens, r0, r1, scratch.pairs, scratch.inner, ld_inner_);
     } else {
       attend(a.heads, heads, shape_.tokens, r0, r1, scratch.scores, ld_tokens_, scratch.inner, ld_inner_);
     }
@@ -296,7 +297,8 @@ class Chain {
   int64_t segments_ = 0, blocks_ = 0, last_blocks_ = 0, max_rows_ = 0, slots_ = 0, max_qk_ = 0;
   int64_t ld_in_ = 0, ld_inner_ = 0, ld_packed_ = 0, ld_qk_ = 0, ld_v_ = 0, ld_tokens_ = 0, ld_bytes_ = 0;
   int64_t widest_qk_ = 0, widest_v_ = 0;
-  bool tiled_ = false;  // whether any weights are bfloat16
+  bool in_pairs_ = false;  // whether any attention has its products in bfloat16
+  bool on_tiles_ = false;  // whether any products run on tile registers
 
   int64_t* attentions_ = nullptr;   // [segments - 1] index of each attention in layers_
   int32_t* done_ = nullptr;         // [batch, segments] blocks finished

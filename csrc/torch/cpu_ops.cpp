@@ -407,6 +407,11 @@ GOHSP_EXPORT int64_t gohsp_cpu_packing(int64_t format) noexcept {
   return gohsp::packing_of(gohsp::kernels().name, static_cast<Format>(format));
 }
 
+GOHSP_EXPORT bool gohsp_cpu_attends_in_pairs(int64_t format) noexcept {
+  return gohsp::kernels().attends_in_pairs(static_cast<Format>(format));
+}
+GOHSP_EXPORT double gohsp_cpu_bfloat16_gain() noexcept { return gohsp::bfloat16_gain_in_vectors(); }
+
 // The names of one list of csrc/common/wire.h, each behind a space, in the order of their numbers; nullptr for no list.
 GOHSP_EXPORT const char* gohsp_names(const char* list) noexcept {
 #define GOHSP_NAME(name, ...) " " #name

@@ -163,7 +163,8 @@ def test_int8_deit_tiny_computes_what_its_description_does(seed: int, images: Ca
             else:
                 for sublayer in block.sublayers():
                     descriptor = gk.chain.descriptor(sublayer)
-                    truth = FORMATS["int8"].reference(descriptor, truth, gk.cpu.activation_levels())
+                    levels, pairs = gk.cpu.activation_levels(), gk.cpu.attends_in_pairs("int8")
+                    truth = FORMATS["int8"].reference(descriptor, truth, levels, pairs)
                 change = (truth - tokens).norm()
                 assert (result - truth).norm() / change < 1e-3
                 assert 2e-3 < (result - exact).norm() / change < 0.1
