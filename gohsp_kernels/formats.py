@@ -35,11 +35,11 @@ def _anywhere(capability: str) -> str:
 
 
 def _with_bfloat16_products(capability: str) -> str:
-    if capability in ("amx", "avx512bf16"):
+    if capability in ("amx", "avx512bf16", "neonbf16"):
         return ""
-    reason = f"needs AMX, or AVX512_BF16 that pays, for bfloat16 weights; runs on {capability}"
+    reason = f"needs AMX, or AVX512_BF16 or Arm's BF16 at a gain, for bfloat16 weights; runs on {capability}"
     gain = _native.function("gohsp_cpu_bfloat16_gain", ctypes.c_double)()
-    return f"{reason}, and AVX512_BF16 has {gain:.2f} times float32's products a second here" if gain else reason
+    return f"{reason}; AVX512_BF16 here makes products {gain:.2f} times as fast as float32's" if gain else reason
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ FORMATS: dict[str, WeightFormat] = {
         WeightFormat(
             name="bfloat16",
             short="bf16",
-            about="weights of the blocks and their inputs in bfloat16, for CPUs with AMX or fast AVX512_BF16",
+            about="weights of the blocks and their inputs in bfloat16, for CPUs that gain by it",
             numbers=_bfloat16,
             missing=_with_bfloat16_products,
             tolerance=0.03,

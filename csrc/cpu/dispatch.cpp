@@ -3,6 +3,10 @@
 #include <sched.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -47,6 +51,27 @@ namespace {
 #endif
 }
 
+#if defined(__x86_64__)
+#define HAS(feature) (__builtin_cpu_supports(feature) != 0)
+#else
+// Whether an Arm CPU has a feature, by the name that compilers have for it.
+[[maybe_unused]] bool has(const char* feature) {
+#if defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kDotProduct = 1ul << 20, kBf16 = 1ul << 14;  // of HWCAP and HWCAP2, as Linux defined them
+  if (std::strcmp(feature, "dotprod") == 0) return (getauxval(AT_HWCAP) & kDotProduct) != 0;
+  if (std::strcmp(feature, "bf16") == 0) return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  const bool dot_product = std::strcmp(feature, "dotprod") == 0;
+  int present = 0;
+  size_t size = sizeof present;
+  const char* name = dot_product ? "hw.optional.arm.FEAT_DotProd" : "hw.optional.arm.FEAT_BF16";
+  return sysctlbyname(name, &present, &size, nullptr, 0) == 0 && present != 0;
+#endif
+  return false;
+}
+#define HAS(feature) has(feature)
+#endif
+
 // CPUs have run bfloat16 products at two times and at half the rate of float32's. What is between pays for nothing.
 constexpr double kWorthwhile = 1.25;
 
@@ -56,13 +81,11 @@ struct Choice {
 };
 
 const std::vector<Choice>& choices() {
-#define HAS(feature) (__builtin_cpu_supports(feature) != 0)
 #define GOHSP_ISA_SET(name, processor, runs_here, options) {&name::table, runs_here},
   static const std::vector<Choice> list = {
 #include "isa_built.def"
   };
 #undef GOHSP_ISA_SET
-#undef HAS
   return list;
 }
 

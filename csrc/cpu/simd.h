@@ -14,7 +14,7 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif
 
@@ -173,6 +173,9 @@ inline IntVec dot4(IntVec acc, IntVec activations, IntVec weights) {
 #if GOHSP_LANES == 16 && defined(__AVX512BF16__)
 constexpr bool kHasPairProducts = true;
 inline Vec dot2(Vec sum, Vec x, Vec w) { return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w); }
+#elif GOHSP_LANES == 4 && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+constexpr bool kHasPairProducts = true;
+inline Vec dot2(Vec sum, Vec x, Vec w) { return (Vec)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)x, (bfloat16x8_t)w); }
 #else
 constexpr bool kHasPairProducts = false;
 inline Vec dot2(Vec sum, Vec x, Vec w) {

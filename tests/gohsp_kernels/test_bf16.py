@@ -211,7 +211,7 @@ def test_wrong_arguments_are_refused() -> None:
         torch.ops.gohsp_kernels.cpu_pack(values, None, None, 3)
 
 
-OFFERED = ("amx", "avx512bf16")
+OFFERED = ("amx", "avx512bf16", "neonbf16")
 
 
 def test_support_is_told() -> None:
@@ -227,7 +227,7 @@ def test_a_cpu_that_gains_nothing_refuses_by_name() -> None:
     if cpu.capability() in OFFERED:
         assert len(gk.SublayerChain([member]).frozen(FEATURES, weights="bfloat16").sublayers) == 1
         return
-    reason = f"needs AMX, or AVX512_BF16 that pays, for bfloat16 weights; runs on {cpu.capability()}"
+    reason = f"needs AMX, or AVX512_BF16 or Arm's BF16 at a gain, for bfloat16 weights; runs on {cpu.capability()}"
     with pytest.raises(RuntimeError, match=f"backend 'cpu': {reason}"):
         gk.SublayerChain([member]).frozen(FEATURES, weights="bfloat16")
 
@@ -239,8 +239,10 @@ def test_products_in_vectors_are_chosen_where_they_were_measured_to_pay() -> Non
     if "amx" not in checks.capabilities() and "GOHSP_CPU_CAPABILITY" not in os.environ:
         assert (cpu.capability() == "avx512bf16") == (gain >= 1.25)
     reason = FORMATS["bfloat16"].missing("avx512vnni")
-    assert reason.startswith("needs AMX, or AVX512_BF16 that pays, for bfloat16 weights; runs on avx512vnni")
-    assert (f"AVX512_BF16 has {gain:.2f} times float32's products a second here" in reason) == (gain > 0)
+    assert reason.startswith(
+        "needs AMX, or AVX512_BF16 or Arm's BF16 at a gain, for bfloat16 weights; runs on avx512vnni"
+    )
+    assert (f"AVX512_BF16 here makes products {gain:.2f} times as fast as float32's" in reason) == (gain > 0)
 
 
 def test_checks_refuse_shapes_that_do_not_fit() -> None:

@@ -22,6 +22,11 @@ inline void round_to_bf16(Vec low, Vec high, void* to) {
   const __m512bh halves = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
   __builtin_memcpy(to, &halves, sizeof halves);
 }
+#elif GOHSP_LANES == 4 && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+inline void round_to_bf16(Vec low, Vec high, void* to) {
+  const bfloat16x8_t halves = vcvtq_high_bf16_f32(vcvtq_low_bf16_f32((float32x4_t)low), (float32x4_t)high);
+  __builtin_memcpy(to, &halves, sizeof halves);
+}
 #else
 inline void round_to_bf16(Vec low, Vec high, void* to) {
   uint16_t halves[2 * W];
