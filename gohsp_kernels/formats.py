@@ -55,8 +55,8 @@ class WeightFormat:
         missing: why an instruction set (its name) cannot run such weights, or the empty string.
         tolerance: relative error of 12 blocks, in the 2-norm, that rounding in this format does not reach and a mistake
             exceeds by far.
-        last_block: names of formats for the last block of a model, whose errors no later block evens out; it has the first
-            of them that can run.
+        last_block: names of formats for the last block of a model, whose errors no later block evens out; it has the
+            first of them that can run.
         linear: x, weight, bias and the levels of an activation in 8 bits to what the kernels compute, in plain PyTorch.
     """
 

@@ -56,7 +56,10 @@ inline void pack(Format format, const Unpacked& from, void* panels) {
 
 // Whether queries, keys and values beside these weights meet as pairs of bfloat16 numbers.
 inline bool attends_in_pairs(Format format) {
-  return with_format(format, [](auto f) { return decltype(f)::kAttendsInPairs; });
+  return with_format(format, [](auto f) {
+    if constexpr (requires { decltype(f)::kAttendsInPairs; }) return decltype(f)::kAttendsInPairs;
+    return false;
+  });
 }
 
 // From one rounded row of k columns to the next, in bytes: whole vectors, and an odd number of cache lines.

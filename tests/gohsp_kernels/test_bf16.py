@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """bfloat16 weights: the kernels against the plain description of their arithmetic, and that against float64.
 
-Every instruction set has the arithmetic, so that it is tested on every machine; users are offered those that gain by it.
+Every instruction set has the arithmetic, so that it is tested on every machine; users are offered what gains by it.
 """
 
 from __future__ import annotations
@@ -211,6 +211,7 @@ def test_wrong_arguments_are_refused() -> None:
         torch.ops.gohsp_kernels.cpu_pack(values, None, None, 3)
 
 
+REFUSED = "needs AMX, or AVX512_BF16 or Arm's BF16 at a gain, for bfloat16 weights; runs on"
 OFFERED = ("amx", "avx512bf16", "neonbf16")
 
 
@@ -227,8 +228,7 @@ def test_a_cpu_that_gains_nothing_refuses_by_name() -> None:
     if cpu.capability() in OFFERED:
         assert len(gk.SublayerChain([member]).frozen(FEATURES, weights="bfloat16").sublayers) == 1
         return
-    reason = f"needs AMX, or AVX512_BF16 or Arm's BF16 at a gain, for bfloat16 weights; runs on {cpu.capability()}"
-    with pytest.raises(RuntimeError, match=f"backend 'cpu': {reason}"):
+    with pytest.raises(RuntimeError, match=f"backend 'cpu': {REFUSED} {cpu.capability()}"):
         gk.SublayerChain([member]).frozen(FEATURES, weights="bfloat16")
 
 
@@ -239,9 +239,7 @@ def test_products_in_vectors_are_chosen_where_they_were_measured_to_pay() -> Non
     if "amx" not in checks.capabilities() and "GOHSP_CPU_CAPABILITY" not in os.environ:
         assert (cpu.capability() == "avx512bf16") == (gain >= 1.25)
     reason = FORMATS["bfloat16"].missing("avx512vnni")
-    assert reason.startswith(
-        "needs AMX, or AVX512_BF16 or Arm's BF16 at a gain, for bfloat16 weights; runs on avx512vnni"
-    )
+    assert reason.startswith(f"{REFUSED} avx512vnni")
     assert (f"AVX512_BF16 here makes products {gain:.2f} times as fast as float32's" in reason) == (gain > 0)
 
 

@@ -14,7 +14,6 @@ struct Float32 {
   static constexpr Format kFormat = Format::float32;
   static constexpr int64_t kHead = 1;  // biases
   static constexpr bool kZeroed = false;
-  static constexpr bool kAttendsInPairs = false;
   using Rows = FloatRows;
   using Tile = FloatTile;
 

@@ -17,10 +17,9 @@
 //   Tile, tile<Rows, Vecs>   the micro-kernel: Rows x Vecs vectors of the result; float_tile below is one
 //   run(tile, ...)           a call of one
 //
-//   kAttendsInPairs          whether q, k, v beside it meet as pairs of bfloat16 numbers
-//
 // and, where rows are rounded for it, round_row and row_bytes. Where its products are those of tile registers, it has
-// TileProducts, start and finish (see amx.h) instead of Tile, tile and run. product.h lists the formats.
+// TileProducts, start and finish (see amx.h) instead of Tile, tile and run. kAttendsInPairs says, where it is there, that
+// queries, keys and values beside such weights meet as pairs of bfloat16 numbers. product.h lists the formats.
 #pragma once
 
 #include "../kernels.h"
