@@ -77,6 +77,19 @@ inline void round_row(Format format, float* x, int64_t columns, const RoundedRow
   });
 }
 
+inline bool rounds_tiles(Format format) {
+  return with_format(format, [](auto f) { return RoundingTiles<decltype(f)>; });
+}
+
+// c[0:rows, 0:columns] of a product, rounded into rows and columns from (row, column) on for weights of this format. What is
+// in c behind its columns is overwritten.
+inline void round_tile(Format format, float* c, int64_t rows, int64_t columns, const RoundedRows& to, int64_t row,
+                       int64_t column) {
+  with_format(format, [&](auto f) {
+    if constexpr (RoundingTiles<decltype(f)>) f.round_tile(c, rows, columns, to, row, column);
+  });
+}
+
 template <class Emit>
 inline void multiply(const Lhs& a, int64_t rows, const Matrix& w, const Emit& emit) {
   with_format(w.format, [&](auto f) { multiply<decltype(f)>(f.of(a), rows, w, 0, panel_count(w.n), emit); });

@@ -33,7 +33,8 @@ MUTATIONS = {
         "test_cpu.py::test_batches_and_threads",
     ),
     "product: the last of an odd number of inputs is left out": Mutation(
-        FORMAT, "for (int64_t k = 0; k < depth; ++k, b += ldb)", "for (int64_t k = 0; k < depth / 2 * 2; ++k, b += ldb)",
+        FORMAT, "for (int64_t k = 0; k < depth; ++k, b += ldb)",
+        "for (int64_t k = 0; k < depth / 2 * 2; ++k, b += ldb)",
         "test_cpu.py::test_batches_and_threads",
     ),
     "product: tiles after the first begin one row early": Mutation(

@@ -76,6 +76,15 @@ struct BFloat16 {
   static int64_t row_bytes(int64_t k) { return pair_bytes(k); }
   static void round_row(float* x, int64_t columns, const RoundedRows& to, int64_t i) { narrow_row(x, columns, to, i); }
 
+  static void round_tile(float* c, int64_t rows, int64_t columns, const RoundedRows& to, int64_t row, int64_t column) {
+    static_assert(N % (2 * W) == 0);
+    for (int64_t i = 0; i < rows; ++i, c += N) {
+      for (int64_t j = columns; j < round_up(columns, 2 * W); ++j) c[j] = 0.0f;
+      for (int64_t j = 0; j < columns; j += 2 * W)
+        round_to_bf16(load(c + j), load(c + j + W), to.values + (row + i) * to.ld + 2 * (column + j));
+    }
+  }
+
   static void pack_panel(const Unpacked& from, int64_t first, int64_t used, int64_t width, int32_t* to) {
     const uint16_t* weight = static_cast<const uint16_t*>(from.weight) + first * from.k;
     if (from.bias != nullptr) __builtin_memcpy(to, from.bias + first, static_cast<size_t>(used) * sizeof(float));

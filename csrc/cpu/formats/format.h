@@ -17,7 +17,8 @@
 //   Tile, tile<Rows, Vecs>   the micro-kernel: Rows x Vecs vectors of the result; float_tile below is one
 //   run(tile, ...)           a call of one
 //
-// and, where rows are rounded for it, round_row and row_bytes. Where its products are those of tile registers, it has
+// and, where rows are rounded for it, round_row and row_bytes, and, where an element needs no other one to be rounded,
+// round_tile for results that the next product reads. Where its products are those of tile registers, it has
 // TileProducts, start and finish (see amx.h) instead of Tile, tile and run. kAttendsInPairs says, where it is there, that
 // queries, keys and values beside such weights meet as pairs of bfloat16 numbers. product.h lists the formats.
 #pragma once
@@ -80,6 +81,9 @@ inline int64_t panel_vectors(int64_t n, int64_t p) { return min(NV, ceil_div(n -
 
 template <class F>
 concept Rounding = requires { &F::round_row; };
+
+template <class F>
+concept RoundingTiles = requires { &F::round_tile; };
 
 template <class F>
 int64_t packed_bytes(int64_t n, int64_t k) {
