@@ -170,20 +170,21 @@ class PackedEmbedding:
         return torch.ops.gohsp_kernels.cpu_embed(images, self.panels, self.layout, self.base, self.patch)
 
 
-def pack_embedding(weight: Tensor, bias: Tensor | None, base: Tensor) -> PackedEmbedding:
+def pack_embedding(weight: Tensor, bias: Tensor | None, base: Tensor, weights: str = "float32") -> PackedEmbedding:
     """Pack the convolution of a patch embedding.
 
     Args:
         weight, bias: float32 on the CPU, [features, channels, height, width] and [features]; they are not held.
         base: see :class:`PackedEmbedding`.
+        weights: name of the format; pixels are rounded as other inputs of its products are.
 
     Raises:
         ValueError: for other weights.
     """
     _check_weights((weight, bias))
     _, _, height, width = weight.shape
-    panels = _panels(weight.flatten(1), bias)
-    return PackedEmbedding(panels, _layout("float32"), base.detach().contiguous(), (height, width))
+    panels = _panels(weight.flatten(1), bias, weights)
+    return PackedEmbedding(panels, _layout(weights), base.detach().contiguous(), (height, width))
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,8 @@ class WeightFormat:
         missing: why an instruction set (its name) cannot run such weights, or the empty string.
         tolerance: relative error of 12 blocks, in the 2-norm, that rounding in this format does not reach and a mistake
             exceeds by far.
-        last_block: names of formats for the last block of a model, whose errors no later block evens out; it has the
-            first of them that can run.
+        ends: names of formats for the patch embedding and for the last block, whose errors no later block evens out;
+            they have the first that can run.
         linear: x, weight, bias and the levels of an activation in 8 bits to what the kernels compute, in plain PyTorch.
     """
 
@@ -66,7 +66,7 @@ class WeightFormat:
     numbers: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     missing: Callable[[str], str]
     tolerance: float
-    last_block: tuple[str, ...]
+    ends: tuple[str, ...]
     linear: Callable[..., Tensor]
 
     def reference(self, sublayer: Sublayer, x: Tensor, levels: int = 255, pairs: bool = False) -> Tensor:
@@ -112,7 +112,7 @@ FORMATS: dict[str, WeightFormat] = {
             numbers=_float32,
             missing=_anywhere,
             tolerance=1e-5,
-            last_block=("float32",),
+            ends=("float32",),
             linear=_linear,
         ),
         WeightFormat(
@@ -122,7 +122,7 @@ FORMATS: dict[str, WeightFormat] = {
             numbers=_bfloat16,
             missing=_with_bfloat16_products,
             tolerance=0.03,
-            last_block=("bfloat16",),
+            ends=("bfloat16",),
             linear=_bf16_linear,
         ),
         WeightFormat(
@@ -132,7 +132,7 @@ FORMATS: dict[str, WeightFormat] = {
             numbers=reference.quantise_weight,
             missing=_anywhere,
             tolerance=0.05,
-            last_block=("bfloat16", "float32"),
+            ends=("bfloat16", "float32"),
             linear=reference.int8_linear,
         ),
     )

@@ -261,7 +261,6 @@ Tensor cpu_embed(Tensor images, Tensor panels, Tensor layout, Tensor base, std::
   STD_TORCH_CHECK(patches.height % patch[0] == 0 && patches.width % patch[1] == 0 && patches.count() <= tokens,
                   "images: wanted whole patches, at most ", tokens);
   Packed packed(panels, layout);
-  STD_TORCH_CHECK(packed.format() == Format::float32, "panels: wanted weights in float32");
   const Matrix weight = packed.matrix(base.size(1), patches.size());
   STD_TORCH_CHECK(packed.empty(), "panels: wanted the weights of ", weight.n, " outputs and ", weight.k, " inputs");
   Tensor y = new_tensor(images, {images.size(0), tokens, weight.n});

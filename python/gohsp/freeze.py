@@ -28,9 +28,9 @@ def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
             LayerNorm, softmax, sums and residual stream stay in float32. "int8" holds the matrices of the blocks in
             8 bits, with one scale an output after everything is folded in that can be, and turns the activations in
             front of them into 8 bits row by row: a quarter of the memory. Nothing evens out the errors of the last
-            block, so it is bfloat16 then, or float32 where the CPU refuses that; the same holds for what meets in
-            attention. LayerNorm, softmax and residual stay in float32. Patch embedding and head are float32 in every
-            form. Neither rounded form gives the same results: try it on your own images.
+            block, so it is bfloat16 then, or float32 where the CPU refuses that; so are the patch embedding and what
+            meets in attention. LayerNorm, softmax and residual stay in float32, and so does the head in every form.
+            Neither rounded form gives the same results: try it on your own images.
 
     Raises:
         ValueError: The model is not compressed, a hook or an adapter in one of its blocks would be lost, its weights
@@ -41,6 +41,6 @@ def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
     if not support:
         raise RuntimeError(f"backend 'cpu': {support.reason}")
     *blocks, last = find_bare_blocks(model)
-    of_last = next(name for name in FORMATS[weights].last_block if gk.can_run("cpu", weights=name))
-    packed = FrozenBlocks(*(FrozenBlock(block, weights) for block in blocks), FrozenBlock(last, of_last))
-    return family_of(model).freeze(model, packed).eval()
+    of_ends = next(name for name in FORMATS[weights].ends if gk.can_run("cpu", weights=name))
+    packed = FrozenBlocks(*(FrozenBlock(block, weights) for block in blocks), FrozenBlock(last, of_ends))
+    return family_of(model).freeze(model, packed, of_ends).eval()

@@ -169,7 +169,8 @@ def test_int8_deit_tiny_computes_what_its_description_does(seed: int, images: Ca
                 levels, pairs = gk.cpu.activation_levels(), gk.cpu.attends_in_pairs(form)
                 truth = FORMATS[form].reference(descriptor, truth, levels, pairs)
             change = (truth - tokens).norm()
-            assert (result - truth).norm() / change < 1e-3
+            # Attention in pairs rounds q, k, v and shares too, and each of them may go the other way.
+            assert (result - truth).norm() / change < (2e-3 if pairs else 1e-3)
             least, most = {"int8": (2e-3, 0.1), "bfloat16": (1e-4, 0.01), "float32": (-1, 1e-5)}[form]
             assert least < (result - exact).norm() / change < most
             tokens = result
