@@ -53,6 +53,22 @@ def activation_levels() -> int:
 
 
 @functools.cache
+def attends_in_pairs(weights: str) -> bool:
+    """Whether queries, keys, values and what the softmax makes of scores are rounded to bfloat16 beside such weights.
+
+    Beside bfloat16 weights they are on every CPU, beside int8 ones where it multiplies bfloat16 numbers.
+
+    Args:
+        weights: name of a format.
+
+    Raises:
+        RuntimeError: if the native library cannot be loaded.
+    """
+    number = ctypes.c_int64(_native.numbers("formats")[weights])
+    return bool(_native.function("gohsp_cpu_attends_in_pairs", ctypes.c_bool)(number))
+
+
+@functools.cache
 def packing(weights: str) -> int:
     """A number for the way in which this process arranges packed weights: by its instruction set, by their format and
     by the version of both. What was packed where the number is another one is refused by the native operators.
@@ -154,20 +170,21 @@ class PackedEmbedding:
         return torch.ops.gohsp_kernels.cpu_embed(images, self.panels, self.layout, self.base, self.patch)
 
 
-def pack_embedding(weight: Tensor, bias: Tensor | None, base: Tensor) -> PackedEmbedding:
+def pack_embedding(weight: Tensor, bias: Tensor | None, base: Tensor, weights: str = "float32") -> PackedEmbedding:
     """Pack the convolution of a patch embedding.
 
     Args:
         weight, bias: float32 on the CPU, [features, channels, height, width] and [features]; they are not held.
         base: see :class:`PackedEmbedding`.
+        weights: name of the format; pixels are rounded as other inputs of its products are.
 
     Raises:
         ValueError: for other weights.
     """
     _check_weights((weight, bias))
     _, _, height, width = weight.shape
-    panels = _panels(weight.flatten(1), bias)
-    return PackedEmbedding(panels, _layout("float32"), base.detach().contiguous(), (height, width))
+    panels = _panels(weight.flatten(1), bias, weights)
+    return PackedEmbedding(panels, _layout(weights), base.detach().contiguous(), (height, width))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ demo ask these objects; none of them knows a format by name.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
+from . import _native, reference
 from ._packing import fold_attention, fold_mlp
 from .descriptors import NORMS, MlpSublayer, Sublayer
 
@@ -33,8 +34,12 @@ def _anywhere(capability: str) -> str:
     return ""
 
 
-def _with_amx(capability: str) -> str:
-    return "" if capability == "amx" else f"needs AMX for bfloat16 weights; runs on {capability}"
+def _with_bfloat16_products(capability: str) -> str:
+    if capability in ("amx", "avx512bf16", "neonbf16"):
+        return ""
+    reason = f"needs AMX, or AVX512_BF16 or Arm's BF16 at a gain, for bfloat16 weights; runs on {capability}"
+    gain = _native.function("gohsp_cpu_bfloat16_gain", ctypes.c_double)()
+    return f"{reason}; AVX512_BF16 here makes products {gain:.2f} times as fast as float32's" if gain else reason
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,9 @@ class WeightFormat:
         missing: why an instruction set (its name) cannot run such weights, or the empty string.
         tolerance: relative error of 12 blocks, in the 2-norm, that rounding in this format does not reach and a mistake
             exceeds by far.
-        last_block: name of the format that the last block of a model has, whose errors no later block evens out.
+        ends: names of formats for the patch embedding and for the last block, whose errors no later block evens out;
+            they have the first that can run.
         linear: x, weight, bias and the levels of an activation in 8 bits to what the kernels compute, in plain PyTorch.
-        attention: the same of ragged attention beside such weights.
     """
 
     name: str
@@ -61,11 +66,10 @@ class WeightFormat:
     numbers: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     missing: Callable[[str], str]
     tolerance: float
-    last_block: str
+    ends: tuple[str, ...]
     linear: Callable[..., Tensor]
-    attention: Callable[..., Tensor] = reference.ragged_attention
 
-    def reference(self, sublayer: Sublayer, x: Tensor, levels: int = 255) -> Tensor:
+    def reference(self, sublayer: Sublayer, x: Tensor, levels: int = 255, pairs: bool = False) -> Tensor:
         """What a sublayer that was packed in this format computes, in plain PyTorch.
 
         Args:
@@ -73,7 +77,9 @@ class WeightFormat:
             x: [batch, tokens, features].
             levels: largest integer that an activation becomes where it meets int8 weights; see
                 :func:`gohsp_kernels.cpu.activation_levels`.
+            pairs: whether attention rounds to bfloat16; see :func:`gohsp_kernels.cpu.attends_in_pairs`.
         """
+        attention = reference.bf16_attention if pairs else reference.ragged_attention
         linear = partial(self.linear, levels=levels)
         plain: dict[str, Any] = {"norm_weight": None, "norm_bias": None, "layer_scale": None}
         if isinstance(sublayer, MlpSublayer):
@@ -85,7 +91,7 @@ class WeightFormat:
         plain |= {"proj_weight": folded.proj, "proj_bias": folded.proj_bias}
         norms = zip(NORMS, sublayer.norms, strict=True)
         plain |= {name: None if norm is None else norm.to(x.dtype) for name, norm in norms}
-        return reference.attention_sublayer(replace(sublayer, **plain), x, x.shape[1], linear, self.attention)
+        return reference.attention_sublayer(replace(sublayer, **plain), x, x.shape[1], linear, attention)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, levels: int) -> Tensor:
@@ -106,19 +112,18 @@ FORMATS: dict[str, WeightFormat] = {
             numbers=_float32,
             missing=_anywhere,
             tolerance=1e-5,
-            last_block="float32",
+            ends=("float32",),
             linear=_linear,
         ),
         WeightFormat(
             name="bfloat16",
             short="bf16",
-            about="weights of the blocks and their inputs in bfloat16, for CPUs with AMX",
+            about="weights of the blocks and their inputs in bfloat16, for CPUs that gain by it",
             numbers=_bfloat16,
-            missing=_with_amx,
+            missing=_with_bfloat16_products,
             tolerance=0.03,
-            last_block="bfloat16",
+            ends=("bfloat16",),
             linear=_bf16_linear,
-            attention=reference.bf16_attention,
         ),
         WeightFormat(
             name="int8",
@@ -127,7 +132,7 @@ FORMATS: dict[str, WeightFormat] = {
             numbers=reference.quantise_weight,
             missing=_anywhere,
             tolerance=0.05,
-            last_block="float32",
+            ends=("bfloat16", "float32"),
             linear=reference.int8_linear,
         ),
     )

@@ -55,35 +55,27 @@ inline void attend_tile(const float* q, const HeadBuffers& from, const float* k_
   }
 }
 
-// What attention by tiles needs beside the heads: for 32 queries of one head at a time.
-struct TiledScratch {
+// What attention in pairs needs beside the heads: for kBlockRows queries of one head at a time.
+struct PairScratch {
   float* row;        // a query
-  RoundedRows left;  // [32, ld] queries, then what the softmax made of their scores
-  float* keys;       // [qk width / 2, ld_keys] pairs of channels
-  float* values;     // [tokens / 2, ld_values] pairs of tokens
-  float* scores;     // [32, ld_keys]
+  RoundedRows left;  // [kBlockRows, ld] queries, then what the softmax made of their scores
+  float* keys;       // [pairs of channels, ld_keys]
+  float* values;     // [pairs of tokens, ld_values]
+  float* scores;     // [kBlockRows, ld_keys]
   int64_t ld_keys, ld_values;
 
   template <class Arena>
   void lay_out(Arena& arena, int64_t widest_qk, int64_t widest_v, int64_t tokens) {
     ld_keys = row_stride(tokens);
     ld_values = row_stride(widest_v);
-    const int64_t inputs = padded_inputs(max(widest_qk, tokens)), ld = (ceil_div(2 * inputs, 64) | 1) * 64;
+    const int64_t ld = (ceil_div(pair_bytes(max(widest_qk, tokens)), 64) | 1) * 64;
     row = arena.template take<float>(row_stride(widest_qk));
     left = {arena.template take<uint8_t>(kBlockRows * ld), nullptr, nullptr, ld};
-    keys = arena.template take<float>(padded_inputs(widest_qk) / 2 * ld_keys);
-    values = arena.template take<float>(padded_inputs(tokens) / 2 * ld_values);
+    keys = arena.template take<float>(pairs_of(widest_qk) * ld_keys);
+    values = arena.template take<float>(pairs_of(tokens) * ld_values);
     scores = arena.template take<float>(kBlockRows * ld_keys);
   }
 };
-
-// c[0:32, 0:columns] = left b, b in pairs. c may overrun by less than a vector.
-inline void multiply_pairs(const RoundedRows& left, int64_t inputs, const float* b, int64_t ldb, int64_t columns,
-                           float* c, int64_t ldc) {
-  for (int64_t j = 0; j < columns; j += N)
-    amx_block(left.values, left.ld, b + j, ldb, kZeros, min(NV, ceil_div(columns - j, W)),
-              padded_inputs(inputs) / (2 * W), c + j, ldc, [](int64_t) {});
-}
 
 // Attention of query rows [r0, r1) into out[r1 - r0, ldo], all heads side by side.
 inline void attend(const Heads& heads, const HeadBuffers& from, int64_t tokens, int64_t r0, int64_t r1, float* scores,
@@ -102,23 +94,23 @@ inline void attend(const Heads& heads, const HeadBuffers& from, int64_t tokens, 
   }
 }
 
-// The same with the products of amx_block() in formats/bfloat16.h. Keys and values become pairs once a head and block of queries, which
-// costs less than a hundredth of what follows; softmax stays in fp32.
-inline void attend_tiled(const Heads& heads, const HeadBuffers& from, int64_t tokens, int64_t r0, int64_t r1,
-                         const TiledScratch& s, float* out, int64_t ldo) {
+// The same with the products of pairs in formats/bfloat16.h. Keys and values become pairs once a head and block of queries,
+// which costs less than a hundredth of what follows; softmax stays in fp32.
+inline void attend_in_pairs(const Heads& heads, const HeadBuffers& from, int64_t tokens, int64_t r0, int64_t r1,
+                            const PairScratch& s, float* out, int64_t ldo) {
+  const int64_t tiles = ceil_div(r1 - r0, kBlockRows);
   int64_t qk_start = 0, v_start = 0;
   for (int64_t h = 0; h < heads.count; ++h) {
     const int64_t qk_width = heads.qk_widths[h], v_width = heads.v_widths[h];
-    pair_rows(from.k_t + qk_start * from.ldk, from.ldk, qk_width, tokens, padded_inputs(qk_width) / 2, s.keys,
-              s.ld_keys);
-    pair_rows(from.v + v_start, from.ldv, tokens, v_width, padded_inputs(tokens) / 2, s.values, s.ld_values);
-    for (int64_t i0 = r0; i0 < r1 && v_width > 0; i0 += kBlockRows) {
-      const int64_t rows = min(kBlockRows, r1 - i0);
+    pair_rows(from.k_t + qk_start * from.ldk, from.ldk, qk_width, tokens, s.keys, s.ld_keys);
+    pair_rows(from.v + v_start, from.ldv, tokens, v_width, s.values, s.ld_values);
+    for (int64_t t = 0; t < tiles && v_width > 0; ++t) {
+      const int64_t i0 = r0 + part_begin(r1 - r0, tiles, t), rows = r0 + part_begin(r1 - r0, tiles, t + 1) - i0;
       for (int64_t i = 0; i < rows; ++i) {
         copy_row(from.q + (i0 + i) * from.ldq + qk_start, qk_width, s.row);
         narrow_row(s.row, qk_width, s.left, i);
       }
-      multiply_pairs(s.left, qk_width, s.keys, s.ld_keys, tokens, s.scores, s.ld_keys);
+      multiply_pairs(s.left, rows, qk_width, s.keys, s.ld_keys, tokens, s.scores, s.ld_keys);
       float inverse[kBlockRows];
       for (int64_t i = 0; i < rows; ++i) {
         inverse[i] = softmax_row(s.scores + i * s.ld_keys, tokens);
@@ -127,7 +119,7 @@ inline void attend_tiled(const Heads& heads, const HeadBuffers& from, int64_t to
       alignas(64) float c[kBlockRows * N];
       for (int64_t j = 0; j < v_width; j += N) {
         const int64_t columns = min(N, v_width - j);
-        multiply_pairs(s.left, tokens, s.values + j, s.ld_values, columns, c, N);
+        multiply_pairs(s.left, rows, tokens, s.values + j, s.ld_values, columns, c, N);
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t n = 0; n < columns; n += W)
             store(out + (i0 - r0 + i) * ldo + v_start + j + n, load(c + i * N + n) * inverse[i]);

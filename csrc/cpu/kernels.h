@@ -10,7 +10,7 @@
 namespace gohsp {
 
 // Raise this when packed weights or columns are arranged in another way than before.
-constexpr uint64_t kPackingVersion = 2;
+constexpr uint64_t kPackingVersion = 3;
 
 // A number for the arrangement of weights of this format, and of columns, that the kernels of this name read (FNV-1a of
 // name, format and version). Packed layouts begin with it. Not negative.
@@ -106,8 +106,7 @@ struct Parallel {
 struct KernelTable {
   const char* name;  // one of instruction_sets()
 
-  // Bytes that a packed [n, k] matrix takes, and the packing. Panels lie on a multiple of 4. AMX has tiles for bfloat16;
-  // elsewhere it is slow and for tests only.
+  // Bytes that a packed [n, k] matrix takes, and the packing. Panels lie on a multiple of 4.
   int64_t (*packed_bytes)(Format format, int64_t n, int64_t k);
   void (*pack)(Format format, const Unpacked& from, void* panels);
 
@@ -120,6 +119,14 @@ struct KernelTable {
 
   // Activations that meet int8 weights become integers from 0 to this, row by row.
   int64_t activation_levels;
+
+  // Whether queries, keys and values beside such weights are rounded to bfloat16, and what the softmax makes of scores.
+  bool (*attends_in_pairs)(Format format);
+
+  // How many times as fast as with float32 weights a product with bfloat16 weights is, measured in some 100 us; and
+  // whether a set has nothing else over the one behind it in the list, so that it is chosen where this is a gain.
+  double (*bfloat16_gain)();
+  bool for_bfloat16;
 
   // y = sublayers(x). x: [batch, tokens, features], y: [batch, queries, features].
   void (*sublayers)(const Sublayer* layers, int64_t count, const float* x, float* y, const Shape& shape,
@@ -153,12 +160,15 @@ struct KernelTable {
 // nullptr behind the last.
 const char* const* instruction_sets();
 
-// The table for this machine: the widest instruction set that it has, or the one that the environment variable
+// The table for this machine: the best instruction set that it has, or the one that the environment variable
 // GOHSP_CPU_CAPABILITY names. Throws std::runtime_error where that one is unknown or cannot run here.
 const KernelTable& kernels();
 
 // The table of one instruction set, or nullptr where this build or this machine lacks it.
 const KernelTable* kernels(const char* name);
+
+// bfloat16_gain of this machine's set for bfloat16 products in vectors, measured once; 0 where it has none.
+double bfloat16_gain_in_vectors();
 
 // A block of at least `bytes` that stays with the calling thread and is handed out again on its next call: no
 // allocation after the first call of a size. Aligned to 64 bytes. Throws std::bad_alloc.

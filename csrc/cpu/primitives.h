@@ -89,10 +89,21 @@ inline void linear(const Matrix& weight, const Columns& gather, const Columns& s
 }
 
 struct EmbedBuffers {
-  int64_t workers, rows, ld;
+  int64_t workers, rows, ld, ld_bytes;
   float* patches = nullptr;
+  RoundedRows rounded = {};
 
-  void lay_out(Arena& arena) { patches = arena.take<float>(workers * rows * ld + N); }
+  void lay_out(Arena& arena) {
+    patches = arena.take<float>(workers * rows * ld + N);
+    const int64_t padded = ld_bytes > 0 ? workers * round_up(rows, kBlockRows) : 0;
+    rounded = {arena.take<uint8_t>(padded * ld_bytes), arena.take<float>(padded), arena.take<int32_t>(padded),
+               ld_bytes};
+  }
+
+  RoundedRows rounded_of(int64_t worker) const {
+    const int64_t first = worker * round_up(rows, kBlockRows);
+    return {rounded.values + first * ld_bytes, rounded.scales + first, rounded.zeros + first, ld_bytes};
+  }
 };
 
 // Row of pixels of patch number q of an image.
@@ -110,24 +121,30 @@ inline void embed(const Matrix& weight, const Patches& p, const float* images, i
   const int64_t n = weight.n, count = p.count(), own = tokens - count;
   const int64_t even = batch % parallel.workers == 0 ? 1 : parallel.workers;
   const int64_t blocks = max(1, min(round_up(ceil_div(count, 8 * M), even), ceil_div(count, M)));
-  EmbedBuffers buffers{parallel.workers, ceil_div(count, blocks), row_stride(weight.k)};
+  const bool rounds = weight.format != Format::float32;
+  EmbedBuffers buffers{parallel.workers, ceil_div(count, blocks), row_stride(weight.k),
+                       rounded_stride(weight.format, weight.k)};
   place(buffers);
 
   for_each_number(parallel, batch * blocks, [&](int64_t number, int64_t worker) {
     const int64_t image = number / blocks, block = number % blocks;
     float *patches = buffers.patches + worker * buffers.rows * buffers.ld, *to = y + image * tokens * n;
+    const RoundedRows rounded = buffers.rounded_of(worker);
+    const AmxTiles tiles(kHasTiles && rounds);
     if (block == 0) copy_row(base, own * n, to);
     const int64_t q0 = part_begin(count, blocks, block), rows = part_begin(count, blocks, block + 1) - q0;
-    for (int64_t i = 0; i < rows; ++i)
+    for (int64_t i = 0; i < rows; ++i) {
       read_patch(images + image * p.channels * p.height * p.width, p, q0 + i, patches + i * buffers.ld);
+      round_row(weight.format, patches + i * buffers.ld, weight.k, rounded, i);
+    }
     const int64_t offset = (own + q0) * n;
-    multiply<Float32>({patches, buffers.ld}, rows, weight, 0, panel_count(n),
-                      [=](int64_t r, int64_t tile_rows, int64_t column, int64_t columns, float* c) {
-                        for (int64_t i = 0; i < tile_rows; ++i) {
-                          const int64_t place = offset + (r + i) * n + column;
-                          add_vectors(base + place, c + i * N, columns, to + place);
-                        }
-                      });
+    multiply(rounds ? Lhs(rounded) : Lhs(patches, buffers.ld), rows, weight,
+             [=](int64_t r, int64_t tile_rows, int64_t column, int64_t columns, float* c) {
+               for (int64_t i = 0; i < tile_rows; ++i) {
+                 const int64_t place = offset + (r + i) * n + column;
+                 add_vectors(base + place, c + i * N, columns, to + place);
+               }
+             });
   });
 }
 

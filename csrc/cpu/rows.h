@@ -120,6 +120,15 @@ inline void store_product(const Lhs& a, int64_t rows, const Matrix& w, Activatio
   });
 }
 
+// The same, rounded for weights of a format that rounds tiles.
+inline void store_rounded(const Lhs& a, int64_t rows, const Matrix& w, Activation activation, Format format,
+                          const RoundedRows& to) {
+  multiply(a, rows, w, [&](int64_t r, int64_t count, int64_t n, int64_t columns, float* c) {
+    activate(activation, c, N, count, columns);
+    round_tile(format, c, count, columns, to, r, n);
+  });
+}
+
 // y = x + c over `columns` columns exactly. y may be x.
 inline void add_vectors(const float* x, const float* c, int64_t columns, float* y) {
   const int64_t whole = columns / W * W, rest = columns - whole;

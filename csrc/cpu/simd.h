@@ -4,7 +4,7 @@
 // It is the compiler's own vector extension at the width of the instruction set, so one text serves every set and
 // almost no intrinsic is needed: GCC and Clang turn a * b + c into a fused multiply-add (-ffp-contract=fast), a
 // comparison and selection into blends, a shuffle by a constant or loaded index into the matching permute. The one
-// thing that they do not find is the dot product of bytes (dot4 below).
+// thing that they do not find is dot products of bytes and of bfloat16 numbers (dot4, dot2).
 //
 // Each instruction set compiles this text in its own namespace (GOHSP_ISA), and nothing here comes from the standard
 // library: an inline function of it, compiled with AVX-512, could be the copy that the linker keeps for everybody.
@@ -14,7 +14,7 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD)
+#elif defined(__ARM_NEON)
 #include <arm_neon.h>
 #endif
 
@@ -144,6 +144,11 @@ inline IntVec dot4(IntVec acc, IntVec activations, IntVec weights) {
   const __m512i pairs = _mm512_maddubs_epi16((__m512i)activations, (__m512i)weights);
   return acc + (IntVec)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
 }
+#elif GOHSP_LANES == 8 && defined(__AVXVNNI__)
+constexpr int32_t kLowest = 0;
+inline IntVec dot4(IntVec acc, IntVec activations, IntVec weights) {
+  return (IntVec)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)activations, (__m256i)weights);
+}
 #elif GOHSP_LANES == 8 && defined(__AVX2__)
 constexpr int32_t kLowest = 0;
 inline IntVec dot4(IntVec acc, IntVec activations, IntVec weights) {
@@ -161,6 +166,23 @@ inline IntVec dot4(IntVec acc, IntVec activations, IntVec weights) {
 #pragma GCC unroll 4
   for (int q = 0; q < 4; ++q) acc += ((activations >> 8 * q) & 255) * ((weights << (24 - 8 * q)) >> 24);
   return acc;
+}
+#endif
+
+// Dot products of pairs of bfloat16 numbers: lane by lane, sum plus the products of the lane's two halves.
+#if GOHSP_LANES == 16 && defined(__AVX512BF16__)
+constexpr bool kHasPairProducts = true;
+inline Vec dot2(Vec sum, Vec x, Vec w) { return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w); }
+#elif GOHSP_LANES == 4 && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+constexpr bool kHasPairProducts = true;
+inline Vec dot2(Vec sum, Vec x, Vec w) { return (Vec)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)x, (bfloat16x8_t)w); }
+#else
+constexpr bool kHasPairProducts = false;
+inline Vec dot2(Vec sum, Vec x, Vec w) {
+  const IntVec xs = float_as_bits(x), ws = float_as_bits(w);
+  sum += bits_as_float(xs << 16) * bits_as_float(ws << 16);
+  sum += bits_as_float(xs & ~0xffff) * bits_as_float(ws & ~0xffff);
+  return sum;
 }
 #endif
 

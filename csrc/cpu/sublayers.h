@@ -43,7 +43,8 @@ struct Scratch {
   float* scores;        // [M, ld_scores]
   float* row;           // [features + W]
   RoundedRows rounded;  // [rows, ld_bytes] the left side of a product with rounded weights
-  TiledScratch tiled;
+  RoundedRows hidden;   // [rows, ld_hidden] the same of fc2, where it is written while rounded is read
+  PairScratch pairs;
   LostTime lost_time;
 };
 
@@ -87,7 +88,8 @@ class Chain {
       const int64_t byte_rows = ld_bytes_ > 0 ? round_up(max_rows_, kBlockRows) : 0;
       s.rounded = {arena.take<uint8_t>(byte_rows * ld_bytes_), arena.take<float>(byte_rows),
                    arena.take<int32_t>(byte_rows), ld_bytes_};
-      if (tiled_) s.tiled.lay_out(arena, widest_qk_, widest_v_, shape_.tokens);
+      s.hidden = {arena.take<uint8_t>(byte_rows * ld_hidden_), nullptr, nullptr, ld_hidden_};
+      if (in_pairs_) s.pairs.lay_out(arena, widest_qk_, widest_v_, shape_.tokens);
       if (arena.base != nullptr) scratch_[w] = s;
     }
   }
@@ -98,7 +100,7 @@ class Chain {
         workers_,
         [](void* self, int64_t worker) {
           Chain& chain = *static_cast<Chain*>(self);
-          const AmxTiles tiles(chain.tiled_);
+          const AmxTiles tiles(chain.on_tiles_);
           chain.work(worker);
         },
         this);
@@ -120,8 +122,9 @@ class Chain {
       if (out.plan != nullptr) ld_packed_ = max(ld_packed_, row_stride(out.count));
       const Matrix &first = a != nullptr ? a->q : m->fc1, &second = a != nullptr ? a->proj : m->fc2;
       for (const Matrix* w : {&first, &second}) ld_bytes_ = max(ld_bytes_, rounded_stride(w->format, w->k));
-      tiled_ = tiled_ || first.format == Format::bfloat16;
+      on_tiles_ = on_tiles_ || (kHasTiles && first.format != Format::float32);
       if (a != nullptr) {
+        in_pairs_ = in_pairs_ || attends_in_pairs(a->proj.format);
         for (int64_t h = 0; h < a->heads.count; ++h) {
           widest_qk_ = max(widest_qk_, a->heads.qk_widths[h]);
           widest_v_ = max(widest_v_, a->heads.v_widths[h]);
@@ -131,6 +134,7 @@ class Chain {
         ld_v_ = max(ld_v_, row_stride(a->v.n));
         ld_inner_ = max(ld_inner_, max(ld_qk_, ld_v_));
       } else {
+        if (rounds_tiles(m->fc2.format)) ld_hidden_ = max(ld_hidden_, rounded_stride(m->fc2.format, m->fc2.k));
         ld_inner_ = max(ld_inner_, row_stride(m->fc1.n));
       }
     }
@@ -139,7 +143,7 @@ class Chain {
     // workers that share an image should have equally many tasks. The images that are shared are those which are left
     // when every worker has had equally many; where most are not, their number of blocks is not bent far.
     // Tiles use weights up faster than the third level brings them, and their machines have 2 MB.
-    const int64_t fitting = max(2 * M, (tiled_ ? 330000 : 110000) / (ld_in_ + ld_inner_) / M * M);
+    const int64_t fitting = max(2 * M, (on_tiles_ ? 330000 : 110000) / (ld_in_ + ld_inner_) / M * M);
     const int64_t left = shape_.batch % workers_;
     const int64_t sharing = left == 0 ? 1 : ceil_div(workers_, left);
     const int64_t wanted = round_up(ceil_div(shape_.tokens, fitting), left < shape_.batch ? min(sharing, 4) : sharing);
@@ -253,27 +257,31 @@ class Chain {
   void attend_rows(int64_t layer, const HeadBuffers& heads, int64_t r0, int64_t r1, const float* x, float* y,
                    const Scratch& scratch) const {
     const Attention& a = *layers_[layer].attention;
-    if (a.proj.format == Format::bfloat16) {
-      attend_tiled(a.heads, heads, shape_.tokens, r0, r1, scratch.tiled, scratch.inner, ld_inner_);
+    if (attends_in_pairs(a.proj.format)) {
+      attend_in_pairs(a.heads, heads, shape_.tokens, r0, r1, scratch.pairs, scratch.inner, ld_inner_);
     } else {
       attend(a.heads, heads, shape_.tokens, r0, r1, scratch.scores, ld_tokens_, scratch.inner, ld_inner_);
     }
-    add_product(r1 - r0, a.proj, a.out, x, y, scratch);
+    add_product(inner(r1 - r0, a.proj, scratch), r1 - r0, a.proj, a.out, x, y, scratch);
   }
 
   void mlp_rows(int64_t layer, int64_t rows, const float* x, float* y, const Scratch& scratch) const {
     const Mlp& m = *layers_[layer].mlp;
     const Lhs normed = normalise(x, rows, m.eps, m.in, m.fc1, scratch);
-    store_product(normed, rows, m.fc1, m.activation, scratch.inner, ld_inner_);
-    add_product(rows, m.fc2, m.out, x, y, scratch);
+    if (m.fc1.n > 0 && rounds_tiles(m.fc2.format)) {  // no tile, nothing written: fc2 may read padding
+      store_rounded(normed, rows, m.fc1, m.activation, m.fc2.format, scratch.hidden);
+      add_product(Lhs(scratch.hidden), rows, m.fc2, m.out, x, y, scratch);
+    } else {
+      store_product(normed, rows, m.fc1, m.activation, scratch.inner, ld_inner_);
+      add_product(inner(rows, m.fc2, scratch), rows, m.fc2, m.out, x, y, scratch);
+    }
   }
 
-  // y = x + scatter(inner W^T + b); y may be x.
-  void add_product(int64_t rows, const Matrix& w, const Columns& out, const float* x, float* y,
+  // y = x + scatter(left W^T + b); y may be x.
+  void add_product(const Lhs& left, int64_t rows, const Matrix& w, const Columns& out, const float* x, float* y,
                    const Scratch& scratch) const {
     const int64_t features = shape_.features;
     const ColumnVector* scatter = plan_of(out);
-    const Lhs left = inner(rows, w, scratch);
     if (scatter == nullptr) {
       multiply(left, rows, w, [=](int64_t r, int64_t count, int64_t n, int64_t columns, float* c) {
         for (int64_t i = 0; i < count; ++i)
@@ -294,9 +302,11 @@ class Chain {
   int64_t workers_;
 
   int64_t segments_ = 0, blocks_ = 0, last_blocks_ = 0, max_rows_ = 0, slots_ = 0, max_qk_ = 0;
-  int64_t ld_in_ = 0, ld_inner_ = 0, ld_packed_ = 0, ld_qk_ = 0, ld_v_ = 0, ld_tokens_ = 0, ld_bytes_ = 0;
+  int64_t ld_in_ = 0, ld_inner_ = 0, ld_packed_ = 0, ld_qk_ = 0, ld_v_ = 0, ld_tokens_ = 0, ld_bytes_ = 0,
+          ld_hidden_ = 0;
   int64_t widest_qk_ = 0, widest_v_ = 0;
-  bool tiled_ = false;  // whether any weights are bfloat16
+  bool in_pairs_ = false;  // whether any attention has its products in bfloat16
+  bool on_tiles_ = false;  // whether any products run on tile registers
 
   int64_t* attentions_ = nullptr;   // [segments - 1] index of each attention in layers_
   int32_t* done_ = nullptr;         // [batch, segments] blocks finished

@@ -208,6 +208,7 @@ struct Block {
   const Sizes& s;
   Indices attention_in, attention_out, mlp_in, mlp_out;
   Linear q, k, v, proj, fc1, fc2;
+  bool in_pairs;  // whether the factors of attention's products are rounded to bfloat16
   std::vector<Indices> plans;
   gohsp::Attention attention{};
   gohsp::Mlp mlp{};
@@ -223,7 +224,8 @@ struct Block {
         v(kernels, random, sum(s.v), size(attention_in), format),
         proj(kernels, random, size(attention_out), sum(s.v), format),
         fc1(kernels, random, s.hidden, size(mlp_in), format),
-        fc2(kernels, random, size(mlp_out), s.hidden, format) {
+        fc2(kernels, random, size(mlp_out), s.hidden, format),
+        in_pairs(kernels.attends_in_pairs(format)) {
     attention = {q.matrix(),
                  k.matrix(),
                  v.matrix(),
@@ -276,8 +278,7 @@ struct Block {
 
   std::vector<double> attend(const std::vector<double>& query, const std::vector<std::vector<double>>& ks,
                              const std::vector<std::vector<double>>& vs) const {
-    // Beside bfloat16 weights the factors of attention's products are rounded too.
-    const auto factor = [&](double x) { return q.format == Format::bfloat16 ? in_bf16(static_cast<float>(x)) : x; };
+    const auto factor = [&](double x) { return in_pairs ? in_bf16(static_cast<float>(x)) : x; };
     std::vector<double> out;
     int64_t qk_start = 0, v_start = 0;
     for (size_t h = 0; h < s.qk.size(); ++h) {

@@ -250,7 +250,6 @@ Tensor cpu_embed(Tensor images, Tensor panels, Tensor layout, Tensor base, std::
   STD_TORCH_CHECK(patches.height % patch[0] == 0 && patches.width % patch[1] == 0 && patches.count() <= tokens,
                   "images: wanted whole patches, at most ", tokens);
   Packed packed(panels, layout);
-  STD_TORCH_CHECK(packed.format() == Format::float32, "panels: wanted weights in float32");
   const Matrix weight = packed.matrix(base.size(1), patches.size());
   STD_TORCH_CHECK(packed.empty(), "panels: wanted the weights of ", weight.n, " outputs and ", weight.k, " inputs");
   Tensor y = new_tensor(images, {images.size(0), tokens, weight.n});
@@ -395,6 +394,11 @@ GOHSP_EXPORT int64_t gohsp_cpu_activation_levels() noexcept { return gohsp::kern
 GOHSP_EXPORT int64_t gohsp_cpu_packing(int64_t format) noexcept {
   return gohsp::packing_of(gohsp::kernels().name, static_cast<Format>(format));
 }
+
+GOHSP_EXPORT bool gohsp_cpu_attends_in_pairs(int64_t format) noexcept {
+  return gohsp::kernels().attends_in_pairs(static_cast<Format>(format));
+}
+GOHSP_EXPORT double gohsp_cpu_bfloat16_gain() noexcept { return gohsp::bfloat16_gain_in_vectors(); }
 
 // The names of one list of csrc/common/wire.h, each behind a space, in the order of their numbers; nullptr for no list.
 GOHSP_EXPORT const char* gohsp_names(const char* list) noexcept {

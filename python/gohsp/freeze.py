@@ -23,12 +23,13 @@ def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
     Args:
         model: A model made by :func:`gohsp.compress` or :func:`gohsp.load`, float32 on the CPU.
         weights: "float32" gives the results of the given model. "bfloat16" holds the matrices of the blocks in
-            bfloat16 and rounds the activations in front of them and what meets in attention: half of the memory and,
-            with AMX, by far the fastest; a CPU without AMX refuses it. LayerNorm, softmax, sums and residual stream
-            stay in float32. "int8" holds the matrices of the blocks in 8 bits, with one scale an output after
-            everything is folded in that can be, and turns the activations in front of them into 8 bits row by row: a
-            quarter of the memory. The last block then stays in float32, because nothing after it evens its errors
-            out; so do LayerNorm, attention and residual stream. Patch embedding and head are float32 in every form.
+            bfloat16 and rounds the activations in front of them and what meets in attention: half of the memory. CPUs
+            whose instructions for it gain nothing over float32 refuse it; the message says what was measured.
+            LayerNorm, softmax, sums and residual stream stay in float32. "int8" holds the matrices of the blocks in
+            8 bits, with one scale an output after everything is folded in that can be, and turns the activations in
+            front of them into 8 bits row by row: a quarter of the memory. Nothing evens out the errors of the last
+            block, so it is bfloat16 then, or float32 where the CPU refuses that; so are the patch embedding and what
+            meets in attention. LayerNorm, softmax and residual stay in float32, and so does the head in every form.
             Neither rounded form gives the same results: try it on your own images.
 
     Raises:
@@ -40,6 +41,6 @@ def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
     if not support:
         raise RuntimeError(f"backend 'cpu': {support.reason}")
     *blocks, last = find_bare_blocks(model)
-    of_last = FORMATS[weights].last_block
-    packed = FrozenBlocks(*(FrozenBlock(block, weights) for block in blocks), FrozenBlock(last, of_last))
-    return family_of(model).freeze(model, packed).eval()
+    of_ends = next(name for name in FORMATS[weights].ends if gk.can_run("cpu", weights=name))
+    packed = FrozenBlocks(*(FrozenBlock(block, weights) for block in blocks), FrozenBlock(last, of_ends))
+    return family_of(model).freeze(model, packed, of_ends).eval()

@@ -33,7 +33,8 @@ MUTATIONS = {
         "test_cpu.py::test_batches_and_threads",
     ),
     "product: the last of an odd number of inputs is left out": Mutation(
-        FLOAT32, "for (int64_t kk = 0; kk < k; ++kk, b += ldb)", "for (int64_t kk = 0; kk < k / 2 * 2; ++kk, b += ldb)",
+        FORMAT, "for (int64_t k = 0; k < depth; ++k, b += ldb)",
+        "for (int64_t k = 0; k < depth / 2 * 2; ++k, b += ldb)",
         "test_cpu.py::test_batches_and_threads",
     ),
     "product: tiles after the first begin one row early": Mutation(
@@ -41,7 +42,7 @@ MUTATIONS = {
         "test_cpu.py::test_batches_and_threads",
     ),
     "product: the last panel gives columns past the end": Mutation(
-        FORMAT, "min(N, w.n - p * N), c);", "vectors * W, c);", "test_operators.py::test_edges"
+        "cpu/product.h", "min(N, w.n - p * N), c);", "vectors * W, c);", "test_operators.py::test_edges"
     ),
     "norm: the columns after the last whole vector are not in the mean": Mutation(
         ROWS, "Vec sum = load_first(x + whole, rest);", "Vec sum = {};", "test_operators.py::test_edges"
@@ -160,7 +161,8 @@ MUTATIONS = {
         INT8, "* -a.zeros[first_row + i];", "* -a.zeros[first_row];", "test_int8.py::test_awkward_rows"
     ),
     "int8: scale of the first row of a tile": Mutation(
-        INT8, "(a.scales[first_row + i] * scale)", "(a.scales[first_row] * scale)", "test_int8.py::test_awkward_rows"
+        INT8, "acc[i][v], Vec) * (a.scales[first_row + i] * scale)", "acc[i][v], Vec) * (a.scales[first_row] * scale)",
+        "test_int8.py::test_awkward_rows",
     ),
     "int8: weights after the last group of four are not in the sum": Mutation(
         INT8, "for (int64_t i = 0; i < k; ++i) sum += row[i];",

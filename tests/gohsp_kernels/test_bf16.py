@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """bfloat16 weights: the kernels against the plain description of their arithmetic, and that against float64.
 
-Every instruction set has the arithmetic, so that it is tested on every machine; only AMX is offered to users.
+Every instruction set has the arithmetic, so that it is tested on every machine; users are offered what gains by it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 from functools import partial
 
 import numpy as np
@@ -36,7 +38,7 @@ FLIPPED = 2e-3
 def described(x: Tensor, calls: list[Call]) -> Tensor:
     """What a chain of bfloat16 sublayers computes, in float64 but for the rounding of factors."""
     for call in calls:
-        x = FORMATS["bfloat16"].reference(chain.descriptor(bound(call)), x)
+        x = FORMATS["bfloat16"].reference(chain.descriptor(bound(call)), x, pairs=True)
     return x
 
 
@@ -209,22 +211,36 @@ def test_wrong_arguments_are_refused() -> None:
         torch.ops.gohsp_kernels.cpu_pack(values, None, None, 3)
 
 
+REFUSED = "needs AMX, or AVX512_BF16 or Arm's BF16 at a gain, for bfloat16 weights; runs on"
+OFFERED = ("amx", "avx512bf16", "neonbf16")
+
+
 def test_support_is_told() -> None:
-    support, amx = gk.can_run("cpu", weights="bfloat16"), bool(_native.load()) and cpu.capability() == "amx"
-    assert support.ok == amx
-    assert info.bf16_weights() == ("yes" if amx else f"no: {support.reason}")
+    support, offered = gk.can_run("cpu", weights="bfloat16"), bool(_native.load()) and cpu.capability() in OFFERED
+    assert support.ok == offered
+    assert info.bf16_weights() == ("yes" if offered else f"no: {support.reason}")
     assert gk.can_run("reference", weights="bfloat16").reason == "has no bfloat16 weights; the backend 'cpu' has"
 
 
 @needs_native
-def test_a_cpu_without_tiles_refuses_by_name() -> None:
+def test_a_cpu_that_gains_nothing_refuses_by_name() -> None:
     member = bound(Maker(10).mlp_sublayer((0,), FEATURES, 8))
-    if cpu.capability() == "amx":
+    if cpu.capability() in OFFERED:
         assert len(gk.SublayerChain([member]).frozen(FEATURES, weights="bfloat16").sublayers) == 1
         return
-    reason = f"needs AMX for bfloat16 weights; runs on {cpu.capability()}"
-    with pytest.raises(RuntimeError, match=f"backend 'cpu': {reason}"):
+    with pytest.raises(RuntimeError, match=f"backend 'cpu': {REFUSED} {cpu.capability()}"):
         gk.SublayerChain([member]).frozen(FEATURES, weights="bfloat16")
+
+
+@needs_native
+def test_products_in_vectors_are_chosen_where_they_were_measured_to_pay() -> None:
+    gain = _native.function("gohsp_cpu_bfloat16_gain", ctypes.c_double)()
+    assert (gain > 0) == ("avx512bf16" in checks.capabilities())
+    if "amx" not in checks.capabilities() and "GOHSP_CPU_CAPABILITY" not in os.environ:
+        assert (cpu.capability() == "avx512bf16") == (gain >= 1.25)
+    reason = FORMATS["bfloat16"].missing("avx512vnni")
+    assert reason.startswith(f"{REFUSED} avx512vnni")
+    assert (f"AVX512_BF16 here makes products {gain:.2f} times as fast as float32's" in reason) == (gain > 0)
 
 
 def test_checks_refuse_shapes_that_do_not_fit() -> None:

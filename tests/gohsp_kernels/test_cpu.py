@@ -16,6 +16,7 @@ import torch
 import gohsp_kernels as gk
 from gohsp_kernels import cpu, testing
 from gohsp_kernels.descriptors import Linear
+from gohsp_kernels.formats import FORMATS
 from gohsp_kernels.testing import Maker, error, poisoned
 
 from . import cases
@@ -50,6 +51,20 @@ def test_embedding(down: int, across: int, own: int) -> None:
     with poisoned():
         result = cpu.pack_embedding(weight, bias, base)(images)
     assert error(result, truth) < TOLERANCE
+
+
+@pytest.mark.parametrize(("form", "tolerance"), [("bfloat16", 1e-5), ("int8", 2e-3)])
+def test_embedding_with_rounded_weights(form: str, tolerance: float) -> None:
+    maker = Maker(15)
+    images, weight, bias = maker.normal(3, 2, 3 * 7, 5 * 4), maker.normal(21, 2, 3, 5), maker.normal(21)
+    base = maker.normal(2 + 7 * 4, 21)
+    patches = images.unfold(2, 3, 3).unfold(3, 5, 5).permute(0, 2, 3, 1, 4, 5).reshape(3, 28, 30)
+    truth = base.double().repeat(3, 1, 1)
+    linear = FORMATS[form].linear
+    truth[:, 2:] += linear(patches.double(), weight.flatten(1), bias, levels=cpu.activation_levels())
+    with poisoned():
+        result = cpu.pack_embedding(weight, bias, base, form)(images)
+    assert error(result, truth) < tolerance
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 16])

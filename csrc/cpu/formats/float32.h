@@ -15,7 +15,7 @@ struct Float32 {
   static constexpr int64_t kHead = 1;  // biases
   static constexpr bool kZeroed = false;
   using Rows = FloatRows;
-  using Tile = void (*)(const float*, int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t, Prefetch);
+  using Tile = FloatTile;
 
   static int64_t depth(int64_t k) { return k; }
   static const Rows& of(const Lhs& lhs) { return lhs.floats; }
@@ -29,33 +29,11 @@ struct Float32 {
       for (int64_t j = 0; j < width; ++j) to[j] = j < used ? weight[j * from.k + i] : 0.0f;
   }
 
-  // c[0:Rows, 0:Vecs*W] = init + a[0:Rows, 0:k] b[0:k, 0:Vecs*W]
+  static Vec spread(const float* value) { return splat(*value); }
+  static Vec multiply_add(Vec sum, Vec x, Vec w) { return sum + x * w; }
+
   template <int64_t Rows, int64_t Vecs>
-  static void tile(const float* a, int64_t lda, const float* b, int64_t ldb, const float* init, int64_t k, float* c,
-                   int64_t ldc, Prefetch prefetch) {
-    Vec acc[Rows][Vecs];
-#pragma GCC unroll 32
-    for (int64_t i = 0; i < Rows; ++i)
-#pragma GCC unroll 32
-      for (int64_t v = 0; v < Vecs; ++v) acc[i][v] = load(init + v * W);
-#pragma GCC unroll 4
-    for (int64_t kk = 0; kk < k; ++kk, b += ldb) {
-      prefetch.fetch(kk);
-      Vec row[Vecs];
-#pragma GCC unroll 32
-      for (int64_t v = 0; v < Vecs; ++v) row[v] = load(b + v * W);
-#pragma GCC unroll 32
-      for (int64_t i = 0; i < Rows; ++i) {
-        const Vec x = splat(a[i * lda + kk]);
-#pragma GCC unroll 32
-        for (int64_t v = 0; v < Vecs; ++v) acc[i][v] += x * row[v];
-      }
-    }
-#pragma GCC unroll 32
-    for (int64_t i = 0; i < Rows; ++i)
-#pragma GCC unroll 32
-      for (int64_t v = 0; v < Vecs; ++v) store(c + i * ldc + v * W, acc[i][v]);
-  }
+  static constexpr Tile tile = float_tile<Float32, Rows, Vecs>;
 
   static void run(Tile tile, const Rows& a, int64_t r0, const int32_t* head, int64_t vectors, int64_t depth, float* c,
                   Prefetch prefetch) {
@@ -63,7 +41,5 @@ struct Float32 {
     tile(a.values + r0 * a.ld, a.ld, b + vectors * W, vectors * W, b, depth, c, N, prefetch);
   }
 };
-
-alignas(64) constexpr float kZeros[N] = {};
 
 }  // namespace gohsp::GOHSP_ISA

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What all weight formats share: panels of words, the table of tiles, packing, and the product tile by tile.
+// What all weight formats share: panels of words, packing, and the table of tiles.
 //
 // A weight matrix [n, k] is packed into panels of N = NV * W outputs. A panel is rows of one word of 4 bytes an output:
 // a head (biases, and what else the format needs an output), then the weights, as many inputs to a word as fit. The
@@ -14,11 +14,13 @@
 //   pack_panel(from, first, used, width, to)
 //                            a panel of `width` outputs, of which `used` from `first` on are the matrix's
 //   Rows, of(lhs)            the left side of a product in the form that its tiles read
-//   Tile, tile<Rows, Vecs>   the micro-kernel: Rows x Vecs vectors of the result
+//   Tile, tile<Rows, Vecs>   the micro-kernel: Rows x Vecs vectors of the result; float_tile below is one
 //   run(tile, ...)           a call of one
 //
-// and, where rows are rounded for it, round_row and row_bytes. Where products do not go tile by tile it has, instead of
-// the last three, a `multiply` of its own. product.h lists the formats.
+// and, where rows are rounded for it, round_row and row_bytes, and, where an element needs no other one to be rounded,
+// round_tile for results that the next product reads. Where its products are those of tile registers, it has
+// TileProducts, start and finish (see amx.h) instead of Tile, tile and run. kAttendsInPairs says, where it is there, that
+// queries, keys and values beside such weights meet as pairs of bfloat16 numbers. product.h lists the formats.
 #pragma once
 
 #include "../kernels.h"
@@ -81,6 +83,9 @@ template <class F>
 concept Rounding = requires { &F::round_row; };
 
 template <class F>
+concept RoundingTiles = requires { &F::round_tile; };
+
+template <class F>
 int64_t packed_bytes(int64_t n, int64_t k) {
   return 4 * round_up(n, W) * (F::kHead + F::depth(k));
 }
@@ -128,31 +133,38 @@ constexpr TileTable<F> make_tiles() {
 template <class F>
 constexpr TileTable<F> kTiles = make_tiles<F>();
 
-// For each tile of a[0:rows] W^T + b in panels [first_panel, last_panel): calls
-// emit(first row, rows, first column, columns, tile) with tile[i * N + j].
-// Panels outside, rows inside: a panel is read from memory once for the block and then comes from cache. Each tile
-// brings its share of the next panel nearer; the hardware would not, because it stops prefetching at every 4 KB page.
-// After the last panel that is whatever stands behind it: the next matrix of the same sublayer.
-template <class F, class Emit>
-void multiply(const typename F::Rows& a, int64_t rows, const Matrix& w, int64_t first_panel, int64_t last_panel,
-              const Emit& emit) {
-  if constexpr (!requires { typename F::Tile; }) {
-    F::multiply(a, rows, w, first_panel, last_panel, emit);
-  } else {
-    alignas(64) float c[M * N];
-    const int64_t tiles = ceil_div(rows, M), depth = F::depth(w.k);
-    for (int64_t p = first_panel; p < last_panel; ++p) {
-      const int32_t* head = panel<F>(w, p);
-      const int64_t vectors = panel_vectors(w.n, p);
-      const int32_t* next = head + vectors * W * (F::kHead + depth);
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t r0 = part_begin(rows, tiles, t), r1 = part_begin(rows, tiles, t + 1);
-        const Prefetch prefetch = {next + part_begin(depth * N, tiles, t), ceil_div(N, tiles)};
-        F::run(kTiles<F>.of[r1 - r0][vectors], a, r0, head, vectors, depth, c, prefetch);
-        emit(r0, r1 - r0, p * N, min(N, w.n - p * N), c);
-      }
+// The tile of formats whose products add up in fp32: c[0:Rows, 0:Vecs*W] = init + a[0:Rows, 0:depth] b[0:depth, 0:Vecs*W],
+// word by word.
+using FloatTile = void (*)(const float* a, int64_t lda, const float* b, int64_t ldb, const float* init, int64_t depth,
+                           float* c, int64_t ldc, Prefetch prefetch);
+
+template <class F, int64_t Rows, int64_t Vecs>
+void float_tile(const float* a, int64_t lda, const float* b, int64_t ldb, const float* init, int64_t depth, float* c,
+                int64_t ldc, Prefetch prefetch) {
+  Vec acc[Rows][Vecs];
+#pragma GCC unroll 32
+  for (int64_t i = 0; i < Rows; ++i)
+#pragma GCC unroll 32
+    for (int64_t v = 0; v < Vecs; ++v) acc[i][v] = load(init + v * W);
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < depth; ++k, b += ldb) {
+    prefetch.fetch(k);
+    Vec row[Vecs];
+#pragma GCC unroll 32
+    for (int64_t v = 0; v < Vecs; ++v) row[v] = load(b + v * W);
+#pragma GCC unroll 32
+    for (int64_t i = 0; i < Rows; ++i) {
+      const Vec x = F::spread(a + i * lda + k);
+#pragma GCC unroll 32
+      for (int64_t v = 0; v < Vecs; ++v) acc[i][v] = F::multiply_add(acc[i][v], x, row[v]);
     }
   }
+#pragma GCC unroll 32
+  for (int64_t i = 0; i < Rows; ++i)
+#pragma GCC unroll 32
+    for (int64_t v = 0; v < Vecs; ++v) store(c + i * ldc + v * W, acc[i][v]);
 }
+
+alignas(64) constexpr float kZeros[N] = {};
 
 }  // namespace gohsp::GOHSP_ISA

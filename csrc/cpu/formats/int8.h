@@ -9,9 +9,12 @@
 //
 // The head of a panel is its weights' sums, scales and biases; then come ceil(k / 4) rows of words of four weights, so
 // it has the shape of a panel of floats with a quarter of the rows, and the same tile.
+//
+// Attention beside such weights is as exact as bfloat16 where the CPU multiplies pairs of them, which is much more than
+// these weights are.
 #pragma once
 
-#include "format.h"
+#include "../amx.h"
 
 namespace gohsp::GOHSP_ISA {
 
@@ -19,12 +22,12 @@ struct Int8 {
   static constexpr Format kFormat = Format::int8;
   static constexpr int64_t kHead = 3;
   static constexpr bool kZeroed = true;
+  static constexpr bool kAttendsInPairs = kHasPairProducts;
   using Rows = RoundedRows;
-  using Tile = void (*)(const RoundedRows&, int64_t, const int32_t*, int64_t, float*, Prefetch);
 
-  static int64_t depth(int64_t k) { return ceil_div(k, 4); }
+  static int64_t depth(int64_t k) { return whole_steps(ceil_div(k, 4)); }
   static const Rows& of(const Lhs& lhs) { return lhs.rounded; }
-  static int64_t row_bytes(int64_t k) { return k + W; }
+  static int64_t row_bytes(int64_t k) { return 4 * depth(k) + W; }
 
   static void pack_panel(const Unpacked& from, int64_t first, int64_t used, int64_t width, int32_t* to) {
     const int64_t k = from.k;
@@ -35,7 +38,7 @@ struct Int8 {
       to[j] = sum;
       __builtin_memcpy(to + width + j, from.scales + first + j, sizeof(float));
       if (from.bias != nullptr) __builtin_memcpy(to + 2 * width + j, from.bias + first + j, sizeof(float));
-      for (int64_t g = 0; g < depth(k); ++g)
+      for (int64_t g = 0; g < ceil_div(k, 4); ++g)
         __builtin_memcpy(to + (kHead + g) * width + j, row + 4 * g, static_cast<size_t>(min(4, k - 4 * g)));
     }
   }
@@ -65,6 +68,26 @@ struct Int8 {
       store_bytes(bytes + j, float_as_bits(v) + kLowest);  // the low byte of kRound itself is zero
     }
   }
+
+#if defined(GOHSP_TILE_REGISTERS)
+  using TileProducts = ByteProducts;
+  static const float* start(const int32_t*) { return kZeros; }  // all bits are zero, as integers too
+
+  // Sums of products, as they left the tiles, become results.
+  static void finish(const Rows& a, int64_t first_row, int64_t rows, const int32_t* head, int64_t vectors, float* c) {
+    const int64_t width = vectors * W;
+    for (int64_t j = 0; j < width; j += W) {
+      const IntVec sums = load_ints(head + j);
+      const Vec scale = bits_as_float(load_ints(head + width + j));
+      const Vec bias = bits_as_float(load_ints(head + 2 * width + j));
+      for (int64_t i = 0; i < rows; ++i) {
+        const IntVec sum = float_as_bits(load(c + i * N + j)) - sums * a.zeros[first_row + i];
+        store(c + i * N + j, __builtin_convertvector(sum, Vec) * (a.scales[first_row + i] * scale) + bias);
+      }
+    }
+  }
+#else
+  using Tile = void (*)(const RoundedRows&, int64_t, const int32_t*, int64_t, float*, Prefetch);
 
   // c[0:Rows, 0:Vecs*W] = a[0:Rows] W^T + b for the panel at `head`, `groups` groups of four inputs deep.
   template <int64_t Rows, int64_t Vecs>
@@ -114,6 +137,7 @@ struct Int8 {
                   Prefetch prefetch) {
     tile(a, r0, head, depth, c, prefetch);
   }
+#endif
 };
 
 }  // namespace gohsp::GOHSP_ISA

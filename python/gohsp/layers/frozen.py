@@ -20,15 +20,18 @@ class FrozenEmbedding(nn.Module):
         bias: [D] or None.
         base: [N, D], what an image adds the products of its patches to: tokens in front of them, and positions.
         img_size: (height, width) of the images.
+        weights: Format of the weights; see :func:`gohsp.freeze`.
 
     Raises:
         ValueError: The weights are not float32 on the CPU.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, base: Tensor, img_size: tuple[int, int]) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, base: Tensor, img_size: tuple[int, int], weights: str = "float32"
+    ) -> None:
         super().__init__()
         self.channels, self.img_size = weight.shape[1], img_size
-        self.packed = gk.pack_embedding(weight, bias, base)
+        self.packed = gk.pack_embedding(weight, bias, base, weights)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return tokens [B, N, D] for images [B, C, height, width]; no gradient flows through it."""

@@ -442,8 +442,14 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def freeze(self, model: nn.Module, blocks: nn.Module) -> nn.Module:
-        """Return a copy of a compressed model with packed blocks, and with what else can be packed outside them."""
+    def freeze(self, model: nn.Module, blocks: nn.Module, embedding: str = "float32") -> nn.Module:
+        """Return a copy of a compressed model with packed blocks, and with what else can be packed outside them.
+
+        Args:
+            model: It is not changed.
+            blocks: In place of the model's own.
+            embedding: Format of the weights of a packed patch embedding.
+        """
 
     @abstractmethod
     def describe(self, model: nn.Module, geometry: Geometry) -> dict[str, Any]:

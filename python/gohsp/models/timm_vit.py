@@ -330,13 +330,13 @@ class TimmVit(Family):
         result.__class__ = DENSE_CLASS[type(model)]
         return result
 
-    def freeze(self, model: Any, blocks: nn.Module) -> nn.Module:
+    def freeze(self, model: Any, blocks: nn.Module, embedding: str = "float32") -> nn.Module:
         # All but the blocks is copied, a few kilobytes: neither model's training, mode or dtype reaches the other.
         result: Any = copy.deepcopy(model, {id(model.blocks): model.blocks})
         result.blocks = blocks
         result.eval()
         if _embeds_plainly(model):
-            result.patch_embed = FrozenPatchEmbed(result)
+            result.patch_embed = FrozenPatchEmbed(result, embedding)
             result._pos_embed = _as_it_is
         for name in ("head", "head_dist"):
             layer = getattr(model, name, None)
@@ -518,15 +518,16 @@ class FrozenPatchEmbed(FrozenEmbedding):
 
     Args:
         model: The model whose patch embedding and ``_pos_embed`` it does the work of. It is not changed, and not held.
+        weights: Format of the weights; see :func:`gohsp.freeze`.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, weights: str) -> None:
         embed = model.patch_embed
         weight = embed.proj.weight
         # What timm adds to patches of which nothing is left: the tokens in front of them, and all positions.
         with torch.no_grad():
             base = model._pos_embed(weight.new_zeros(1, embed.num_patches, weight.shape[0]))[0]
-        super().__init__(weight, embed.proj.bias, base, embed.img_size)
+        super().__init__(weight, embed.proj.bias, base, embed.img_size, weights)
         self.patch_size, self.grid_size, self.num_patches = embed.patch_size, embed.grid_size, embed.num_patches
 
     def dynamic_feat_size(self, img_size: tuple[int, int]) -> tuple[int, int]:

@@ -146,7 +146,7 @@ class TowerFamily(Family):
     def disassemble(self, model: nn.Module) -> nn.Module:
         raise NotImplementedError
 
-    def freeze(self, model: Any, blocks: nn.Module) -> nn.Module:
+    def freeze(self, model: Any, blocks: nn.Module, embedding: str = "float32") -> nn.Module:
         result: Any = copy.deepcopy(model, {id(model.layers): model.layers})
         result.layers, result.classify = blocks, FrozenLinear(model.classify)
         return result
