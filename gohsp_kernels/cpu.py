@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, reference
 from ._cache import PackedCache
 from ._packing import fold_attention, fold_mlp, qk_norm_table
 from .descriptors import Attention, AttentionSublayer, Descriptor, Linear, MlpSublayer, Sublayer
@@ -53,10 +53,11 @@ def activation_levels() -> int:
 
 
 @functools.cache
-def attends_in_pairs(weights: str) -> bool:
-    """Whether queries, keys, values and what the softmax makes of scores are rounded to bfloat16 beside such weights.
+def reference_attention(weights: str) -> Callable[..., Tensor]:
+    """What the kernels compute of attention beside such weights, in plain PyTorch.
 
-    Beside bfloat16 weights they are on every CPU, beside int8 ones where it multiplies bfloat16 numbers.
+    Queries, keys, values and what the softmax makes of scores are rounded to bfloat16 beside bfloat16 weights on every
+    CPU, beside int8 ones where it multiplies bfloat16 numbers.
 
     Args:
         weights: name of a format.
@@ -65,7 +66,8 @@ def attends_in_pairs(weights: str) -> bool:
         RuntimeError: if the native library cannot be loaded.
     """
     number = ctypes.c_int64(_native.numbers("formats")[weights])
-    return bool(_native.function("gohsp_cpu_attends_in_pairs", ctypes.c_bool)(number))
+    in_pairs = _native.function("gohsp_cpu_attends_in_pairs", ctypes.c_bool)(number)
+    return reference.bf16_attention if in_pairs else reference.ragged_attention
 
 
 @functools.cache

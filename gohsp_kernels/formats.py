@@ -69,7 +69,13 @@ class WeightFormat:
     ends: tuple[str, ...]
     linear: Callable[..., Tensor]
 
-    def reference(self, sublayer: Sublayer, x: Tensor, levels: int = 255, pairs: bool = False) -> Tensor:
+    def reference(
+        self,
+        sublayer: Sublayer,
+        x: Tensor,
+        levels: int = 255,
+        attention: Callable[..., Tensor] = reference.ragged_attention,
+    ) -> Tensor:
         """What a sublayer that was packed in this format computes, in plain PyTorch.
 
         Args:
@@ -77,9 +83,9 @@ class WeightFormat:
             x: [batch, tokens, features].
             levels: largest integer that an activation becomes where it meets int8 weights; see
                 :func:`gohsp_kernels.cpu.activation_levels`.
-            pairs: whether attention rounds to bfloat16; see :func:`gohsp_kernels.cpu.attends_in_pairs`.
+            attention: ragged attention as it is beside such weights; see
+                :func:`gohsp_kernels.cpu.reference_attention`.
         """
-        attention = reference.bf16_attention if pairs else reference.ragged_attention
         linear = partial(self.linear, levels=levels)
         plain: dict[str, Any] = {"norm_weight": None, "norm_bias": None, "layer_scale": None}
         if isinstance(sublayer, MlpSublayer):

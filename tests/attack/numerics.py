@@ -28,9 +28,11 @@ from torch import Tensor, nn
 
 import gohsp
 import gohsp_kernels as gk
+from gohsp.layers import FrozenEmbedding
 from gohsp.masks.mask import FIELDS, ModelMask
 from gohsp_kernels import chain, cpu
-from gohsp_kernels.formats import FORMATS, ROUNDED, WeightFormat
+from gohsp_kernels.descriptors import Sublayer
+from gohsp_kernels.formats import FORMATS, ROUNDED
 
 LIMIT = 1e-5
 """Largest error of a well-conditioned model in float32."""
@@ -182,25 +184,51 @@ class Described(nn.Sequential):
 
     def __init__(self, blocks: Any, form: str) -> None:
         super().__init__(nn.Identity())  # one that is there, as the model's forward asks
-        forms = [form] * (len(blocks) - 1) + [FORMATS[form].last_block]
+        forms = [form] * (len(blocks) - 1) + [form_of_ends(form)]
         bound = [(s, of) for block, of in zip(blocks, forms, strict=True) for s in block.sublayers()]
         self.sublayers = [(chain.descriptor(sublayer), of) for sublayer, of in bound]
         self.generator: torch.Generator | None = None
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
         for sublayer, form in self.sublayers:
-            x = self._format(form).reference(sublayer, x, cpu.activation_levels())
+            x = self._through(sublayer, form, x)
         return x[:, :num_queries]
 
-    def _format(self, name: str) -> WeightFormat:
-        form, generator = FORMATS[name], self.generator
+    def _through(self, sublayer: Sublayer, name: str, x: Tensor) -> Tensor:
+        form, generator, attention = FORMATS[name], self.generator, cpu.reference_attention(name)
         if generator is None:
-            return form
-        return replace(
-            form,
-            linear=lambda x, *rest, **levels: form.linear(jittered(x, generator), *rest, **levels),
-            attention=lambda heads, qkv, queries: form.attention(heads, jittered(qkv, generator), queries),
+            return form.reference(sublayer, x, cpu.activation_levels(), attention)
+        linear = lambda x, *rest, **levels: form.linear(jittered(x, generator), *rest, **levels)  # noqa: E731
+        return replace(form, linear=linear).reference(
+            sublayer,
+            x,
+            cpu.activation_levels(),
+            lambda heads, qkv, queries: attention(heads, jittered(qkv, generator), queries),
         )
+
+
+class DescribedPatches(nn.Module):
+    """The convolution of a patch embedding in a rounded form, in plain PyTorch.
+
+    Args:
+        projection: of patches that lie side by side.
+        form: name of the format.
+    """
+
+    def __init__(self, projection: Any, form: str) -> None:
+        super().__init__()
+        self.projection, self.form = projection, FORMATS[form]
+
+    def forward(self, images: Tensor) -> Tensor:
+        weight, bias, size = self.projection.weight, self.projection.bias, self.projection.kernel_size
+        rows = nn.functional.unfold(images, size, stride=size).mT
+        patches = self.form.linear(rows, weight.flatten(1), bias, levels=cpu.activation_levels())
+        return patches.mT.unflatten(-1, (images.shape[2] // size[0], -1))
+
+
+def form_of_ends(form: str) -> str:
+    """Format of the last block and of a packed patch embedding."""
+    return next(name for name in FORMATS[form].ends if gk.can_run("cpu", weights=name))
 
 
 def error(result: Tensor, truth: Tensor) -> float:
@@ -276,6 +304,9 @@ class Sweep:
                 continue
             name, form = f"frozen {weights}", gohsp.freeze(small, weights=weights)
             described.blocks = Described(small.blocks, weights)
+            if isinstance(form.patch_embed, FrozenEmbedding):
+                projection = copy.deepcopy(small.patch_embed.proj).double()
+                described.patch_embed.proj = DescribedPatches(projection, form_of_ends(weights))
             wanted = described(images.double())
             described.blocks.generator = model.generator
             result, beside_nan = form(images), form(poisoned)

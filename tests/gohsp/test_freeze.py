@@ -166,11 +166,11 @@ def test_int8_deit_tiny_computes_what_its_description_does(seed: int, images: Ca
                 form = "bfloat16" if gk.can_run("cpu", weights="bfloat16") else "float32"
             for sublayer in block.sublayers():
                 descriptor = gk.chain.descriptor(sublayer)
-                levels, pairs = gk.cpu.activation_levels(), gk.cpu.attends_in_pairs(form)
-                truth = FORMATS[form].reference(descriptor, truth, levels, pairs)
+                attention = gk.cpu.reference_attention(form)
+                truth = FORMATS[form].reference(descriptor, truth, gk.cpu.activation_levels(), attention)
             change = (truth - tokens).norm()
             # Attention in pairs rounds q, k, v and shares too, and each of them may go the other way.
-            assert (result - truth).norm() / change < (2e-3 if pairs else 1e-3)
+            assert (result - truth).norm() / change < (1e-3 if attention is gk.reference.ragged_attention else 2e-3)
             least, most = {"int8": (2e-3, 0.1), "bfloat16": (1e-4, 0.01), "float32": (-1, 1e-5)}[form]
             assert least < (result - exact).norm() / change < most
             tokens = result

@@ -38,7 +38,7 @@ FLIPPED = 2e-3
 def described(x: Tensor, calls: list[Call]) -> Tensor:
     """What a chain of bfloat16 sublayers computes, in float64 but for the rounding of factors."""
     for call in calls:
-        x = FORMATS["bfloat16"].reference(chain.descriptor(bound(call)), x, pairs=True)
+        x = FORMATS["bfloat16"].reference(chain.descriptor(bound(call)), x, attention=reference.bf16_attention)
     return x
 
 

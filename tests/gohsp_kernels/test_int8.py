@@ -30,7 +30,7 @@ FLIPPED = 2e-3
 def described(x: Tensor, calls: list[Call], levels: int) -> Tensor:
     """What a chain of int8 sublayers computes, in float64 but for the integers."""
     for call in calls:
-        x = FORMATS["int8"].reference(chain.descriptor(bound(call)), x, levels, cpu.attends_in_pairs("int8"))
+        x = FORMATS["int8"].reference(chain.descriptor(bound(call)), x, levels, cpu.reference_attention("int8"))
     return x
 
 
