@@ -197,19 +197,20 @@ class _Heads(Descriptor):
     def _check_heads(self) -> None:
         qk_widths, v_widths = self.qk_widths, self.v_widths
         for width in (*qk_widths, *v_widths):
-            check_number("qk_widths, v_widths", width)
+            if type(width) is not int:
+                check_number("qk_widths, v_widths", width)
         if len(qk_widths) != len(v_widths):
             raise wrong("v_widths", f"{len(qk_widths)} heads, as in qk_widths", f"{len(v_widths)}")
         if any(width < 0 for width in (*qk_widths, *v_widths)):
             raise wrong("qk_widths, v_widths", "no negative width", f"{list(qk_widths)}, {list(v_widths)}")
 
     def _check_norms(self) -> None:
-        norms = dict(zip(NORMS, self.norms, strict=True))
-        if all(norm is None for norm in norms.values()):
+        q_weight, q_bias, k_weight, k_bias = norms = self.norms
+        if q_weight is None and q_bias is None and k_weight is None and k_bias is None:
             return
         if len(set(self.qk_widths)) > 1:
             raise wrong("qk_widths", "one width for all heads, as the model has a q and k norm", list(self.qk_widths))
-        for argument, tensor in norms.items():
+        for argument, tensor in zip(NORMS, norms, strict=True):
             if tensor is None and argument.endswith("weight"):
                 raise wrong(argument, "a weight for both the q and the k norm, or for neither", None)
             if self.qk_widths:
@@ -317,8 +318,8 @@ class MlpSublayer(Descriptor):
 
     def check(self, features: int) -> None:
         _check_activation(self.activation)
-        check_tensor("fc1_weight", self.fc1_weight)
         self._check_factors("eps")
+        check_tensor("fc1_weight", self.fc1_weight)
         hidden = self.fc1_weight.shape[0] if self.fc1_weight.dim() else 0
         _check_shape("norm_weight", self.norm_weight, features)
         _check_shape("norm_bias", self.norm_bias, features)
@@ -361,9 +362,10 @@ def check_devices(x: Tensor, tensors: Sequence[Tensor | None]) -> None:
     Raises:
         ValueError: there is one.
     """
+    device = x.device
     for tensor in tensors:
-        if tensor is not None and tensor.device != x.device:
-            raise wrong("tensors", f"all on {x.device}, as x", f"one on {tensor.device}")
+        if tensor is not None and tensor.device != device:
+            raise wrong("tensors", f"all on {device}, as x", f"one on {tensor.device}")
 
 
 def check_number(argument: str, value: object) -> None:
@@ -383,8 +385,9 @@ def _check_shape(argument: str, tensor: Tensor | None, *shape: int) -> None:
 
 def _check_weight(argument: str, tensor: Tensor, *shape: int) -> None:
     """The same of a tensor that has to be there."""
-    check_tensor(argument, tensor)
-    if tuple(tensor.shape) != shape:
+    if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+        check_tensor(argument, tensor)
+    if tensor.shape != shape:
         raise wrong(argument, f"shape {list(shape)}", f"shape {list(tensor.shape)}")
 
 

@@ -148,9 +148,8 @@ def choose(
     wanted = selected() if backend is None else _check_name(backend)
     request = Request(device, dtype, needs_grad, widest_head=widest_head, rows=rows, operator=operator)
     if wanted != "auto":
-        support = _supported(wanted, request)
-        if not support:
-            raise RuntimeError(f"backend {wanted!r}: {support.reason}")
+        if reason := _missing(wanted, request):
+            raise RuntimeError(f"backend {wanted!r}: {reason}")
         return wanted
     for name in _in_order(request):
         reason = BACKENDS[name].only_named(request) or _missing(name, request)

@@ -56,8 +56,9 @@ def _on_reference(dtype: torch.dtype | None, operator: Descriptor, x: Tensor, nu
 
 def run(operator: Descriptor, x: Tensor, backend: str | None, num_queries: int | None = None) -> Tensor:
     """Compute a call whose arguments have been checked, on the named backend or the one that is chosen."""
-    check_devices(x, operator.tensors)
-    differentiable = needs_grad((x, *operator.tensors))
+    tensors = operator.tensors
+    check_devices(x, tensors)
+    differentiable = needs_grad((x, *tensors))
     dtype = autocast_dtype(x)
 
     def node(x: Tensor, *flat: Any) -> Tensor:
@@ -172,13 +173,15 @@ def packed_linear(
     check_tensor("x", x)
     if x.dim() == 0:
         raise wrong("x", "at least 1 dimension", "a scalar")
-    check_tensor("weight", weight)
+    if out_features is None:
+        check_tensor("weight", weight)
+        out_features = weight.shape[0] if weight.dim() else 0
     linear = Linear(
         weight=weight,
         bias=bias,
         in_cols=in_cols,
         out_cols=out_cols,
-        out_features=sum(weight.shape[:1]) if out_features is None else out_features,
+        out_features=out_features,
         activation=activation,
     )
     linear.check(x.shape[-1])
