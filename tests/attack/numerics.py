@@ -171,6 +171,12 @@ def round_otherwise_(model: nn.Module, generator: torch.Generator) -> nn.Module:
     return model
 
 
+def pytorch_error(model: nn.Module, images: Tensor, generator: torch.Generator) -> float:
+    """Error of PyTorch in float32 on a model in float64 whose weights are changed in their last bit."""
+    other = round_otherwise_(copy.deepcopy(model), generator).float()
+    return error(other(images), copy.deepcopy(other).double()(images.double()))
+
+
 class Described(nn.Sequential):
     """Blocks of a compressed model in a rounded form as plain PyTorch describes it, on activations in float64.
 
@@ -291,6 +297,10 @@ class Sweep:
         others = [masked(images), *(round_otherwise_(exact, model.generator)(images.double()) for _ in range(2))]
         noise = max(error(other, truth) for other in others)
         in_pytorch, with_nan = plain(images), plain(poisoned)
+        worst = max(error(form(images), truth) for form in (plain, small))
+        if worst > max(LIMIT, WORSE * noise):
+            # One model in PyTorch may be lucky in what its last bits decide, such as a norm of two nearly equal numbers.
+            noise = max(noise, *(pytorch_error(exact, images, model.generator) for _ in range(10)))
         self.judge("densified", in_pytorch, truth, noise, LIMIT, model)
         for name, form in {"compressed": small, "frozen float32": gohsp.freeze(small)}.items():
             result, beside_nan = form(images), form(poisoned)
