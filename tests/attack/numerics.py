@@ -299,7 +299,7 @@ class Sweep:
         in_pytorch, with_nan = plain(images), plain(poisoned)
         worst = max(error(form(images), truth) for form in (plain, small))
         if worst > max(LIMIT, WORSE * noise):
-            # One model in PyTorch may be lucky in what its last bits decide, such as a norm of two nearly equal numbers.
+            # One model in PyTorch may be lucky in what its last bits decide, such as a norm of two near numbers.
             noise = max(noise, *(pytorch_error(exact, images, model.generator) for _ in range(10)))
         self.judge("densified", in_pytorch, truth, noise, LIMIT, model)
         for name, form in {"compressed": small, "frozen float32": gohsp.freeze(small)}.items():
