@@ -31,13 +31,14 @@ from gohsp.masks.mask import ModelMask
 from gohsp.models.base import Geometry, OpenModel
 from gohsp.models.hooks import evaluating
 from gohsp.models.registry import open_model
+from gohsp.pruning.axes import turn_heads_, turned_copy
 from gohsp.pruning.budget import GROUPS, BlockBudget, BlockPlan, allocate, counted, parse_target
 from gohsp.pruning.calibration import embed
 from gohsp.pruning.criteria import CRITERIA
 from gohsp.pruning.latency import LatencyTable
 from gohsp.pruning.layerwise import OPTIMISERS, LayerwisePruner
 from gohsp.pruning.ranking import check_reading, check_scores
-from gohsp.pruning.scoring import PruneSettings, Scores, score_groups
+from gohsp.pruning.scoring import AXES, PruneSettings, Scores, graphs_of, score_groups
 from gohsp.pruning.sensitivity import measure_sensitivities
 
 DEFAULT_TARGET: Mapping[str, float] = MappingProxyType({"params": 0.65})
@@ -99,6 +100,7 @@ def prune(
     high_is: str = "important",
     guidance: float = 1.0,
     ridge: float = 0.3,
+    axes: str = "principal",
     max_images: int | None = None,
     seed: int = 0,
     on_progress: Callable[[int, int], object] | None = None,
@@ -128,6 +130,9 @@ def prune(
         similarity, teleport, high_is: The graph's, where it ranks here; see :func:`gohsp.rank_heads`.
         guidance: How much a head's score sways the choice of heads by "gohsp": costs are multiplied by
             ``(H * score) ** guidance``; 0 leaves the scores out.
+        axes: Where "qk" or "v" may go, "principal" turns the heads into their principal axes first, in which few
+            channels hold what counts: the same function in other weights, see :mod:`gohsp.pruning.axes`. "given"
+            leaves the channels as training left them.
         ridge: How strongly the re-fit is held to the dense weights, relative to the mean variance of its inputs.
         max_images: Use no more images than that.
         seed: Of everything that is drawn at random.
@@ -149,7 +154,7 @@ def prune(
     if budgets is not None and len(budgets) != depth:
         raise ValueError(f"budgets: wanted one for each of {depth} blocks, got {len(budgets)}")
     settings = PruneSettings(
-        method, tuple(groups), optimiser, refine, similarity, teleport, high_is, float(guidance), float(ridge)
+        method, tuple(groups), optimiser, refine, similarity, teleport, high_is, float(guidance), float(ridge), axes
     )
     size = opened.geometry
     _check(settings, floors, size)
@@ -157,16 +162,24 @@ def prune(
         _check_latency(latency, settings, size)
     if importance is not None:
         importance = check_scores(importance, [block.num_heads for block in size.blocks])
+    turned = settings.turned
+    graphs = graphs_of(opened, settings, next(model.parameters()).device) if turned and importance is None else None
+    tick = _ticker(on_progress, 1 + 4 * depth + (1 + depth if turned else 0))
+    if turned:
+        model = turned_copy(model)
+        opened = open_model(model)
+    with torch.no_grad(), evaluating(model):
+        stream, image_size = embed(opened, batches, max_images)
+        if turned:
+            turn_heads_(opened, stream, turned, seed, graphs or (), tick)
     pruned = copy.deepcopy(model)
     opened_copy = open_model(pruned)
     mask = ModelMask.full_of(opened)
     generator = torch.Generator().manual_seed(seed)
-    tick = _ticker(on_progress, 1 + 4 * depth)
     with torch.no_grad(), evaluating(model), evaluating(pruned):
-        stream, image_size = embed(opened, batches, max_images)
         sensitivities = measure_sensitivities(opened, stream, seed)
         tick()
-        scores = score_groups(opened, stream, sensitivities, settings, generator, tick, importance)
+        scores = score_groups(opened, stream, sensitivities, settings, generator, tick, importance, graphs)
         dense = count_opened(opened, image_size)
         if budgets is None:
             plans, outside = _plans(opened, scores, dense, kind, latency)
@@ -193,6 +206,8 @@ def _check(settings: PruneSettings, floors: Mapping[str, float], size: Geometry)
         if group not in groups or not 0 <= floor <= 1:
             raise ValueError(f"floors: wanted shares from 0 to 1 of {', '.join(groups)}, got {group!r}: {floor!r}")
     check_reading(settings.similarity, settings.teleport, settings.high_is)
+    if settings.axes not in AXES:
+        raise ValueError(f"axes: wanted one of {', '.join(AXES)}, got {settings.axes!r}")
     if settings.refine < 0:
         raise ValueError(f"refine: wanted a number of steps, 0 or more, got {settings.refine}")
     if not math.isfinite(settings.guidance):
