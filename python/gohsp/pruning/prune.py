@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One-shot pruning without training or labels: choose what to keep, then let what is left take over.
 
-Three passes over the calibration images, all of them block by block on cached tokens:
+Three passes over the calibration images, all of them block by block on cached tokens. Where channels of heads may go,
+one before them turns the heads into their principal axes (:mod:`gohsp.pruning.axes`).
 
 1. score: the dense model tells how sensitive its features are to errors after each sublayer, how alike its heads are,
    and what each step of an elimination would cost;
@@ -56,6 +57,7 @@ class PruneReport:
         budgets: What each block was given.
         errors: After each block, the squared error of the pruned residual stream on the calibration images, as a share
             of the dense stream's variance. The fit has seen these images; expect more on others.
+        turned: Which channels, "qk" and "v", the mask means in principal axes and not as they were given.
     """
 
     method: str
@@ -64,6 +66,7 @@ class PruneReport:
     importance: Sequence[Tensor]
     budgets: list[BlockBudget]
     errors: list[float]
+    turned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,9 @@ class PruneResult:
     """A mask, and the dense-shaped model that it has been applied to.
 
     Attributes:
-        mask: What is kept.
+        mask: What is kept: of ``model``, and of the given model as well where nothing was turned
+            (``report.turned``). For a mask of turned channels alone :func:`gohsp.pruning.axes.principal_axes` makes the
+            dense model that it means.
         model: A copy of the given model with re-fitted weights and pruned entries at zero, so that
             ``gohsp.compress(model, mask)`` computes the same.
         report: How it came about.
@@ -188,7 +193,7 @@ def prune(
         errors = pruner.run(list(budgets), tick)
         mask.apply_to_(opened_copy)
     left = count_opened(opened, image_size, mask=mask)
-    report = PruneReport(method, dense, left, scores.heads, list(budgets), errors)
+    report = PruneReport(method, dense, left, scores.heads, list(budgets), errors, turned)
     return PruneResult(mask, pruned, report)
 
 

@@ -209,6 +209,22 @@ def test_costs_of_queries_are_what_the_axes_are_sorted_by(make_model, images) ->
     assert bool((costs.diff(dim=1) < 1e-3 * costs[:, :1]).all())
 
 
+def test_outputs_are_uncorrelated_and_cost_the_same(make_model, images) -> None:
+    opened = open_model(principal_axes(make_model(**SMALL), [images(24, 32)], seed=3))
+    with torch.no_grad():
+        stream, _ = embed(opened, [images(24, 32)])
+        found, layer = measure_sensitivities(opened, stream, seed=3)[0], opened.blocks[0].attention
+        outputs, _ = layer.trace(stream)
+    held = torch.cov(outputs.flatten(0, 1).T, correction=0, aweights=found.weights().expand(24, -1).flatten())
+    cost = layer.written().T @ found.metric @ layer.written()
+    for head in range(3):
+        mine = slice(16 * head, 16 * head + 16)
+        own, level = held[mine, mine], cost[mine, mine].diagonal().mean()
+        assert (own - torch.diag(own.diagonal())).abs().max() < 1e-8 * own.max()
+        assert bool((own.diagonal().diff() <= 0).all())
+        torch.testing.assert_close(cost[mine, mine] / level, torch.eye(16).double(), rtol=0, atol=0.05)
+
+
 def test_rows_of_q_and_k_are_equally_long(make_model, images) -> None:
     for q, k, _ in rows(principal_axes(make_model(**SMALL), [images(16, 32)])):
         torch.testing.assert_close(q.norm(dim=1), k.norm(dim=1))
@@ -249,6 +265,7 @@ def test_the_mask_means_the_turned_model(make_model, images, relative_error, tmp
     """With weights that are left alone, mask and turned model are all there is, and files hold what was turned."""
     model, batches = make_model(**SMALL).float(), [images(24, 32).float()]
     result = prune(model, batches, {"params": 0.7}, groups=CHANNELS, optimiser="drop")
+    assert result.report.turned == ("qk", "v")
     masked = result.mask.apply_(principal_axes(model, batches))
     fresh = images(4, 32, seed=5).float()
     assert relative_error(masked(fresh), result.model(fresh)) < 1e-5
@@ -266,7 +283,7 @@ def test_without_channels_nothing_is_turned(make_model, images) -> None:
         for name in AXES
     ]
     assert same_weights(found[0].model, found[1].model) and found[0].mask.blocks == found[1].mask.blocks
-    assert seen[-1] == (9, 9)
+    assert seen[-1] == (9, 9) and found[0].report.turned == ()
     kept = prune(model, [images(24, 32)], {"params": 1.0})
     assert all(torch.equal(a, b) for a, b in zip(sum(rows(kept.model), ()), sum(rows(model), ()), strict=True))
 
