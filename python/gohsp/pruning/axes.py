@@ -45,8 +45,8 @@ def principal_axes(
 ) -> nn.Module:
     """Return a copy of a model that computes the same, with its heads in their principal axes.
 
-    :func:`gohsp.prune` does this by itself where QK or V channels may go. A mask that it found means the turned model:
-    with this function there is one to apply it to that was neither masked nor re-fitted.
+    :func:`gohsp.prune` does this by itself where QK or V channels may go. A mask that it found means the turned model.
+    With the same images, groups and seed this function gives that one, neither masked nor re-fitted.
 
     Args:
         model: Dense timm vision transformer. It is not changed.
@@ -55,8 +55,11 @@ def principal_axes(
         seed: Of the random projections of the features.
 
     Raises:
-        TypeError, ValueError: See :func:`gohsp.prune`.
+        TypeError: The model or the batches are not of a kind that is known.
+        ValueError: The groups are others, there are no images, or the model cannot be pruned.
     """
+    if not groups or not set(groups) <= {"qk", "v"}:
+        raise ValueError(f"groups: wanted qk, v or both, got {groups!r}")
     turned = turned_copy(model)
     opened = open_model(turned)
     with torch.no_grad(), evaluating(turned):

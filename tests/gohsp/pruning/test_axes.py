@@ -307,3 +307,5 @@ def test_heads_are_ranked_as_they_were_given(make_model, images, similarity: str
 def test_other_axes_are_refused(make_model, images) -> None:
     with pytest.raises(ValueError, match="axes: wanted one of principal, given, got 'own'"):
         prune(make_model(**SMALL), [images(8, 32)], axes="own")
+    with pytest.raises(ValueError, match=r"groups: wanted qk, v or both, got \('heads',\)"):
+        principal_axes(make_model(**SMALL), [images(8, 32)], groups=("heads",))
