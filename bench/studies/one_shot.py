@@ -122,6 +122,19 @@ def same_budget() -> Iterator[Trial]:
             yield Trial("same-budget", method, "ridge", 0.4, "gohsp", seed=seed)
 
 
+CHANNELS = ("heads", "hidden", "qk", "v")
+
+
+def axes() -> Iterator[Trial]:
+    """Channels of the heads in the axes that training left, in their principal ones, and none; three seeds."""
+    yield Trial("axes", "dense", "-", 0.0)
+    for seed in range(3):
+        for removed in (0.4, 0.5, 0.6):
+            yield Trial("axes", "gohsp", "ridge", removed, seed=seed)
+            for name in ("given", "principal"):
+                yield Trial("axes", "gohsp", "ridge", removed, options={"groups": CHANNELS, "axes": name}, seed=seed)
+
+
 def ablation() -> Iterator[Trial]:
     """One thing changed at a time, at the same share."""
     everything = ("heads", "hidden", "qk", "v", "attn_in", "attn_out", "mlp_in", "mlp_out")
@@ -133,8 +146,8 @@ def ablation() -> Iterator[Trial]:
         {"high_is": "auto"},
         {"teleport": 0.15},
         {"groups": ("hidden",)},
-        {"groups": ("heads", "hidden", "qk", "v")},
-        {"groups": everything},
+        {"groups": CHANNELS, "axes": "given"},
+        {"groups": everything, "axes": "given"},
         {"refine": 40},
         *({"ridge": value} for value in (0.01, 0.1, 1.0)),
     ]
@@ -142,7 +155,7 @@ def ablation() -> Iterator[Trial]:
         yield Trial("ablation", "gohsp", "ridge", 0.4, options=options)
 
 
-STUDIES = {"one-shot": one_shot, "same-budget": same_budget, "ablation": ablation}
+STUDIES = {"one-shot": one_shot, "same-budget": same_budget, "ablation": ablation, "axes": axes}
 
 
 class Lab:

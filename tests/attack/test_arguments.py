@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import gohsp
+from gohsp.pruning.axes import principal_axes
 from gohsp.serialization import digest_weights
 
 from .scale import TIMES
@@ -44,7 +45,11 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             {"model": dense, "batches": [IMAGES], "target": target, "method": "gohsp", "groups": ["heads", "hidden"]}
             | {"optimiser": "ridge", "refine": 0, "budgets": None, "floors": {}, "latency": None, "importance": None}
             | {"similarity": "cka", "teleport": 0.0, "high_is": "important", "guidance": 1.0, "ridge": 0.3}
-            | {"max_images": None, "seed": 0, "on_progress": None},
+            | {"max_images": None, "seed": 0, "on_progress": None, "axes": "principal"},
+        ),
+        "principal_axes": (
+            principal_axes,
+            {"model": dense, "batches": [IMAGES], "groups": ["qk", "v"], "seed": 0},
         ),
         "rank_heads": (
             gohsp.rank_heads,

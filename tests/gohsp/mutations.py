@@ -87,6 +87,10 @@ MUTATIONS = {
         "pruning/moments.py", "self.y += rows @ y", "self.y += y.sum(dim=0)",
         "pruning/test_moments.py::test_weights_are_repetitions",
     ),
+    "moments: a constant varies by its rounding": Mutation(
+        "pruning/moments.py", "- covariance.diagonal()).clamp_min(0)", "- covariance.diagonal()).clamp(0, 0)",
+        "pruning/test_moments.py::test_columns_that_hardly_vary_can_be_fitted",
+    ),
     "fit: pulled towards zero": Mutation(
         "pruning/moments.py", "start = weight[:, kept]", "start = torch.zeros_like(weight[:, kept])",
         "pruning/test_moments.py::test_fit_is_the_stationary_point_of_its_objective",
@@ -240,6 +244,28 @@ MUTATIONS = {
         "pruning/layerwise_admm.py", "weight = root.T @ statistics.weight * deviations",
         "weight = root.T @ statistics.weight",
         "pruning/test_layerwise_admm.py::test_units_of_the_inputs_do_not_matter",
+    ),
+    "axes: the keys are turned as the queries are": Mutation(
+        "pruning/axes.py", "back.mT @ k", "turn @ k",
+        "pruning/test_axes.py::test_the_function_stays",
+    ),
+    "axes: the inverse is that of undamped costs": Mutation(
+        "pruning/axes.py", "return axes.mT @ root, inverse @ axes,",
+        "return axes.mT @ root, (vectors / (values**2 - DAMPING).sqrt() @ vectors.mT) @ axes,",
+        "pruning/test_axes.py::test_the_function_stays",
+    ),
+    "axes: the bias of v is not turned": Mutation(
+        "pruning/axes.py", "_write_rows_(layer, q, k, turn @ v)",
+        "_write_rows_(layer, q, k, torch.cat((turn @ v[..., :-1], v[..., -1:]), dim=-1))",
+        "pruning/test_axes.py::test_the_function_stays",
+    ),
+    "axes: the mean of what a head gives is not taken out": Mutation(
+        "pruning/axes.py", "oo / total - mean[:, :, None] * mean[:, None, :]", "oo / total",
+        "pruning/test_axes.py::test_outputs_are_uncorrelated_and_cost_the_same",
+    ),
+    "axes: heads are ranked after they were turned": Mutation(
+        "pruning/prune.py", "seed, graphs or (), tick", "seed, (), tick",
+        "pruning/test_axes.py::test_heads_are_ranked_as_they_were_given",
     ),
     "layerwise: biases are not fitted": Mutation(
         "pruning/layerwise.py", "offset if linear.has_bias else None", "None",

@@ -163,13 +163,17 @@ class Projection:
 
     @torch.no_grad()
     def write_(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Overwrite the weights [outputs, inputs] and, where one is given, the bias [outputs]."""
+        """Overwrite the weights [outputs, inputs] and, where one is given, the bias [outputs].
+
+        Layers without a bias are passed over: theirs is zero.
+        """
         sizes = [layer.out_features for layer in self.layers]
         for layer, rows in zip(self.layers, weight.split(sizes), strict=True):
             layer.weight.copy_(rows)
         if bias is not None:
             for layer, values in zip(self.layers, bias.split(sizes), strict=True):
-                layer.bias.copy_(values)
+                if layer.bias is not None:
+                    layer.bias.copy_(values)
 
     @torch.no_grad()
     def clear_(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:

@@ -60,8 +60,10 @@ class QKStatistics:
 
     Attributes:
         weight: [3 H d, D] of the layer that gives q, k and v.
-        energy: How much each channel moves the attention scores, float64 [H, d]; see :func:`qk_energy`.
-        worth: What an error costs when a head attends to all tokens alike, float64 [H].
+        energy: How much each channel moves the attention scores, float64 [H, d]; see :func:`qk_energy`. In principal
+            axes: how much the features, see :func:`gohsp.pruning.scoring.qk_statistics`.
+        worth: What an error costs when a head attends to all tokens alike, float64 [H]. In principal axes: the sum of
+            the energies.
         generator: Source of the draws of the random criterion.
     """
 

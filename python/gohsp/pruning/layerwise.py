@@ -100,7 +100,8 @@ class LayerwisePruner:
         layer = self.layers[index]
         assert isinstance(layer, Attention)
         size = layer.geometry
-        statistics = qk_statistics(layer, self.stream, self.scores.sensitivities[index], self.generator)
+        sensitivity = self.scores.sensitivities[index]
+        statistics = qk_statistics(layer, self.stream, sensitivity, self.generator, self.settings)
         scores = CRITERIA[self.settings.method].qk_costs(statistics)
         heads = block.heads.nonzero().flatten()
         left = by_score(scores[heads].flatten(), channels_of(len(heads), size), keep).left

@@ -52,6 +52,10 @@ class Moments:
         """Return the covariance of x, [m, m]."""
         return self.xx / self.weight - torch.outer(self.mean(), self.mean())
 
+    def regular_covariance(self) -> Tensor:
+        """Return the covariance with variances that are more than rounding, so that :func:`damped` can invert it."""
+        return _regular(self.covariance(), self.xx.diagonal() / self.weight)
+
     def fit(self, weight: Tensor, kept: Tensor, ridge: float, *, intercept: bool = True) -> tuple[Tensor, Tensor]:
         """Fit y = W x[kept] + b by least squares, pulled towards given weights.
 
@@ -74,9 +78,19 @@ class Moments:
         square = self.xx[kept][:, kept] / self.weight - torch.outer(mean_x, mean_x)
         cross = self.xy[kept] / self.weight - torch.outer(mean_x, mean_y)
         start = weight[:, kept]
-        change = torch.cholesky_solve(cross - square @ start.T, torch.linalg.cholesky(damped(square, ridge)))
+        square = _regular(square, self.xx.diagonal()[kept] / self.weight)
+        root = torch.linalg.cholesky(damped(square, ridge))
+        change = torch.cholesky_solve(cross - square @ start.T, root)
         fitted = start + change.T
         return fitted, mean_y - fitted @ mean_x
+
+
+def _regular(covariance: Tensor, mean_squares: Tensor) -> Tensor:
+    """Raise variances below a trillionth of the mean square to that.
+
+    A covariance is the difference of large numbers. That of a constant is their rounding, of either sign.
+    """
+    return covariance + torch.diag((1e-12 * mean_squares - covariance.diagonal()).clamp_min(0))
 
 
 def damped(square: Tensor, ridge: float) -> Tensor:

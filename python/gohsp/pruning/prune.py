@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One-shot pruning without training or labels: choose what to keep, then let what is left take over.
 
-Three passes over the calibration images, all of them block by block on cached tokens:
+Three passes over the calibration images, all of them block by block on cached tokens. Where channels of heads may go,
+one before them turns the heads into their principal axes (:mod:`gohsp.pruning.axes`).
 
 1. score: the dense model tells how sensitive its features are to errors after each sublayer, how alike its heads are,
    and what each step of an elimination would cost;
@@ -39,13 +40,14 @@ from gohsp.masks.mask import ModelMask
 from gohsp.models.base import Geometry, OpenModel
 from gohsp.models.hooks import evaluating
 from gohsp.models.registry import open_model
+from gohsp.pruning.axes import turn_heads_, turned_copy
 from gohsp.pruning.budget import GROUPS, BlockBudget, BlockPlan, allocate, counted, parse_target
 from gohsp.pruning.calibration import embed
 from gohsp.pruning.criteria import CRITERIA
 from gohsp.pruning.latency import LatencyTable
 from gohsp.pruning.layerwise import OPTIMISERS, LayerwisePruner
 from gohsp.pruning.ranking import check_reading, check_scores
-from gohsp.pruning.scoring import PruneSettings, Scores, score_groups
+from gohsp.pruning.scoring import AXES, PruneSettings, Scores, graphs_of, score_groups
 from gohsp.pruning.sensitivity import measure_sensitivities
 
 DEFAULT_TARGET: Mapping[str, float] = MappingProxyType({"params": 0.65})
@@ -63,6 +65,7 @@ class PruneReport:
         budgets: What each block was given.
         errors: After each block, the squared error of the pruned residual stream on the calibration images, as a share
             of the dense stream's variance. The fit has seen these images; expect more on others.
+        turned: Which channels, "qk" and "v", the mask means in principal axes and not as they were given.
     """
 
     method: str
@@ -71,6 +74,7 @@ class PruneReport:
     importance: Sequence[Tensor]
     budgets: list[BlockBudget]
     errors: list[float]
+    turned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,9 @@ class PruneResult:
     """A mask, and the dense-shaped model that it has been applied to.
 
     Attributes:
-        mask: What is kept.
+        mask: What is kept: of ``model``, and of the given model as well where nothing was turned
+            (``report.turned``). For a mask of turned channels alone :func:`gohsp.pruning.axes.principal_axes` makes the
+            dense model that it means.
         model: A copy of the given model with re-fitted weights and pruned entries at zero, so that
             ``gohsp.compress(model, mask)`` computes the same.
         report: How it came about.
@@ -107,6 +113,7 @@ def prune(
     high_is: str = "important",
     guidance: float = 1.0,
     ridge: float = 0.3,
+    axes: str = "principal",
     max_images: int | None = None,
     seed: int = 0,
     on_progress: Callable[[int, int], object] | None = None,
@@ -136,6 +143,9 @@ def prune(
         similarity, teleport, high_is: The graph's, where it ranks here; see :func:`gohsp.rank_heads`.
         guidance: How much a head's score sways the choice of heads by "gohsp": costs are multiplied by
             ``(H * score) ** guidance``; 0 leaves the scores out.
+        axes: Where "qk" or "v" may go, "principal" turns the heads into their principal axes first, in which few
+            channels hold what counts: the same function in other weights, see :mod:`gohsp.pruning.axes`. "given"
+            leaves the channels as training left them.
         ridge: How strongly the re-fit is held to the dense weights, relative to the mean variance of its inputs.
         max_images: Use no more images than that.
         seed: Of everything that is drawn at random.
@@ -166,7 +176,7 @@ def prune(
     check_number("guidance", guidance)
     check_number("ridge", ridge, 0)
     settings = PruneSettings(
-        method, tuple(groups), optimiser, refine, similarity, teleport, high_is, float(guidance), float(ridge)
+        method, tuple(groups), optimiser, refine, similarity, teleport, high_is, float(guidance), float(ridge), axes
     )
     size = opened.geometry
     _check(settings, floors, size)
@@ -174,16 +184,24 @@ def prune(
         _check_latency(latency, settings, size)
     if importance is not None:
         importance = check_scores(importance, [block.num_heads for block in size.blocks])
+    turned = settings.turned
+    graphs = graphs_of(opened, settings, next(model.parameters()).device) if turned and importance is None else None
+    tick = _ticker(on_progress, 1 + 4 * depth + (1 + depth if turned else 0))
+    if turned:
+        model = turned_copy(model)
+        opened = open_model(model)
+    with torch.no_grad(), evaluating(model):
+        stream, image_size = embed(opened, batches, max_images)
+        if turned:
+            turn_heads_(opened, stream, turned, seed, graphs or (), tick)
     pruned = copy.deepcopy(model)
     opened_copy = open_model(pruned)
     mask = ModelMask.full_of(opened)
     generator = torch.Generator().manual_seed(seed)
-    tick = _ticker(on_progress, 1 + 4 * depth)
     with torch.no_grad(), evaluating(model), evaluating(pruned):
-        stream, image_size = embed(opened, batches, max_images)
         sensitivities = measure_sensitivities(opened, stream, seed)
         tick()
-        scores = score_groups(opened, stream, sensitivities, settings, generator, tick, importance)
+        scores = score_groups(opened, stream, sensitivities, settings, generator, tick, importance, graphs)
         dense = count_opened(opened, image_size)
         if budgets is None:
             plans, outside = _plans(opened, scores, dense, kind, latency)
@@ -192,7 +210,7 @@ def prune(
         errors = pruner.run(list(budgets), tick)
         mask.apply_to_(opened_copy)
     left = count_opened(opened, image_size, mask=mask)
-    report = PruneReport(method, dense, left, scores.heads, list(budgets), errors)
+    report = PruneReport(method, dense, left, scores.heads, list(budgets), errors, turned)
     return PruneResult(mask, pruned, report)
 
 
@@ -210,6 +228,7 @@ def _check(settings: PruneSettings, floors: Mapping[str, float], size: Geometry)
         if group not in groups or not 0 <= floor <= 1:
             raise ValueError(f"floors: wanted shares from 0 to 1 of {', '.join(groups)}, got {group!r}: {floor!r}")
     check_reading(settings.similarity, settings.teleport, settings.high_is)
+    check_name("axes", settings.axes, AXES)
     check_whole("refine", settings.refine, 0)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.arguments import check_kind, check_name, check_number, check_sequence
+from gohsp.models.base import Attention
 from gohsp.models.hooks import evaluating, inputs_of
 from gohsp.models.registry import open_model
 from gohsp.pruning.calibration import read_images
@@ -194,9 +195,7 @@ def rank_heads(
             model(images)
             # A list of its own, because the calls of read below meet the hooks as well.
             for layer, graph, output, read_by in zip(attentions, graphs, outputs, list(seen), strict=True):
-                size = layer.geometry
-                attention = layer.probabilities(read_by) if graph.needs_attention else None
-                graph.update(output.unflatten(-1, (size.num_heads, size.head_dim)), attention)
+                show_heads(graph, layer, read_by, output)
             for moment, output in zip(moments, outputs, strict=False):
                 moment.update(output)
             outputs.clear()
@@ -206,6 +205,13 @@ def rank_heads(
         return HeadScores(chains, high_is)
     weights = [layer.written() for layer in attentions]
     return read_by_loss(chains, weights, [moment.covariance() for moment in moments])
+
+
+def show_heads(graph: Similarity, layer: Attention, seen: Tensor, outputs: Tensor) -> None:
+    """Add to a graph what the heads of an attention half do: it has read ``seen`` [B, N, D] and gave [B, N, H d]."""
+    size = layer.geometry
+    attention = layer.probabilities(seen) if graph.needs_attention else None
+    graph.update(outputs.unflatten(-1, (size.num_heads, size.head_dim)), attention)
 
 
 def read_by_loss(chains: list[Tensor], weights: list[Tensor], covariances: list[Tensor]) -> HeadScores:

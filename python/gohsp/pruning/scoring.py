@@ -27,12 +27,20 @@ from gohsp.pruning.criteria import (
     qk_energy,
 )
 from gohsp.pruning.moments import Moments
-from gohsp.pruning.ranking import SIMILARITIES, HeadScores, read_by_loss, stationary_distribution
+from gohsp.pruning.ranking import (
+    SIMILARITIES,
+    HeadScores,
+    Similarity,
+    read_by_loss,
+    show_heads,
+    stationary_distribution,
+)
 from gohsp.pruning.sensitivity import Sensitivity
 
 HIDDEN_TILE = 16  # neurons: a panel of the GEMM kernels
 CHANNEL_TILE = 8  # QK and V channels of a head
 COLUMN_TILE = 16  # residual features that a sublayer reads or writes
+AXES = ("principal", "given")
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,12 @@ class PruneSettings:
     high_is: str
     guidance: float
     ridge: float
+    axes: str = "principal"
+
+    @property
+    def turned(self) -> tuple[str, ...]:
+        """Which channels are turned into their principal axes before anything is ranked."""
+        return tuple(group for group in ("qk", "v") if group in self.groups) if self.axes == "principal" else ()
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,7 @@ def score_groups(
     generator: torch.Generator,
     tick: Callable[[], None],
     importance: Sequence[Tensor] | None = None,
+    graphs: Sequence[Similarity] | None = None,
 ) -> Scores:
     """Walk once through a dense model.
 
@@ -94,18 +109,19 @@ def score_groups(
         generator: Source of the draws of the random criterion.
         tick: Called after each sublayer.
         importance: Scores of the heads; ranked by the graph where none are given.
+        graphs: Of each block, where the heads were looked at before they were turned; made here otherwise.
     """
     x = stream.clone()
-    chains: list[Tensor] = []
+    chains = [_chain(graph, settings) for graph in graphs or ()]
     attentions: list[tuple[Attention, _SublayerStatistics]] = []
     steps = []
     for layer, sensitivity in zip(opened.sublayers, sensitivities, strict=True):
         size, graph = layer.geometry, None
-        if isinstance(layer, Attention) and importance is None:
+        if isinstance(layer, Attention) and importance is None and graphs is None:
             graph = SIMILARITIES[settings.similarity](size.num_heads, size.head_dim, x.device)
         known = _sublayer_statistics(layer, x, sensitivity, settings, generator, graph)
         if graph is not None:
-            chains.append(stationary_distribution(graph.result(), settings.teleport).cpu())
+            chains.append(_chain(graph, settings))
         if isinstance(layer, Attention):
             attentions.append((layer, known))
         else:
@@ -115,6 +131,16 @@ def score_groups(
     for found, scores, (layer, known) in zip(steps, heads, attentions, strict=True):
         found |= _attention_steps(layer, known, head_guide(scores, settings.guidance), settings)
     return Scores(sensitivities, heads, [{g: s[g] for g in settings.groups} for s in steps])
+
+
+def graphs_of(opened: OpenModel, settings: PruneSettings, device: torch.device) -> list[Similarity]:
+    """Return an empty graph of the heads of each block."""
+    sizes = opened.geometry.blocks
+    return [SIMILARITIES[settings.similarity](size.num_heads, size.head_dim, device) for size in sizes]
+
+
+def _chain(graph: Similarity, settings: PruneSettings) -> Tensor:
+    return stationary_distribution(graph.result(), settings.teleport).cpu()
 
 
 def _sublayer_statistics(
@@ -131,7 +157,7 @@ def _sublayer_statistics(
     seen = Moments(layer.read.in_features, device=x.device)
     qk = None
     if "qk" in settings.groups and isinstance(layer, Attention):
-        qk = qk_statistics(layer, x, sensitivity, generator)
+        qk = qk_statistics(layer, x, sensitivity, generator, settings)
     for part in x.split(CHUNK):
         with inputs_of(layer.read.layers[0], layer.write.layers[0]) as inputs:
             after = layer(part)
@@ -140,9 +166,7 @@ def _sublayer_statistics(
         if reads:
             seen.update(inputs[0], weight=weights)
         if graph is not None and isinstance(layer, Attention):
-            size = layer.geometry
-            attention = layer.probabilities(inputs[0]) if graph.needs_attention else None
-            graph.update(inputs[1].unflatten(-1, (size.num_heads, size.head_dim)), attention)
+            show_heads(graph, layer, *inputs)
         part.copy_(after)
     write = write_statistics(layer, layer.write.weight, moments, sensitivity, generator)
     read = read_statistics(layer, seen, sensitivity, generator) if reads else None
@@ -203,7 +227,7 @@ def write_statistics(
     """Return what a criterion may know of the layer that writes, with given weights [D, m]."""
     return LayerStatistics(
         weight.detach().double() * layer.gain()[:, None],
-        moments.covariance(),
+        moments.regular_covariance(),
         sensitivity.metric,
         generator,
         taylor=sensitivity.taylor,
@@ -217,7 +241,7 @@ def read_statistics(
     """Return what a criterion may know of the layer that reads, from the moments of its inputs."""
     return LayerStatistics(
         layer.read.weight.detach().double(),
-        moments.covariance(),
+        moments.regular_covariance(),
         torch.diag(sensitivity.rows),
         generator,
         taylor=sensitivity.taylor_in,
@@ -238,8 +262,17 @@ def output_statistics(
     return OutputStatistics(layer.write.weight, energy, sensitivity.metric, generator)
 
 
-def qk_statistics(layer: Attention, x: Tensor, sensitivity: Sensitivity, generator: torch.Generator) -> QKStatistics:
-    """Return what a criterion may know of the QK channels of an attention half on the stream x [images, N, D]."""
+def qk_statistics(
+    layer: Attention, x: Tensor, sensitivity: Sensitivity, generator: torch.Generator, settings: PruneSettings
+) -> QKStatistics:
+    """Return what a criterion may know of the QK channels of an attention half on the stream x [images, N, D].
+
+    In principal axes the energies are what the axes are sorted by, the mean square of a channel of q times what an
+    error in it costs the features, to first order. That is a loss already, so a head is worth the sum of them.
+    """
+    if "qk" in settings.turned:
+        costs = sensitivity.queries.diagonal(dim1=1, dim2=2) * _mean_squares(layer, x, sensitivity.weights())
+        return QKStatistics(layer.read.weight, costs, costs.sum(dim=1), generator)
     size = layer.geometry
     heads, width = size.num_heads, size.head_dim
     channels = torch.zeros(heads, width, dtype=torch.float64, device=x.device)
@@ -253,6 +286,15 @@ def qk_statistics(layer: Attention, x: Tensor, sensitivity: Sensitivity, generat
     cost = weight.T @ sensitivity.metric @ weight * (moments.xx / moments.weight)
     worth = torch.stack([cost[head][:, head].sum() for head in heads_of(size).pools])
     return QKStatistics(layer.read.weight, channels, worth, generator)
+
+
+def _mean_squares(layer: Attention, x: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean square of each channel of q, with one weight a token, float64 [H, d]."""
+    squares = torch.zeros(layer.geometry.num_heads, layer.geometry.head_dim, dtype=torch.float64, device=x.device)
+    for part in x.split(CHUNK):
+        q, _, _ = layer.split(layer.read(layer.norm(part)))
+        squares += (q.double().square() * weights[:, None]).sum(dim=(0, 2))
+    return squares / (weights.sum() * len(x))
 
 
 def heads_of(size: BlockGeometry) -> PruningGroups:

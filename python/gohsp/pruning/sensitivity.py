@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gohsp.models.base import OpenModel
+from gohsp.models.base import Attention, Mlp, OpenModel
 from gohsp.models.hooks import inputs_of, outputs_of
 from gohsp.pruning.calibration import CHUNK
 
@@ -26,6 +26,8 @@ class Sensitivity:
             features, to first order, when that column is taken out.
         taylor_in: The same of each input of its read, [D].
         rows: E[sum over tokens of (df/dy)^2] of each output y of its read, float64 [r].
+        queries: Of attention E[sum over tokens of g g^T] for g the gradient by the q of each head, before any norm,
+            float64 [H, d, d]; of an MLP there are none, [0, 0, 0].
     """
 
     metric: Tensor
@@ -33,6 +35,7 @@ class Sensitivity:
     taylor: Tensor
     taylor_in: Tensor
     rows: Tensor
+    queries: Tensor
 
     def weights(self) -> Tensor:
         """Return weights of the tokens for regressions, [N], with the mean of their squares near 1.
@@ -64,7 +67,12 @@ def measure_sensitivities(opened: OpenModel, stream: Tensor, seed: int = 0) -> l
 
     found = [
         Sensitivity(
-            zeros(dim, dim), zeros(tokens), zeros(layer.write.in_features), zeros(dim), zeros(layer.read.out_features)
+            metric=zeros(dim, dim),
+            tokens=zeros(tokens),
+            taylor=zeros(layer.write.in_features),
+            taylor_in=zeros(dim),
+            rows=zeros(layer.read.out_features),
+            queries=zeros(*_heads(layer)),
         )
         for layer in layers
     ]
@@ -77,10 +85,19 @@ def measure_sensitivities(opened: OpenModel, stream: Tensor, seed: int = 0) -> l
             total.taylor.add_(_squared_terms(traced.hidden, traced.hidden_gradient))
             total.taylor_in.add_(_squared_terms(traced.seen, traced.read @ traced.read_weight))
             total.rows.add_(traced.read.double().square().sum(dim=(0, 1)))
+            heads, width, _ = total.queries.shape
+            by_head = traced.read[..., : heads * width].double().unflatten(-1, (heads, width)).flatten(0, 1)
+            total.queries.add_(by_head.permute(1, 2, 0) @ by_head.transpose(0, 1))
     for total in found:
-        for sums in (total.metric, total.tokens, total.taylor, total.taylor_in, total.rows):
+        for sums in (total.metric, total.tokens, total.taylor, total.taylor_in, total.rows, total.queries):
             sums /= len(stream)
     return found
+
+
+def _heads(layer: Attention | Mlp) -> tuple[int, int, int]:
+    """Return the shape of what is measured of the queries."""
+    size = layer.geometry
+    return (size.num_heads, size.head_dim, size.head_dim) if isinstance(layer, Attention) else (0, 0, 0)
 
 
 def _squared_terms(x: Tensor, gradient: Tensor) -> Tensor:

@@ -116,6 +116,9 @@ def prune(work: Work) -> None:
     dense, pruned = result.report.dense, result.report.pruned
     work.say(result.mask.summary(model))
     work.say(f"{pruned.params / dense.params:.1%} of the parameters, {pruned.macs / dense.macs:.1%} of the MACs")
+    if result.report.turned:
+        channels = " and ".join(result.report.turned)
+        work.say(f"{run.mask} means a model whose heads were turned ({channels}); its weights are in {run.pruned}")
     work.say(f"wrote {run.mask} and {run.pruned}; next: gohsp train --out {run.directory}")
 
 

@@ -5,7 +5,7 @@ recipe.yaml            what the run is; see gohsp.recipe
 head.safetensors       the classifier, where it was fitted in closed form
 scores.json            rank, prune: importance of each head
 latency.json           prune: what blocks cost on this machine, where the target is a time
-mask.json, pruned/     prune: the mask and the compact model
+mask.json, pruned/     prune: the mask and the compact model; QK and V channels in a mask are those of turned heads
 checkpoint.safetensors, metrics.csv, model/    train: where it stands, its epochs, and its compact model
 evaluation.json        evaluate: size and top-1
 made.json              what each of these was made from; see gohsp.runs.made

@@ -29,6 +29,7 @@ from gohsp.models.base import (
     Projection,
 )
 from gohsp.models.registry import FAMILIES, open_model, register
+from gohsp.pruning.axes import principal_axes
 
 SIDE, PATCH, DIM, HEADS, WIDTH, HIDDEN = 12, 4, 24, 3, 8, 48
 
@@ -209,6 +210,15 @@ def test_the_parts_that_are_read_apart_are_ranked_as_one(tower: Any, images: Ten
     q, k = (part(seen).unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for part in layer.read.layers[:2])
     torch.testing.assert_close(layer.probabilities(seen), (q @ k.mT * 0.3).softmax(dim=-1))
     assert [scores.shape for scores in gohsp.rank_heads(tower, [images])] == [(HEADS,)] * 2
+
+
+def test_its_heads_are_turned_into_their_axes(tower: Any, images: Tensor, relative_error: Callable[..., float]) -> None:
+    turned = principal_axes(tower, [images])
+    for given, layer in zip(tower.layers, turned.layers, strict=True):
+        assert not torch.equal(layer.attention.key.weight, given.attention.key.weight)
+        assert not torch.equal(layer.attention.query.bias, given.attention.query.bias)
+    with torch.no_grad():
+        assert relative_error(turned(images), tower(images)) < 1e-10
 
 
 def test_it_is_saved_and_loaded(tower: Any, images: Tensor, tmp_path: Path) -> None:

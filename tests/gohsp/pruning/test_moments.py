@@ -140,3 +140,21 @@ def test_damping_is_relative_to_the_mean_diagonal() -> None:
     square = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))
     torch.testing.assert_close(damped(square, 0.5), torch.diag(torch.tensor([2.0, 4.0], dtype=torch.float64)))
     assert bool(torch.isfinite(torch.linalg.cholesky(damped(torch.zeros_like(square), 0.5))).all())
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-9, 1e-8])
+def test_columns_that_hardly_vary_can_be_fitted(spread: float) -> None:
+    """Their variance is a small difference of large numbers, and may come out below zero."""
+    weight, kept = normal(OUTPUTS, INPUTS), torch.arange(INPUTS)
+    for seed in range(20):
+        x, y = 3 + spread * normal(19, INPUTS, seed=seed), normal(19, OUTPUTS, seed=seed + 1)
+        moments = gathered(x, y)
+        torch.linalg.cholesky(damped(moments.regular_covariance(), 1e-2))
+        fitted, bias = moments.fit(weight, kept, 0.3)
+        assert mean_error(x, y, fitted, bias) <= (y - y.mean(dim=0)).square().sum(dim=1).mean().item() + 1e-9
+
+
+def test_variances_above_rounding_are_left_alone() -> None:
+    x = 1e-4 * normal(ROWS, INPUTS) + 3
+    moments = gathered(x, x[:, :0])
+    assert torch.equal(moments.regular_covariance(), moments.covariance())

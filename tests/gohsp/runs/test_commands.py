@@ -527,6 +527,14 @@ def test_a_pruned_model_is_not_evaluated_in_the_place_of_another(call: Call, rec
     refused(output, f"{run.pruned}: it was made with another weights")
 
 
+def test_a_mask_of_channels_is_said_to_mean_the_turned_model(call: Call, recipe: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    out = ("--out", run.directory)
+    output = done(call("prune", "--recipe", recipe, *out, "--groups", "heads,hidden,qk,v"))
+    assert f"{run.mask} means a model whose heads were turned (qk and v)" in output
+    assert "turned" not in done(call("prune", *out, "--groups", "heads,hidden"))
+
+
 def test_pruning_that_was_interrupted_is_done_again(call: Call, recipe: Path, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
     out = ("--out", run.directory)
