@@ -58,7 +58,8 @@ def near_a_tie(x: Tensor, levels: int) -> Tensor:
     low, high = x.amin(1, keepdim=True).clamp_max(0), x.amax(1, keepdim=True).clamp_min(0)
     inverse = levels / (high - low)
     scaled = torch.cat((x, low), dim=1).double() * inverse.double()
-    return ((scaled - scaled.floor() - 0.5).abs() < 1e-5).any(dim=1)
+    # The last bit of the reciprocal of a range moves a value of 255 by 1.5e-5.
+    return ((scaled - scaled.floor() - 0.5).abs() < 2e-5).any(dim=1)
 
 
 @pytest.mark.parametrize("capability", checks.capabilities())
@@ -76,7 +77,9 @@ def test_products_are_exact(capability: str, rows: int, outputs: int, inputs: in
     truth = reference.int8_linear(x.double(), weight, bias, levels)
     got, clear = product(capability, x, weight, bias), ~near_a_tie(x, levels)
     assert error(got[clear], truth[clear]) < tolerance(capability)
-    assert error(got, truth) < tolerance("scalar")
+    # In the other rows a value or two may be the next integer: a step of the row times a weight each.
+    steps = reference.quantise_rows(x, levels)[2].double() * weight.abs().amax(1, keepdim=True).mT if inputs else 0.0
+    assert ((got - truth).abs() <= 3 * steps + 1e-5 * (1 + truth.abs())).all()
 
 
 ROWS = {

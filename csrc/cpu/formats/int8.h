@@ -10,8 +10,7 @@
 // The head of a panel is its weights' sums, scales and biases; then come ceil(k / 4) rows of words of four weights, so
 // it has the shape of a panel of floats with a quarter of the rows, and the same tile.
 //
-// Attention beside such weights is as exact as bfloat16 where the CPU multiplies pairs of them, which is much more than
-// these weights are.
+// Attention beside such weights is in bfloat16 where the CPU multiplies pairs of it: that rounds far less than 8 bits.
 #pragma once
 
 #include "../amx.h"

@@ -36,7 +36,7 @@ def family_of(model: nn.Module) -> Family:
 
 
 def _check_nesting(model: nn.Module) -> None:
-    level = {model}
+    level = {model} if isinstance(model, nn.Module) else set()
     for _ in range(DEEPEST + 1):
         level = {child for module in level for child in module.children()}
         if not level:

@@ -86,7 +86,7 @@ def test_unknown_preset_names_the_known_ones(preset: str) -> None:
 
 
 def test_preset_that_does_not_fit_the_model_is_refused() -> None:
-    with pytest.raises(ValueError, match="heads: wanted 0 to 3, got 4"):
+    with pytest.raises(ValueError, match="heads: wanted a whole number from 0 to 3, got 4"):
         load(Case(TINY, "4x960"))
 
 
