@@ -128,7 +128,7 @@ struct Finished {
   float* c;
 };
 
-// As multiply in format.h, a block at a time, for a format with TileProducts. Rows are there up to a multiple of
+// As multiply in product.h, a block at a time, for a format with TileProducts. Rows are there up to a multiple of
 // kBlockRows. Results are finished and emitted a few rows at a time while the next block is computed, and so is its share
 // of the next panel fetched.
 template <class F, class Emit>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Weights in bfloat16, for instructions that multiply pairs of them: those of AMX and AVX512_BF16.
+// Weights in bfloat16, for instructions that multiply pairs of them: those of AMX, AVX512_BF16 and Arm's BF16.
 //
 // Weights and activations are rounded to bfloat16, to the nearest and to even on a tie; products add up in fp32 from
 // the bias on. The words of a panel are pairs of inputs, with zeros past the last one. Other instruction sets run the
