@@ -42,6 +42,7 @@ from gohsp.training.losses import Distilled
 from gohsp.training.train import make_accelerator
 
 BATCH = 32
+CHECKPOINT_STEPS = 250  # some minutes of work, which a killed run repeats
 RECIPE = Path("recipes/vit_small_cifar10_40_cpu.yaml")
 WORK = Path("build/trained")
 START, RESULT = "start.json", "result.json"  # of a run
@@ -360,6 +361,7 @@ def _train(
         distilled=distilled,
         directory=folder,
         workers=recipe.data.workers,
+        checkpoint_steps=CHECKPOINT_STEPS,
     )
     loop.run(Stage("finetune", recipe.fit.epochs, recipe.fit.lr), model, loop.find_checkpoint())
     return loop.history
@@ -381,6 +383,7 @@ def _prune_while_training(
         test=images.test,
         directory=folder,
         workers=recipe.data.workers,
+        checkpoint_steps=CHECKPOINT_STEPS,
         seed=seed,
     )
     return result.model, result.history

@@ -37,6 +37,28 @@ def test_attention_is_softmax_attention_head_by_head(qk: list[int], v: list[int]
     assert error(call.run("reference"), attention_longhand(call.x, qk, v, 0.25)) < 1e-12
 
 
+@pytest.mark.parametrize("tokens", [7, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_with_gradients_is_the_same_by_products_and_fused(dtype: torch.dtype, tokens: int) -> None:
+    call = Maker(1).attention(2, tokens, [8, 3, 8], [4, 8, 1]).to(dtype)
+    cost = Maker(2).attention(2, tokens, [4, 8, 1], [4, 8, 1]).x[..., :13]
+
+    def run(precision: torch.dtype, wanted: bool) -> tuple[Tensor, ...]:
+        own = call.to(precision)
+        own = own.with_x(own.x.detach().requires_grad_(wanted))
+        with torch.set_grad_enabled(wanted):
+            result = own.run("reference")
+        if not wanted:
+            return (result,)
+        return result.detach(), *torch.autograd.grad((result * cost.to(precision)).sum(), own.x)
+
+    limit = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    truth = run(torch.float64, True)
+    for found, wanted in zip(run(dtype, True), truth, strict=True):
+        assert error(found, wanted) < limit
+    assert error(run(dtype, False)[0], truth[0]) < limit
+
+
 def test_head_without_qk_channels_gives_the_mean_of_its_values() -> None:
     call = Maker(2).attention(2, 7, [0], [5]).to(torch.float64)
     mean = call.x.mean(1, keepdim=True).expand(-1, 7, -1)

@@ -19,7 +19,7 @@ from torch import Tensor
 import gohsp
 from gohsp.files import alone
 from gohsp.training import checkpoint
-from gohsp.training.loop import CHECKPOINT, METRICS, Loop
+from gohsp.training.loop import CHECKPOINT, METRICS, Loop, by_products
 from gohsp.training.losses import stream_distance, watch
 
 from . import digits_run as runs
@@ -140,6 +140,20 @@ def test_bf16_autocast_trains_the_compact_model() -> None:
     result = gohsp.train(compact(), runs.Digits(), fit=fit)
     assert result.history[1]["loss"] < result.history[0]["loss"]
     assert {parameter.dtype for parameter in result.model.parameters()} == {torch.float32}
+
+
+def test_a_dense_model_trains_in_bf16_by_products_and_is_left_as_it_was() -> None:
+    model = runs.make_vit()
+    model.blocks[1].attn.scale *= 2  # which the fused form does not look at
+    with pytest.raises(RuntimeError, match="inside"), by_products(model, on=True):
+        assert [block.attn.fused_attn for block in model.blocks] == [False, True]
+        raise RuntimeError("inside")
+    with by_products(model, on=False):
+        assert all(block.attn.fused_attn for block in model.blocks)
+    fit = runs.FIT.model_copy(update={"precision": "bf16"})
+    result = gohsp.train(runs.make_vit(), runs.Digits(), fit=fit)
+    assert result.history[1]["loss"] < result.history[0]["loss"]
+    assert all(block.attn.fused_attn for block in result.model.blocks)
 
 
 @pytest.mark.slow
