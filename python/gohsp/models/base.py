@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gohsp.models.hooks import inputs_of
+from gohsp_kernels import ACTIVATIONS
 
 MAX_SIZE = 2**16
 """Of a width or a number of heads in a file: what is larger is taken for damage before memory is asked for."""
@@ -195,6 +195,23 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Trace:
+    """What happened within a sublayer.
+
+    Attributes:
+        seen: What ``read`` reads, [B, N, D].
+        read: What it gave, [B, N, r].
+        hidden: What ``write`` reads, [B, N, m].
+        after: The residual stream after the sublayer, [B, N, D].
+    """
+
+    seen: Tensor
+    read: Tensor
+    hidden: Tensor
+    after: Tensor
+
+
+@dataclass(frozen=True)
 class Sublayer:
     """One residual half of a block: ``x + scale(body(norm(x)))``, where the body ends in ``write``.
 
@@ -223,11 +240,19 @@ class Sublayer:
         """Return the residual stream after this sublayer, [B, N, D] from [B, N, D]."""
         return x + self.scale(self.body(self.norm(x)))
 
-    def trace(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what ``write`` reads [B, N, m], and the stream after the sublayer [B, N, D]."""
-        with inputs_of(self.write.layers[0]) as caught:
-            after = self(x)
-        return caught[0], after
+    def trace(self, x: Tensor) -> Trace:
+        """Compute what :meth:`__call__` computes in evaluation mode, step by step, and return all of it.
+
+        Nothing of the model is changed meanwhile, so that several threads may do so.
+        """
+        seen = self.norm(x)
+        read = self.read(seen)
+        hidden = self.hidden(read)
+        return Trace(seen, read, hidden, x + self.scale(self.write(hidden)))
+
+    def hidden(self, read: Tensor) -> Tensor:
+        """Return what ``write`` reads [B, N, m], for what ``read`` gave [B, N, r]."""
+        raise NotImplementedError
 
     def gain(self) -> Tensor:
         """Return the layer scale as float64 [D]; ones where there is none."""
@@ -264,15 +289,16 @@ class Attention(Sublayer):
         q, k, v = qkv.unflatten(-1, (3, size.num_heads, size.head_dim)).permute(2, 0, 3, 1, 4)
         return q, k, v
 
-    def probabilities(self, seen: Tensor) -> Tensor:
-        """Return softmax(Q K^T) of each head [B, H, N, N] for what ``read`` reads, [B, N, D]."""
-        q, k, _ = self.split(self.read(seen))
+    def probabilities(self, read: Tensor) -> Tensor:
+        """Return softmax(Q K^T) of each head [B, H, N, N] for what ``read`` gave, [B, N, 3 H d]."""
+        q, k, _ = self.split(read)
         return (self.q_norm(q) * self.softmax_scale @ self.k_norm(k).mT).softmax(dim=-1)
 
-    def mixed(self, seen: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return q, k, v and softmax(Q K^T) V, [B, H, N, d] each, for what ``read`` reads; without norms on q and k."""
-        q, k, v = self.split(self.read(seen))
-        return q, k, v, F.scaled_dot_product_attention(q, k, v, scale=self.softmax_scale)
+    def hidden(self, read: Tensor) -> Tensor:
+        """Return the outputs of all heads side by side, [B, N, H d], for what ``read`` gave, [B, N, 3 H d]."""
+        q, k, v = self.split(read)
+        heads = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, scale=self.softmax_scale)
+        return heads.transpose(1, 2).flatten(2)
 
 
 @dataclass(frozen=True)
@@ -289,6 +315,10 @@ class Mlp(Sublayer):
     drop: nn.Module
     write_drop: nn.Module
     prefix: ClassVar[str] = "mlp"
+
+    def hidden(self, read: Tensor) -> Tensor:
+        """Return the hidden neurons [B, N, M], for what ``read`` gave."""
+        return ACTIVATIONS[self.activation](read)
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,11 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.arguments import check_seed, check_sequence
-from gohsp.models.base import Attention, OpenModel
-from gohsp.models.hooks import evaluating, inputs_of, outputs_of
+from gohsp.models.base import Attention, BlockGeometry, OpenModel, Trace
+from gohsp.models.hooks import evaluating
 from gohsp.models.registry import open_model
-from gohsp.pruning.calibration import CHUNK, embed
+from gohsp.pruning.calibration import each_chunk, embed, through_
+from gohsp.pruning.moments import Moments, Sums, sums_of
 from gohsp.pruning.ranking import Similarity, show_heads
 from gohsp.pruning.sensitivity import Sensitivity, measure_sensitivities
 
@@ -107,8 +108,7 @@ def turn_heads_(
             _turn_scores_(layer, queries, sensitivity)
         if "v" in groups:
             _turn_values_(layer, outputs, sensitivity)
-        for part in x.split(CHUNK):
-            part.copy_(block.mlp(part))
+        through_(block.mlp, x)
         tick()
 
 
@@ -137,28 +137,31 @@ def _pass(layer: Attention, x: Tensor, sensitivity: Sensitivity, graph: Similari
     Returns:
         Of each head the second moments of q and the covariance of what it gives, float64 [H, d, d] each.
     """
-    size = layer.geometry
-    shape = (size.num_heads, size.head_dim, size.head_dim)
-    qq, oo = (torch.zeros(shape, dtype=torch.float64, device=x.device) for _ in range(2))
-    o, total = qq.new_zeros(shape[:2]), qq.new_zeros(())
-    for part in x.split(CHUNK):
-        with inputs_of(layer.read.layers[0], layer.write.layers[0]) as inputs, outputs_of(*layer.read.layers) as read:
-            after = layer(part)
-        weights = sensitivity.weights().expand(part.shape[:2])
+    size, weights = layer.geometry, sensitivity.weights()
+
+    def look(part: Tensor) -> tuple[Trace, Sums, Sums]:
+        trace = layer.trace(part)
+        part.copy_(trace.after)
+        rows = weights.expand(part.shape[:2])
+        return trace, sums_of(trace.read[..., : size.span], weight=rows), sums_of(trace.hidden, weight=rows)
+
+    queries, outputs = Moments(size.span, device=x.device), Moments(size.span, device=x.device)
+
+    def take(found: tuple[Trace, Sums, Sums]) -> None:
+        trace, read, written = found
+        queries.add(read)
+        outputs.add(written)
         if graph is not None:
-            show_heads(graph, layer, *inputs)
-        rows = weights.flatten()[:, None]
-        queries, outputs = (
-            whole[..., : size.span].double().unflatten(-1, shape[:2]).flatten(0, 1).transpose(0, 1)
-            for whole in (torch.cat(read, dim=-1), inputs[1])
-        )
-        qq += (queries * rows).mT @ queries
-        oo += (outputs * rows).mT @ outputs
-        o += (outputs * rows).sum(dim=1)
-        total += rows.sum()
-        part.copy_(after)
-    mean = o / total
-    return qq / total, oo / total - mean[:, :, None] * mean[:, None, :]
+            show_heads(graph, layer, trace)
+
+    each_chunk(look, take, x)
+    return _by_head(queries.xx / queries.weight, size), _by_head(outputs.covariance(), size)
+
+
+def _by_head(moments: Tensor, size: BlockGeometry) -> Tensor:
+    """Return the blocks [H, d, d] on the diagonal of [H d, H d]."""
+    blocks = moments.unflatten(0, (size.num_heads, -1)).unflatten(-1, (size.num_heads, -1))
+    return torch.stack([blocks[head, :, head] for head in range(size.num_heads)])
 
 
 def _turn_scores_(layer: Attention, queries: Tensor, sensitivity: Sensitivity) -> None:

@@ -6,8 +6,12 @@ The only thing kept per image is one residual stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +20,8 @@ from gohsp.arguments import check_whole
 from gohsp.models.base import OpenModel
 
 CHUNK = 16  # images that go through a block at once: small enough for the caches, large enough for the GEMMs
+
+T = TypeVar("T")
 
 
 def read_images(batches: Iterable[Any], model: nn.Module, max_images: int | None = None) -> Iterator[Tensor]:
@@ -62,10 +68,98 @@ def embed(opened: OpenModel, batches: Iterable[Any], max_images: int | None = No
     Raises:
         TypeError, ValueError: See :func:`read_images`, or the images are not all of one size.
     """
-    parts, sizes = [], set()
+    parts: list[Tensor] = []
+    sizes = set()
     for images in read_images(batches, opened.model, max_images):
         sizes.add((images.shape[2], images.shape[3]))
         if len(sizes) > 1:
             raise ValueError(f"batches: wanted images of one size, got {sorted(sizes)}")
-        parts += [opened.embed(part) for part in images.split(CHUNK)]
+        each_chunk(opened.embed, parts.append, images)
     return torch.cat(parts), sizes.pop()
+
+
+def each_chunk(work: Callable[..., T], take: Callable[[T], object], *streams: Tensor) -> None:
+    """Hand what a function makes of the chunks of some streams [images, ...] to another one, in their order.
+
+    On a CPU several chunks are at work at a time, each on one thread. Within an operation threads would wait for the
+    slowest at its end, thousands of times, and beside another process most of the time. The results are those of one
+    thread, whatever the number of threads.
+
+    Args:
+        work: Called with a chunk of each stream, from several threads.
+        take: Called with what ``work`` returned, from this thread.
+        streams: Of equally many images.
+    """
+    chunks = zip(*(stream.split(CHUNK) for stream in streams), strict=True)
+    threads = (_threads.get() or torch.get_num_threads()) if streams[0].device.type == "cpu" else 1
+    with one_thread() if streams[0].device.type == "cpu" else nullcontext():
+        if threads == 1 or len(streams[0]) <= CHUNK:
+            for chunk in chunks:
+                take(work(*chunk))
+            return
+        alone, waiting = _on_a_thread(work), deque[Future[T]]()
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                for chunk in chunks:
+                    waiting.append(pool.submit(alone, *chunk))
+                    if len(waiting) > threads:
+                        take(waiting.popleft().result())
+                while waiting:
+                    take(waiting.popleft().result())
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def through_(function: Callable[[Tensor], Tensor], stream: Tensor) -> None:
+    """Send a stream [images, N, D] through a function of chunks, in place."""
+    each_chunk(lambda chunk: chunk.copy_(function(chunk)), lambda _: None, stream)
+
+
+@contextmanager
+def background() -> Iterator[Callable[[Callable[[], T]], Future[T]]]:
+    """Give a function that has work done on one thread beside this one, in the order in which it is handed over."""
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield lambda work: pool.submit(_on_a_thread(work))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run every operation on the thread that calls it: the work within is shared out by chunks, or is small."""
+    before = torch.get_num_threads()
+    token = _threads.set(_threads.get() or before)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        _threads.reset(token)
+
+
+@contextmanager
+def all_threads() -> Iterator[None]:
+    """Undo :func:`one_thread` for work that is not shared out by chunks."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(_threads.get() or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+_threads: ContextVar[int | None] = ContextVar("_threads", default=None)
+"""How many threads there are within :func:`one_thread`."""
+
+
+def _on_a_thread(work: Callable[..., T]) -> Callable[..., T]:
+    """Return a function for a thread of a pool, which has modes of its own."""
+    gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    def alone(*arguments: Any) -> T:
+        torch.set_num_threads(1)  # of this thread
+        with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            return work(*arguments)
+
+    return alone

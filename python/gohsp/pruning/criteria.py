@@ -19,6 +19,7 @@ from gohsp.pruning.moments import correlation, damped
 from gohsp.pruning.ranking import cka
 
 RIDGE = 1e-2  # damping of covariances in scores, relative to the mean variance
+COLLECTED = 128  # columns whose removal is applied to the others as one product
 
 
 @dataclass(frozen=True)
@@ -151,31 +152,80 @@ def obs(statistics: LayerStatistics, groups: PruningGroups, keep: int = 0) -> Re
         groups: Which columns may leave together.
         keep: Stop when no more columns than that are left; 0 goes on while a pool can give.
     """
-    weight = statistics.weight.clone()
-    priced = statistics.metric @ weight
+    weight, metric = statistics.weight, statistics.metric
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(statistics.covariance, RIDGE)))
-    member = _membership(groups.pools, weight.shape[1]).to(weight.device)
-    sizes = [len(pool) for pool in groups.pools]
+    left = _Elimination(inverse, weight.T @ (metric @ weight))
+    pools = [pool.cpu() for pool in groups.pools]
     steps, losses = [], []
-    while sum(sizes) > keep and (pools := groups.open(sizes)):
-        # Columns that have gone are zero in all three matrices and belong to no pool.
-        scores = (weight * priced).sum(dim=0) / inverse.diagonal()
-        candidates = [
-            _cheapest_together(weight, priced, inverse, scores, (member == pool).nonzero().flatten(), step)
-            for pool, step in ((pool, groups.step(sizes[pool])) for pool in pools)
-        ]
-        costs = [
-            _joint_cost(weight, priced, inverse, chosen) * _factor(statistics.guide, pool)
-            for pool, chosen in zip(pools, candidates, strict=True)
-        ]
-        best = min(range(len(pools)), key=costs.__getitem__)
-        chosen = candidates[best]
-        steps.append(chosen.cpu())
+    while sum(map(len, pools)) > keep and (choice := groups.open([len(pool) for pool in pools])):
+        found = [(*_cheapest_together(left, pools[pool], groups.step(len(pools[pool]))), pool) for pool in choice]
+        costs = [cost * _factor(statistics.guide, pool) for _, cost, pool in found]
+        best = min(range(len(found)), key=costs.__getitem__)
+        chosen, _, pool = found[best]
+        steps.append(chosen)
         losses.append(costs[best])
-        sizes[pools[best]] -= len(chosen)
-        member[chosen] = -1
-        _downdate(weight, priced, inverse, chosen)
-    return RemovalOrder(steps, losses, (member >= 0).nonzero().flatten().cpu())
+        pools[pool] = pools[pool][torch.isin(pools[pool], chosen, invert=True)]
+        left.remove(chosen)
+    return RemovalOrder(steps, losses, torch.cat(pools).sort().values)
+
+
+class _Elimination:
+    """The inverse A of a covariance and the Gram matrix G = W^T M W of columns, while columns leave.
+
+    Taking out the columns c turns A into A - F^T F and G into G - F^T K - K^T F, with L L^T = A_cc, F = L^-1 A_c,
+    H = L^-1 G_c and K = H - (H_c L^-T) F / 2. These factors are collected and applied many at a time, as one product;
+    until then only the diagonals and the few rows that are asked for are brought up to date.
+    """
+
+    def __init__(self, inverse: Tensor, gram: Tensor) -> None:
+        self.inverse, self.gram = inverse.cpu(), gram.cpu()
+        self.diagonals = torch.stack((self.inverse.diagonal(), self.gram.diagonal()))
+        self.alive = torch.arange(len(inverse), device="cpu")  # columns by their place in what is left
+        self.place = self.alive.clone()  # and the other way round
+        self._start(len(inverse))
+
+    def _start(self, columns: int) -> None:
+        self.f, self.k = self.inverse.new_empty(0, columns), self.inverse.new_empty(0, columns)
+
+    def scores(self, columns: Tensor) -> Tensor:
+        """Return what each of some columns costs when it leaves alone."""
+        inverse, gram = self.diagonals[:, self.place[columns]]
+        return gram / inverse
+
+    def blocks(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return A and G of some columns."""
+        at = self.place[columns]
+        return self._pick(at, at)
+
+    def _pick(self, rows: Tensor, columns: Tensor | slice) -> tuple[Tensor, Tensor]:
+        f, k = self.f[:, columns], self.k[:, columns]
+        own, other = self.f[:, rows].T, self.k[:, rows].T
+        inverse, gram = self.inverse[rows][:, columns], self.gram[rows][:, columns]
+        return torch.addmm(inverse, own, f, alpha=-1), torch.addmm(gram, own, k, alpha=-1).addmm_(other, f, alpha=-1)
+
+    def remove(self, columns: Tensor) -> None:
+        """Take columns out: the others take over what they can."""
+        at = self.place[columns]
+        inverse, gram = self._pick(at, slice(None))
+        root = torch.linalg.cholesky(inverse[:, at])
+        f, h = (torch.linalg.solve_triangular(root, rows, upper=False) for rows in (inverse, gram))
+        k = h - torch.linalg.solve_triangular(root, h[:, at].T, upper=False).T @ f / 2
+        self.diagonals[0] -= f.square().sum(dim=0)
+        self.diagonals[1] -= 2 * (f * k).sum(dim=0)
+        self.f, self.k = torch.cat((self.f, f)), torch.cat((self.k, k))
+        self.place[columns] = -1
+        if len(self.f) >= COLLECTED:
+            self._apply()
+
+    def _apply(self) -> None:
+        left = (self.place[self.alive] >= 0).nonzero().flatten()
+        f, k = self.f[:, left], self.k[:, left]
+        self.inverse = self.inverse[left[:, None], left].addmm_(f.T, f, alpha=-1)
+        self.gram = self.gram[left[:, None], left].addmm_(f.T, k, alpha=-1).addmm_(k.T, f, alpha=-1)
+        self.diagonals = torch.stack((self.inverse.diagonal(), self.gram.diagonal()))
+        self.alive = self.alive[left]
+        self.place[self.alive] = torch.arange(len(left), device="cpu")
+        self._start(len(left))
 
 
 def information(statistics: LayerStatistics, groups: PruningGroups) -> Tensor:
@@ -438,50 +488,38 @@ def by_score(scores: Tensor, groups: PruningGroups, keep: int = 0) -> RemovalOrd
     return RemovalOrder(steps, losses, torch.cat(queues).sort().values)
 
 
-def _cheapest_together(
-    weight: Tensor, priced: Tensor, inverse: Tensor, scores: Tensor, inside: Tensor, size: int
-) -> Tensor:
-    """Return so many columns of a pool, taken one after the other, each priced after those before it.
+def _cheapest_together(left: _Elimination, pool: Tensor, size: int) -> tuple[Tensor, float]:
+    """Return so many columns of a pool, taken one after the other, each priced after those before it, and their cost.
 
     The cheapest by their own scores might be twins, each free only while the other stays. Four times as many candidates
     as are wanted are looked at; between these the order is exact, since a downdate of the candidates' square of the
     inverse, and of their Gram matrix, needs nothing from outside.
     """
-    if len(inside) == size:
-        return inside
-    candidates = inside[scores[inside].argsort(stable=True)[: 4 * size]]
-    gram = (weight[:, candidates].T @ priced[:, candidates]).cpu().numpy()
-    square = inverse[candidates][:, candidates].cpu().numpy()
+    candidates = pool
+    if len(pool) > size:
+        candidates = pool[left.scores(pool).argsort(stable=True)[: 4 * size]]
+    blocks = left.blocks(candidates)
+    if len(candidates) == size:
+        return candidates.sort().values, _joint_cost(*blocks)
+    square, gram = (block.numpy().copy() for block in blocks)
     taken = np.zeros(len(candidates), dtype=bool)
     for _ in range(size):
-        costs = np.where(taken, np.inf, gram.diagonal() / np.where(taken, 1.0, square.diagonal()))
-        gone = int(costs.argmin())
-        transfer = square[:, gone] / square[gone, gone]
-        gram = gram - np.outer(transfer, gram[gone])
-        gram = gram - np.outer(gram[:, gone], transfer)
-        square = square - np.outer(transfer, square[gone])
+        gone = int(np.where(taken, np.inf, gram.diagonal() / np.where(taken, 1.0, square.diagonal())).argmin())
+        transfer = square[gone] / square[gone, gone]
+        row = gram[gone] - gram[gone, gone] / 2 * transfer
+        change = transfer[:, None] * row
+        gram -= change
+        gram -= change.T
+        square -= transfer[:, None] * square[gone]
         taken[gone] = True
-    return candidates[torch.from_numpy(taken).to(candidates.device)].sort().values
+    chosen = torch.from_numpy(taken)
+    return candidates[chosen].sort().values, _joint_cost(*(block[chosen][:, chosen] for block in blocks))
 
 
-def _membership(pools: list[Tensor], columns: int) -> Tensor:
-    member = torch.empty(columns, dtype=torch.int64, device="cpu")
-    for index, pool in enumerate(pools):
-        member[pool] = index
-    return member
+def _joint_cost(inverse: Tensor, gram: Tensor) -> float:
+    """Return what columns cost that leave together, from their squares of A and G."""
+    return float((gram * torch.linalg.inv(inverse)).sum())
 
 
 def _factor(guide: Tensor | None, pool: int) -> float:
     return 1.0 if guide is None else float(guide[pool])
-
-
-def _joint_cost(weight: Tensor, priced: Tensor, inverse: Tensor, chosen: Tensor) -> float:
-    return float((weight[:, chosen].T @ priced[:, chosen] * torch.linalg.inv(inverse[chosen][:, chosen])).sum())
-
-
-def _downdate(weight: Tensor, priced: Tensor, inverse: Tensor, chosen: Tensor) -> None:
-    """Take columns out of a least-squares solution in place: the others take over what they can, these become zero."""
-    transfer = inverse[:, chosen] @ torch.linalg.inv(inverse[chosen][:, chosen])
-    weight.addmm_(weight[:, chosen], transfer.T, alpha=-1)
-    priced.addmm_(priced[:, chosen], transfer.T, alpha=-1)
-    inverse.addmm_(transfer, inverse[chosen], alpha=-1)

@@ -5,26 +5,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gohsp.masks.mask import BlockMask, ModelMask
 from gohsp.models.base import Attention, BlockGeometry, OpenModel, Projection, Sublayer
 from gohsp.pruning import layerwise_admm
 from gohsp.pruning.budget import BlockBudget
-from gohsp.pruning.calibration import CHUNK
+from gohsp.pruning.calibration import all_threads, background, each_chunk, through_
 from gohsp.pruning.criteria import CRITERIA, RIDGE, LayerStatistics, PruningGroups, by_score, head_guide
-from gohsp.pruning.moments import Moments, damped
+from gohsp.pruning.moments import Moments, Sums, damped, sums_of
 from gohsp.pruning.scoring import (
     PruneSettings,
+    QKMoments,
     Scores,
     channels_of,
     columns_of,
     heads_of,
     neurons_of,
     output_statistics,
-    qk_statistics,
     read_statistics,
     write_statistics,
 )
@@ -65,23 +66,28 @@ class LayerwisePruner:
     def run(self, budgets: list[BlockBudget], tick: Callable[[], None]) -> list[float]:
         """Cut all blocks to their budgets and return the error of the stream after each."""
         errors = []
-        for block, budget in enumerate(budgets):
-            before = self.stream.clone() if self.settings.refine else self.stream
-            for index, cut in ((2 * block, self._cut_attention), (2 * block + 1, self._cut_mlp)):
-                self.dense = _through(self.dense_layers[index], self.dense)
-                cut(index, budget)
-                self.stream = _through(self.layers[index], self.stream)
-                tick()
-            if self.settings.refine:
-                self._refine(block, before)
-            spread = self.dense - self.dense.mean(dim=(0, 1))
-            errors.append(float((self.stream - self.dense).square().sum() / spread.square().sum()))
+        with background() as do:
+            ahead = do(partial(_after, self.dense_layers[0], self.dense))
+            for block, budget in enumerate(budgets):
+                before = self.stream.clone() if self.settings.refine else self.stream
+                for index, cut in ((2 * block, self._cut_attention), (2 * block + 1, self._cut_mlp)):
+                    self.dense = ahead.result()
+                    if index + 1 < len(self.layers):
+                        ahead = do(partial(_after, self.dense_layers[index + 1], self.dense))
+                    cut(index, budget)
+                    through_(self.layers[index], self.stream)
+                    tick()
+                if self.settings.refine:
+                    with all_threads():
+                        self._refine(block, before)
+                spread = self.dense - self.dense.mean(dim=(0, 1))
+                errors.append(float((self.stream - self.dense).square().sum() / spread.square().sum()))
         return errors
 
     def _cut_attention(self, index: int, budget: BlockBudget) -> None:
         block, size = self.mask.blocks[index // 2], self.layers[index].geometry
         block.attn_in = self._cut_inputs(index, budget.attn_in)
-        moments = self._gather(index)
+        moments, channels = self._gather(index)
         kept = torch.arange(size.num_heads * size.head_dim, device="cpu")
         if budget.heads < size.num_heads:
             guide = head_guide(self.scores.heads[index // 2], self.settings.guidance)
@@ -91,17 +97,16 @@ class LayerwisePruner:
             kept = self._choose_written(index, moments, kept, channels_of(budget.heads, size), budget.v)
         block.v = _marked(kept, size)
         if budget.qk < budget.heads * size.head_dim:
-            self._cut_qk(index, block, budget.qk)
-            moments = self._gather(index)
+            self._cut_qk(index, block, budget.qk, channels)
+            moments, _ = self._gather(index)
         self._refit(self.layers[index].write, moments, kept)
         block.attn_out = self._cut_outputs(index, moments, budget.attn_out)
 
-    def _cut_qk(self, index: int, block: BlockMask, keep: int) -> None:
-        layer = self.layers[index]
-        assert isinstance(layer, Attention)
+    def _cut_qk(self, index: int, block: BlockMask, keep: int, channels: QKMoments | None) -> None:
+        assert channels is not None
+        layer = channels.layer
         size = layer.geometry
-        sensitivity = self.scores.sensitivities[index]
-        statistics = qk_statistics(layer, self.stream, sensitivity, self.generator, self.settings)
+        statistics = channels.statistics(self.scores.sensitivities[index], self.generator)
         scores = CRITERIA[self.settings.method].qk_costs(statistics)
         heads = block.heads.nonzero().flatten()
         left = by_score(scores[heads].flatten(), channels_of(len(heads), size), keep).left
@@ -113,7 +118,7 @@ class LayerwisePruner:
     def _cut_mlp(self, index: int, budget: BlockBudget) -> None:
         block, size = self.mask.blocks[index // 2], self.layers[index].geometry
         block.mlp_in = self._cut_inputs(index, budget.mlp_in)
-        moments = self._gather(index)
+        moments, _ = self._gather(index)
         kept = torch.arange(size.hidden, device="cpu")
         if budget.hidden < len(kept):
             kept = self._choose_written(index, moments, kept, neurons_of(size), budget.hidden)
@@ -129,10 +134,14 @@ class LayerwisePruner:
         if keep == dim:
             return mask
         sensitivity = self.scores.sensitivities[index]
-        moments = Moments(layer.read.in_features, layer.read.out_features, self.stream.device)
-        for part in self.stream.split(CHUNK):
+        weights = sensitivity.weights()
+
+        def look(part: Tensor) -> Sums:
             seen = layer.norm(part)
-            moments.update(seen, layer.read(seen), sensitivity.weights().expand(part.shape[:2]))
+            return sums_of(seen, layer.read(seen), weights.expand(part.shape[:2]))
+
+        moments = Moments(layer.read.in_features, layer.read.out_features, self.stream.device)
+        each_chunk(look, moments.add, self.stream)
         statistics = read_statistics(layer, moments, sensitivity, self.generator)
         kept = self._choose(statistics, columns_of(dim), keep)
         self._refit(layer.read, moments, kept)
@@ -152,21 +161,36 @@ class LayerwisePruner:
         layer.write.clear_(~mask)
         return mask
 
-    def _gather(self, index: int) -> Moments:
+    def _gather(self, index: int) -> tuple[Moments, QKMoments | None]:
         """Gather what write reads in the pruned network, and what it should give to bring the stream to the dense one.
 
         The target is the gap between the two streams with layer scale divided out, so that each layer also mends what
-        the layers before it broke.
+        the layers before it broke. Where QK channels may go, what they do is gathered as well.
         """
         layer = self.layers[index]
         weights = self.scores.sensitivities[index].weights()
-        moments = Moments(layer.write.in_features, layer.write.out_features, self.stream.device)
         gain = layer.gain()
         inverse = torch.where(gain == 0, 0.0, 1 / gain)  # a feature that is never written asks for nothing
-        for part, wanted in zip(self.stream.split(CHUNK), self.dense.split(CHUNK), strict=True):
-            hidden, _ = layer.trace(part)
-            moments.update(hidden, (wanted - part) * inverse, weights.expand(hidden.shape[:2]))
-        return moments
+        channels = None
+        if isinstance(layer, Attention) and "qk" in self.settings.groups:
+            channels = QKMoments(layer, weights, "qk" in self.settings.turned)
+
+        def look(part: Tensor, wanted: Tensor) -> tuple[Sums, tuple[Tensor, Sums] | None]:
+            trace = layer.trace(part)
+            gap = ((wanted - part) * inverse).to(part.dtype)
+            sums = sums_of(trace.hidden, gap, weights.expand(part.shape[:2]))
+            return sums, None if channels is None else channels.sums(trace)
+
+        moments = Moments(layer.write.in_features, layer.write.out_features, self.stream.device)
+
+        def take(found: tuple[Sums, tuple[Tensor, Sums] | None]) -> None:
+            sums, qk = found
+            moments.add(sums)
+            if channels is not None and qk is not None:
+                channels.add(*qk)
+
+        each_chunk(look, take, self.stream, self.dense)
+        return moments, channels
 
     def _written(self, index: int, moments: Moments, weight: Tensor) -> LayerStatistics:
         return write_statistics(self.layers[index], weight, moments, self.scores.sensitivities[index], self.generator)
@@ -230,11 +254,15 @@ class LayerwisePruner:
             schedule.step()
         for parameter in parameters:
             parameter.grad = None
-        self.stream = _through(module, before)
+        self.stream = before
+        through_(module, self.stream)
 
 
-def _through(module: nn.Module | Sublayer, stream: Tensor) -> Tensor:
-    return torch.cat([module(part) for part in stream.split(CHUNK)])
+def _after(layer: Sublayer, stream: Tensor) -> Tensor:
+    """Return the stream after a sublayer of the dense model."""
+    stream = stream.clone()
+    through_(layer, stream)
+    return stream
 
 
 def _marked(columns: Tensor, size: BlockGeometry) -> Tensor:

@@ -1,14 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
 """Second moments of what a linear layer reads, and the linear algebra that is done with them.
 
-Everything is accumulated in float64 and in bounded memory: a linear layer with m inputs needs O(m^2) numbers however
-many images there are.
+They take bounded memory: a linear layer with m inputs needs O(m^2) numbers however many images there are. Rows are
+summed up some hundred at a time, in the precision that they have, about their own mean, so that nothing cancels there;
+these sums are added up, and put back about zero, in float64.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+BLOCK = 256  # columns; of the symmetric product only blocks on and above the diagonal are computed
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Weighted sums over some rows x [rows, m] and y [rows, n], about the centres a [m] of x and b [n] of y.
+
+    Attributes:
+        rows: x as it came.
+        weight: Sum of the weights w, float64.
+        about_x, about_y: a and b, float64.
+        x, y: Sums of w (x - a) and w (y - b), float64.
+        xx: Blocks of rows of the sum of w (x - a) (x - a)^T, each from its diagonal on, in the precision of x.
+        xy: Sum of w (x - a) (y - b)^T, likewise.
+    """
+
+    rows: Tensor
+    weight: Tensor
+    about_x: Tensor
+    about_y: Tensor
+    x: Tensor
+    y: Tensor
+    xx: list[Tensor]
+    xy: Tensor
+
+
+def sums_of(x: Tensor, y: Tensor | None = None, weight: Tensor | None = None) -> Sums:
+    """Sum rows up: x [..., m], y [..., n], one non-negative weight a row [...] (1 if None)."""
+    x = x.detach().flatten(0, -2)
+    y = x[:, :0] if y is None else y.detach().flatten(0, -2)
+    w = x.new_ones(len(x)) if weight is None else weight.detach().flatten().to(x.dtype)
+    total = w.double().sum()
+    (about_x, centred), (about_y, gaps) = _centred(x, w, total), _centred(y, w, total)
+    weighted = centred * w[:, None]
+    return Sums(
+        rows=x,
+        weight=total,
+        about_x=about_x.double(),
+        about_y=about_y.double(),
+        x=weighted.sum(dim=0, dtype=torch.float64),
+        y=(gaps * w[:, None]).sum(dim=0, dtype=torch.float64),
+        xx=[weighted[:, start : start + BLOCK].T @ centred[:, start:] for start in range(0, max(1, x.shape[1]), BLOCK)],
+        xy=weighted.T @ gaps,
+    )
+
+
+def _centred(x: Tensor, weight: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weighted mean of rows, rounded, and the rows less just that."""
+    about = (weight @ x / total.clamp_min(1e-30).to(x.dtype)).nan_to_num()
+    return about, x - about
 
 
 class Moments:
@@ -26,23 +80,49 @@ class Moments:
 
         self.weight = zeros()
         self.x, self.y = zeros(inputs), zeros(outputs)
-        self.xx, self.xy = zeros(inputs, inputs), zeros(inputs, outputs)
+        self._upper, self._xy = zeros(inputs, inputs), zeros(inputs, outputs)
+        self._centres: list[tuple[Tensor, ...]] = []  # what is still to be put back about zero
         self.sample: Tensor | None = None  # the rows of the first update, for what second moments cannot tell
 
     def update(self, x: Tensor, y: Tensor | None = None, weight: Tensor | None = None) -> None:
-        """Add rows: x [..., m], y [..., n], one non-negative weight a row [...] (1 if None)."""
+        """Add rows; see :func:`sums_of`."""
+        self.add(sums_of(x, y, weight))
+
+    def add(self, sums: Sums) -> None:
+        """Add rows that have been summed up."""
         if self.sample is None:
-            self.sample = x.detach().flatten(0, -2).clone()
-        x = x.detach().double().flatten(0, -2)
-        rows = x.new_ones(len(x)) if weight is None else weight.detach().double().flatten()
-        weighted = x * rows[:, None]
-        self.weight += rows.sum()
-        self.x += weighted.sum(dim=0)
-        self.xx.addmm_(weighted.T, x)
-        if y is not None:
-            y = y.detach().double().flatten(0, -2)
-            self.y += rows @ y
-            self.xy.addmm_(weighted.T, y)
+            self.sample = sums.rows.clone()
+        weight, a, b = sums.weight, sums.about_x, sums.about_y
+        self.weight += weight
+        self.x += sums.x + weight * a
+        self.y += sums.y + weight * b
+        start = 0
+        for block in sums.xx:
+            self._upper[start : start + len(block), start:] += block
+            start += len(block)
+        self._xy += sums.xy
+        # x x^T = z z^T + z a^T + a z^T + a a^T for z = x - a, and the like with y
+        self._centres.append((sums.x + weight / 2 * a, a, sums.x, b, sums.y + weight * b))
+
+    @property
+    def xx(self) -> Tensor:
+        """Sum of w x x^T, [m, m]."""
+        self._settle()
+        return self._upper.triu() + self._upper.triu(1).T
+
+    @property
+    def xy(self) -> Tensor:
+        """Sum of w x y^T, [m, n]."""
+        self._settle()
+        return self._xy
+
+    def _settle(self) -> None:
+        if self._centres:
+            half, a, z, b, y = (torch.stack(each) for each in zip(*self._centres, strict=True))
+            back = half.T @ a
+            self._upper += back + back.T
+            self._xy += z.T @ b + a.T @ y
+            self._centres.clear()
 
     def mean(self) -> Tensor:
         """Return the mean of x, [m]."""
@@ -54,7 +134,8 @@ class Moments:
 
     def regular_covariance(self) -> Tensor:
         """Return the covariance with variances that are more than rounding, so that :func:`damped` can invert it."""
-        return _regular(self.covariance(), self.xx.diagonal() / self.weight)
+        xx = self.xx / self.weight
+        return _regular(xx - torch.outer(self.mean(), self.mean()), xx.diagonal())
 
     def fit(self, weight: Tensor, kept: Tensor, ridge: float, *, intercept: bool = True) -> tuple[Tensor, Tensor]:
         """Fit y = W x[kept] + b by least squares, pulled towards given weights.
@@ -75,10 +156,11 @@ class Moments:
         mean_x, mean_y = self.x[kept] / self.weight, self.y / self.weight
         if not intercept:
             mean_x, mean_y = torch.zeros_like(mean_x), torch.zeros_like(mean_y)
-        square = self.xx[kept][:, kept] / self.weight - torch.outer(mean_x, mean_x)
+        xx = self.xx[kept][:, kept]
+        square = xx / self.weight - torch.outer(mean_x, mean_x)
         cross = self.xy[kept] / self.weight - torch.outer(mean_x, mean_y)
         start = weight[:, kept]
-        square = _regular(square, self.xx.diagonal()[kept] / self.weight)
+        square = _regular(square, xx.diagonal() / self.weight)
         root = torch.linalg.cholesky(damped(square, ridge))
         change = torch.cholesky_solve(cross - square @ start.T, root)
         fitted = start + change.T

@@ -42,7 +42,7 @@ from gohsp.models.hooks import evaluating
 from gohsp.models.registry import open_model
 from gohsp.pruning.axes import turn_heads_, turned_copy
 from gohsp.pruning.budget import GROUPS, BlockBudget, BlockPlan, allocate, counted, parse_target
-from gohsp.pruning.calibration import embed
+from gohsp.pruning.calibration import embed, one_thread
 from gohsp.pruning.criteria import CRITERIA
 from gohsp.pruning.latency import LatencyTable
 from gohsp.pruning.layerwise import OPTIMISERS, LayerwisePruner
@@ -190,7 +190,7 @@ def prune(
     if turned:
         model = turned_copy(model)
         opened = open_model(model)
-    with torch.no_grad(), evaluating(model):
+    with one_thread(), torch.no_grad(), evaluating(model):
         stream, image_size = embed(opened, batches, max_images)
         if turned:
             turn_heads_(opened, stream, turned, seed, graphs or (), tick)
@@ -198,7 +198,7 @@ def prune(
     opened_copy = open_model(pruned)
     mask = ModelMask.full_of(opened)
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad(), evaluating(model), evaluating(pruned):
+    with one_thread(), torch.no_grad(), evaluating(model), evaluating(pruned):
         sensitivities = measure_sensitivities(opened, stream, seed)
         tick()
         scores = score_groups(opened, stream, sensitivities, settings, generator, tick, importance, graphs)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.arguments import check_kind, check_name, check_number, check_sequence
-from gohsp.models.base import Attention
-from gohsp.models.hooks import evaluating, inputs_of
+from gohsp.models.base import Attention, Trace
+from gohsp.models.hooks import evaluating
 from gohsp.models.registry import open_model
 from gohsp.pruning.calibration import read_images
 from gohsp.pruning.moments import Moments, damped
@@ -180,26 +180,22 @@ def rank_heads(
         TypeError: The model or the batches are not of a kind that is known.
         ValueError: A parameter is out of its range, there are no images, or the model cannot be pruned.
     """
-    attentions = [block.attention for block in open_model(model).blocks]
+    opened = open_model(model)
+    attentions = [block.attention for block in opened.blocks]
     check_reading(similarity, teleport, high_is)
     sizes, device = [layer.geometry for layer in attentions], next(model.parameters()).device
     graphs = [SIMILARITIES[similarity](size.num_heads, size.head_dim, device) for size in sizes]
     moments = [Moments(size.span, device=device) for size in sizes] if high_is == "auto" else []
-    with (
-        torch.no_grad(),
-        evaluating(model),
-        inputs_of(*(layer.write.layers[0] for layer in attentions)) as outputs,
-        inputs_of(*(layer.read.layers[0] for layer in attentions)) as seen,
-    ):
+    with torch.no_grad(), evaluating(model):
         for images in read_images(batches, model, max_images):
-            model(images)
-            # A list of its own, because the calls of read below meet the hooks as well.
-            for layer, graph, output, read_by in zip(attentions, graphs, outputs, list(seen), strict=True):
-                show_heads(graph, layer, read_by, output)
-            for moment, output in zip(moments, outputs, strict=False):
-                moment.update(output)
-            outputs.clear()
-            seen.clear()
+            x = opened.embed(images)
+            for index, layer in enumerate(opened.sublayers):
+                trace = layer.trace(x)
+                x = trace.after
+                if isinstance(layer, Attention):
+                    show_heads(graphs[index // 2], layer, trace)
+                    if moments:
+                        moments[index // 2].update(trace.hidden)
     chains = [stationary_distribution(graph.result(), teleport) for graph in graphs]
     if high_is != "auto":
         return HeadScores(chains, high_is)
@@ -207,11 +203,11 @@ def rank_heads(
     return read_by_loss(chains, weights, [moment.covariance() for moment in moments])
 
 
-def show_heads(graph: Similarity, layer: Attention, seen: Tensor, outputs: Tensor) -> None:
-    """Add to a graph what the heads of an attention half do: it has read ``seen`` [B, N, D] and gave [B, N, H d]."""
+def show_heads(graph: Similarity, layer: Attention, trace: Trace) -> None:
+    """Add to a graph what the heads of an attention half did."""
     size = layer.geometry
-    attention = layer.probabilities(seen) if graph.needs_attention else None
-    graph.update(outputs.unflatten(-1, (size.num_heads, size.head_dim)), attention)
+    attention = layer.probabilities(trace.read) if graph.needs_attention else None
+    graph.update(trace.hidden.unflatten(-1, (size.num_heads, size.head_dim)), attention)
 
 
 def read_by_loss(chains: list[Tensor], weights: list[Tensor], covariances: list[Tensor]) -> HeadScores:

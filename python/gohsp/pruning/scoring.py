@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gohsp.models.base import Attention, BlockGeometry, Mlp, OpenModel, Sublayer
-from gohsp.models.hooks import inputs_of
+from gohsp.models.base import Attention, BlockGeometry, Mlp, OpenModel, Sublayer, Trace
 from gohsp.pruning.budget import Step
-from gohsp.pruning.calibration import CHUNK
+from gohsp.pruning.calibration import background, each_chunk
 from gohsp.pruning.criteria import (
     CRITERIA,
     LayerStatistics,
@@ -26,7 +27,7 @@ from gohsp.pruning.criteria import (
     head_guide,
     qk_energy,
 )
-from gohsp.pruning.moments import Moments
+from gohsp.pruning.moments import Moments, Sums, sums_of
 from gohsp.pruning.ranking import (
     SIMILARITIES,
     HeadScores,
@@ -114,23 +115,26 @@ def score_groups(
     x = stream.clone()
     chains = [_chain(graph, settings) for graph in graphs or ()]
     attentions: list[tuple[Attention, _SublayerStatistics]] = []
-    steps = []
-    for layer, sensitivity in zip(opened.sublayers, sensitivities, strict=True):
-        size, graph = layer.geometry, None
-        if isinstance(layer, Attention) and importance is None and graphs is None:
-            graph = SIMILARITIES[settings.similarity](size.num_heads, size.head_dim, x.device)
-        known = _sublayer_statistics(layer, x, sensitivity, settings, generator, graph)
-        if graph is not None:
-            chains.append(_chain(graph, settings))
-        if isinstance(layer, Attention):
-            attentions.append((layer, known))
-        else:
-            steps.append(_mlp_steps(layer, known, settings))
-        tick()
-    heads = _read(chains, [known.write for _, known in attentions], settings) if importance is None else importance
-    for found, scores, (layer, known) in zip(steps, heads, attentions, strict=True):
-        found |= _attention_steps(layer, known, head_guide(scores, settings.guidance), settings)
-    return Scores(sensitivities, heads, [{g: s[g] for g in settings.groups} for s in steps])
+    steps: list[Future[dict[str, list[Step]]]] = []
+    with background() as do:
+        for layer, sensitivity in zip(opened.sublayers, sensitivities, strict=True):
+            size, graph = layer.geometry, None
+            if isinstance(layer, Attention) and importance is None and graphs is None:
+                graph = SIMILARITIES[settings.similarity](size.num_heads, size.head_dim, x.device)
+            known = _sublayer_statistics(layer, x, sensitivity, settings, generator, graph)
+            if graph is not None:
+                chains.append(_chain(graph, settings))
+            if isinstance(layer, Attention):
+                attentions.append((layer, known))
+            else:
+                wait(steps)  # for the statistics of a layer to leave before those of the next come
+                steps.append(do(partial(_mlp_steps, layer, known, settings)))
+            tick()
+        heads = _read(chains, [known.write for _, known in attentions], settings) if importance is None else importance
+        found = [step.result() for step in steps]
+    for mine, scores, (layer, known) in zip(found, heads, attentions, strict=True):
+        mine |= _attention_steps(layer, known, head_guide(scores, settings.guidance), settings)
+    return Scores(sensitivities, heads, [{g: mine[g] for g in settings.groups} for mine in found])
 
 
 def graphs_of(opened: OpenModel, settings: PruneSettings, device: torch.device) -> list[Similarity]:
@@ -152,25 +156,42 @@ def _sublayer_statistics(
     graph: Any = None,
 ) -> _SublayerStatistics:
     """Run a sublayer on the stream, in place, and gather what its inputs and outputs are like."""
-    reads = layer.prefix + "_in" in settings.groups
-    moments = Moments(layer.write.in_features, device=x.device)
-    seen = Moments(layer.read.in_features, device=x.device)
-    qk = None
+    reads, weights = layer.prefix + "_in" in settings.groups, sensitivity.weights()
+    channels = None
     if "qk" in settings.groups and isinstance(layer, Attention):
-        qk = qk_statistics(layer, x, sensitivity, generator, settings)
-    for part in x.split(CHUNK):
-        with inputs_of(layer.read.layers[0], layer.write.layers[0]) as inputs:
-            after = layer(part)
-        weights = sensitivity.weights().expand(part.shape[:2])
-        moments.update(inputs[1], weight=weights)
-        if reads:
-            seen.update(inputs[0], weight=weights)
+        channels = QKMoments(layer, weights, "qk" in settings.turned)
+
+    def look(part: Tensor) -> tuple[Trace, Sums, Sums | None, tuple[Tensor, Sums] | None]:
+        trace = layer.trace(part)
+        part.copy_(trace.after)
+        rows = weights.expand(part.shape[:2])
+        return (
+            trace,
+            sums_of(trace.hidden, weight=rows),
+            sums_of(trace.seen, weight=rows) if reads else None,
+            None if channels is None else channels.sums(trace),
+        )
+
+    moments = Moments(layer.write.in_features, device=x.device)
+    inputs = Moments(layer.read.in_features, device=x.device)
+
+    def take(found: tuple[Trace, Sums, Sums | None, tuple[Tensor, Sums] | None]) -> None:
+        trace, hidden, seen, qk = found
+        moments.add(hidden)
+        if seen is not None:
+            inputs.add(seen)
+        if channels is not None and qk is not None:
+            channels.add(*qk)
         if graph is not None and isinstance(layer, Attention):
-            show_heads(graph, layer, *inputs)
-        part.copy_(after)
-    write = write_statistics(layer, layer.write.weight, moments, sensitivity, generator)
-    read = read_statistics(layer, seen, sensitivity, generator) if reads else None
-    return _SublayerStatistics(write, read, qk, output_statistics(layer, moments, sensitivity, generator))
+            show_heads(graph, layer, trace)
+
+    each_chunk(look, take, x)
+    return _SublayerStatistics(
+        write_statistics(layer, layer.write.weight, moments, sensitivity, generator),
+        read_statistics(layer, inputs, sensitivity, generator) if reads else None,
+        None if channels is None else channels.statistics(sensitivity, generator),
+        output_statistics(layer, moments, sensitivity, generator),
+    )
 
 
 def _read(chains: list[Tensor], layers: list[LayerStatistics], settings: PruneSettings) -> HeadScores:
@@ -262,39 +283,49 @@ def output_statistics(
     return OutputStatistics(layer.write.weight, energy, sensitivity.metric, generator)
 
 
-def qk_statistics(
-    layer: Attention, x: Tensor, sensitivity: Sensitivity, generator: torch.Generator, settings: PruneSettings
-) -> QKStatistics:
-    """Return what a criterion may know of the QK channels of an attention half on the stream x [images, N, D].
+class QKMoments:
+    """What the QK channels of an attention half do, gathered chunk by chunk.
 
-    In principal axes the energies are what the axes are sorted by, the mean square of a channel of q times what an
-    error in it costs the features, to first order. That is a loss already, so a head is worth the sum of them.
+    Args:
+        layer: The attention half.
+        weights: Of the tokens, [N].
+        turned: Whether its channels are in principal axes.
     """
-    if "qk" in settings.turned:
-        costs = sensitivity.queries.diagonal(dim1=1, dim2=2) * _mean_squares(layer, x, sensitivity.weights())
-        return QKStatistics(layer.read.weight, costs, costs.sum(dim=1), generator)
-    size = layer.geometry
-    heads, width = size.num_heads, size.head_dim
-    channels = torch.zeros(heads, width, dtype=torch.float64, device=x.device)
-    moments = Moments(heads * width, device=x.device)
-    for part in x.split(CHUNK):
-        q, k, v, mixed = layer.mixed(layer.norm(part))
-        channels += qk_energy(q, k)
-        gap = mixed - v.mean(dim=2, keepdim=True)
-        moments.update(gap.transpose(1, 2).flatten(2), weight=sensitivity.weights().expand(part.shape[:2]))
-    weight = layer.written()
-    cost = weight.T @ sensitivity.metric @ weight * (moments.xx / moments.weight)
-    worth = torch.stack([cost[head][:, head].sum() for head in heads_of(size).pools])
-    return QKStatistics(layer.read.weight, channels, worth, generator)
 
+    def __init__(self, layer: Attention, weights: Tensor, turned: bool) -> None:
+        self.layer, self.weights, self.turned = layer, weights, turned
+        self.energy = weights.new_zeros(layer.geometry.num_heads, layer.geometry.head_dim, dtype=torch.float64)
+        self.gaps = Moments(0 if turned else layer.geometry.span, device=weights.device)
 
-def _mean_squares(layer: Attention, x: Tensor, weights: Tensor) -> Tensor:
-    """Return the mean square of each channel of q, with one weight a token, float64 [H, d]."""
-    squares = torch.zeros(layer.geometry.num_heads, layer.geometry.head_dim, dtype=torch.float64, device=x.device)
-    for part in x.split(CHUNK):
-        q, _, _ = layer.split(layer.read(layer.norm(part)))
-        squares += (q.double().square() * weights[:, None]).sum(dim=(0, 2))
-    return squares / (weights.sum() * len(x))
+    def sums(self, trace: Trace) -> tuple[Tensor, Sums]:
+        """Return what a chunk adds; several threads may ask at a time."""
+        q, k, v = self.layer.split(trace.read)
+        rows = self.weights.expand(trace.read.shape[:2])
+        if self.turned:
+            squares = q.square() * self.weights.to(q.dtype)[:, None]
+            return squares.sum(dim=(0, 2), dtype=torch.float64), sums_of(trace.hidden[..., :0], weight=rows)
+        gap = trace.hidden - v.mean(dim=2).flatten(1)[:, None]
+        return qk_energy(q, k), sums_of(gap, weight=rows)
+
+    def add(self, energy: Tensor, gap: Sums) -> None:
+        """Add what :meth:`sums` gave."""
+        self.energy += energy
+        self.gaps.add(gap)
+
+    def statistics(self, sensitivity: Sensitivity, generator: torch.Generator) -> QKStatistics:
+        """Return what a criterion may know.
+
+        In principal axes the energies are what the axes are sorted by, the mean square of a channel of q times what an
+        error in it costs the features, to first order. That is a loss already, so a head is worth the sum of them.
+        """
+        layer = self.layer
+        if self.turned:
+            costs = sensitivity.queries.diagonal(dim1=1, dim2=2) * self.energy / self.gaps.weight
+            return QKStatistics(layer.read.weight, costs, costs.sum(dim=1), generator)
+        weight = layer.written()
+        cost = weight.T @ sensitivity.metric @ weight * (self.gaps.xx / self.gaps.weight)
+        worth = torch.stack([cost[head][:, head].sum() for head in heads_of(layer.geometry).pools])
+        return QKStatistics(layer.read.weight, self.energy, worth, generator)
 
 
 def heads_of(size: BlockGeometry) -> PruningGroups:

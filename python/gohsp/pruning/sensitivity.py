@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from gohsp.models.base import Attention, Mlp, OpenModel
-from gohsp.models.hooks import inputs_of, outputs_of
-from gohsp.pruning.calibration import CHUNK
+from gohsp.pruning.calibration import each_chunk
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,9 @@ class Sensitivity:
         return (self.tokens / self.tokens.mean()).sqrt().clamp_min(0.1)
 
 
+SUMMED = tuple(field.name for field in fields(Sensitivity))
+
+
 def measure_sensitivities(opened: OpenModel, stream: Tensor, seed: int = 0) -> list[Sensitivity]:
     """Measure the sensitivity after each sublayer of a dense model, one backward pass for each image and no labels.
 
@@ -76,22 +79,39 @@ def measure_sensitivities(opened: OpenModel, stream: Tensor, seed: int = 0) -> l
         )
         for layer in layers
     ]
-    for chunk in stream.split(CHUNK):
-        for total, traced in zip(found, _traced_gradients(opened, chunk, generator), strict=True):
-            after = traced.after.double()
-            flat = after.flatten(0, 1)
-            total.metric.addmm_(flat.T, flat)
-            total.tokens.add_(after.square().sum(dim=(0, 2)))
-            total.taylor.add_(_squared_terms(traced.hidden, traced.hidden_gradient))
-            total.taylor_in.add_(_squared_terms(traced.seen, traced.read @ traced.read_weight))
-            total.rows.add_(traced.read.double().square().sum(dim=(0, 1)))
-            heads, width, _ = total.queries.shape
-            by_head = traced.read[..., : heads * width].double().unflatten(-1, (heads, width)).flatten(0, 1)
-            total.queries.add_(by_head.permute(1, 2, 0) @ by_head.transpose(0, 1))
+    with torch.no_grad():
+        features = opened.features(stream[:1])
+    signs = torch.randint(0, 2, (len(stream), *features.shape[1:]), generator=generator, device="cpu").mul(2).sub(1)
+
+    def measure(chunk: Tensor, signs: Tensor) -> list[Sensitivity]:
+        traced = _traced_gradients(opened, chunk, signs)
+        return [_sums(layer, each) for layer, each in zip(layers, traced, strict=True)]
+
+    def add(sums: list[Sensitivity]) -> None:
+        for total, part in zip(found, sums, strict=True):
+            for name in SUMMED:
+                getattr(total, name).add_(getattr(part, name))
+
+    each_chunk(measure, add, stream, signs.to(features))
     for total in found:
-        for sums in (total.metric, total.tokens, total.taylor, total.taylor_in, total.rows, total.queries):
-            sums /= len(stream)
+        for name in SUMMED:
+            getattr(total, name).div_(len(stream))
     return found
+
+
+def _sums(layer: Attention | Mlp, traced: _Traced) -> Sensitivity:
+    """Return what the images of a chunk add to the sensitivity of a sublayer."""
+    flat = traced.after.flatten(0, 1)
+    heads, width, _ = _heads(layer)
+    by_head = traced.read[..., : heads * width].unflatten(-1, (heads, width)).flatten(0, 1)
+    return Sensitivity(
+        metric=flat.T @ flat,
+        tokens=traced.after.square().sum(dim=(0, 2), dtype=torch.float64),
+        taylor=_squared_terms(traced.hidden, traced.hidden_gradient),
+        taylor_in=_squared_terms(traced.seen, traced.read @ traced.read_weight),
+        rows=traced.read.square().sum(dim=(0, 1), dtype=torch.float64),
+        queries=by_head.permute(1, 2, 0) @ by_head.transpose(0, 1),
+    )
 
 
 def _heads(layer: Attention | Mlp) -> tuple[int, int, int]:
@@ -117,23 +137,18 @@ class _Traced:
     after: Tensor
 
 
-def _traced_gradients(opened: OpenModel, x: Tensor, generator: torch.Generator) -> list[_Traced]:
+def _traced_gradients(opened: OpenModel, x: Tensor, signs: Tensor) -> list[_Traced]:
+    """Trace a chunk [B, N, D] with the gradients of its features times some signs [B, ...]."""
     with torch.inference_mode(False), torch.enable_grad():
         x = x.clone().requires_grad_()
-        values: list[tuple[Tensor, Tensor, Tensor]] = []
-        inside: list[list[Tensor]] = []
+        traces = []
         for layer in opened.sublayers:
-            reads, writes = layer.read.layers, layer.write.layers[0]
-            with inputs_of(reads[0], writes) as inputs, outputs_of(*reads) as outputs:
-                x = layer(x)
-            values.append((inputs[0].detach(), inputs[1].detach(), layer.read.weight.detach()))
-            inside.append([inputs[1], x, *outputs])
-        features = opened.features(x)
-        signs = torch.randint(0, 2, features.shape, generator=generator, device="cpu").mul(2).sub(1)
-        flat = torch.autograd.grad((features * signs.to(features)).sum(), [t for part in inside for t in part])
+            traces.append(layer.trace(x))
+            x = traces[-1].after
+        value = (opened.features(x) * signs.clone()).sum()
+        flat = torch.autograd.grad(value, [t for trace in traces for t in (trace.read, trace.hidden, trace.after)])
     gradients = iter(flat)
-    traced = []
-    for before, part in zip(values, inside, strict=True):
-        hidden, after, *read = (next(gradients) for _ in part)
-        traced.append(_Traced(*before, torch.cat(read, dim=-1), hidden, after))
-    return traced
+    return [
+        _Traced(trace.seen.detach(), trace.hidden.detach(), layer.read.weight.detach(), *islice(gradients, 3))
+        for layer, trace in zip(opened.sublayers, traces, strict=True)
+    ]

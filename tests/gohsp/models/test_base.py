@@ -16,8 +16,12 @@ def test_sublayers_are_the_model(make_model, images) -> None:
     assert size == (48, 48)
     for layer in open_model(model).sublayers:
         with inputs_of(layer.write.layers[0]) as caught:
-            hidden, after = layer.trace(x)
+            trace = layer.trace(x)
+            hidden, after = trace.hidden, trace.after
+            wanted = layer(x)
         torch.testing.assert_close(caught[0], hidden)
+        torch.testing.assert_close(after, wanted)
+        torch.testing.assert_close(trace.read, layer.read(trace.seen))
         torch.testing.assert_close(after, x + layer.scale(layer.write(hidden)))
         x = after
     wanted = model.forward_features(torch.cat((images(3), images(2, seed=1))))

@@ -208,7 +208,7 @@ def test_the_parts_that_are_read_apart_are_ranked_as_one(tower: Any, images: Ten
     layer = open_model(tower).blocks[0].attention
     seen = tower.layers[0].before(tokens_of(tower, images))
     q, k = (part(seen).unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for part in layer.read.layers[:2])
-    torch.testing.assert_close(layer.probabilities(seen), (q @ k.mT * 0.3).softmax(dim=-1))
+    torch.testing.assert_close(layer.probabilities(layer.read(seen)), (q @ k.mT * 0.3).softmax(dim=-1))
     assert [scores.shape for scores in gohsp.rank_heads(tower, [images])] == [(HEADS,)] * 2
 
 

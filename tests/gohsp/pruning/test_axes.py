@@ -18,7 +18,7 @@ from gohsp.pruning.axes import axes_of, principal_axes
 from gohsp.pruning.calibration import embed
 from gohsp.pruning.prune import prune
 from gohsp.pruning.ranking import SIMILARITIES, rank_heads
-from gohsp.pruning.scoring import AXES, PruneSettings, qk_statistics
+from gohsp.pruning.scoring import AXES, QKMoments
 from gohsp.pruning.sensitivity import measure_sensitivities
 
 SMALL: dict[str, Any] = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}  # heads of 16, 5 tokens
@@ -194,12 +194,13 @@ def test_costs_of_queries_are_what_the_axes_are_sorted_by(make_model, images) ->
     """Measured on the turned model; the first channels of each head are the dear ones."""
     turned = principal_axes(make_model(**SMALL), [images(24, 32)])
     opened = open_model(turned)
-    settings = PruneSettings("gohsp", CHANNELS, "ridge", 0, "cka", 0.0, "important", 1.0, 0.3)
     with torch.no_grad():
         stream, _ = embed(opened, [images(24, 32)])
         found = measure_sensitivities(opened, stream)[0]
         layer = opened.blocks[0].attention
-        costs = qk_statistics(layer, stream, found, torch.Generator(), settings).energy
+        gathered = QKMoments(layer, found.weights(), turned=True)
+        gathered.add(*gathered.sums(layer.trace(stream)))
+        costs = gathered.statistics(found, torch.Generator()).energy
         q, _, _ = layer.split(layer.read(layer.norm(stream)))
     weights = found.weights() / found.weights().sum() / len(stream)
     held = torch.einsum("n,bhnc,bhnd->hcd", weights, q, q)
@@ -214,7 +215,7 @@ def test_outputs_are_uncorrelated_and_cost_the_same(make_model, images) -> None:
     with torch.no_grad():
         stream, _ = embed(opened, [images(24, 32)])
         found, layer = measure_sensitivities(opened, stream, seed=3)[0], opened.blocks[0].attention
-        outputs, _ = layer.trace(stream)
+        outputs = layer.trace(stream).hidden
     held = torch.cov(outputs.flatten(0, 1).T, correction=0, aweights=found.weights().expand(24, -1).flatten())
     cost = layer.written().T @ found.metric @ layer.written()
     for head in range(3):

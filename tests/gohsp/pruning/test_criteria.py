@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import gohsp
+from gohsp.pruning import criteria
 from gohsp.pruning.criteria import (
     CRITERIA,
     RIDGE,
@@ -75,6 +76,11 @@ def compensated_error(given: LayerStatistics, gone: list[int]) -> float:
 
 def removed(order: RemovalOrder) -> list[int]:
     return [int(column) for step in order.steps for column in step]
+
+
+@pytest.fixture(autouse=True, params=[1, criteria.COLLECTED], ids=["at once", "collected"])
+def _when_removals_are_applied(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(criteria, "COLLECTED", request.param)
 
 
 def test_first_loss_is_the_least_compensated_error() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gohsp.pruning.moments import Moments, damped
+from gohsp.pruning.moments import BLOCK, Moments, damped
 
 ROWS, INPUTS, OUTPUTS = 200, 8, 3
 
@@ -58,6 +58,27 @@ def test_float32_rows_are_summed_in_float64() -> None:
     x = normal(ROWS, INPUTS).float() + 1000
     moments = gathered(x, x[:, :0])
     torch.testing.assert_close(moments.covariance(), torch.cov(x.double().T, correction=0), rtol=1e-5, atol=1e-8)
+
+
+def test_many_columns_are_summed_in_blocks_of_the_upper_half() -> None:
+    x, y, weight = normal(40, 2 * BLOCK + 3), normal(40, OUTPUTS, seed=1) + 5, normal(40, seed=2).abs()
+    moments = gathered(x, y, weight)
+    torch.testing.assert_close(moments.xx, x.T @ (x * weight[:, None]), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(moments.xy, x.T @ (y * weight[:, None]), rtol=1e-10, atol=1e-10)
+
+
+def test_large_means_in_float32_leave_the_fit_alone() -> None:
+    x, y = normal(ROWS, INPUTS).float() + 300, normal(ROWS, OUTPUTS, seed=1).float() - 500
+    got = gathered(x, y).fit(torch.zeros(OUTPUTS, INPUTS, dtype=torch.float64), torch.arange(INPUTS), 0.0)
+    wanted = gathered(x.double(), y.double()).fit(torch.zeros(OUTPUTS, INPUTS).double(), torch.arange(INPUTS), 0.0)
+    torch.testing.assert_close(got[0], wanted[0], rtol=1e-3, atol=1e-5)
+
+
+def test_rows_without_weight_count_for_nothing() -> None:
+    moments = Moments(INPUTS, OUTPUTS)
+    moments.update(normal(4, INPUTS), normal(4, OUTPUTS), torch.zeros(4))
+    moments.update(normal(9, INPUTS, seed=3), normal(9, OUTPUTS, seed=4))
+    torch.testing.assert_close(moments.xx, gathered(normal(9, INPUTS, seed=3), normal(9, OUTPUTS, seed=4)).xx)
 
 
 def test_fit_without_pull_is_least_squares() -> None:

@@ -178,7 +178,7 @@ def test_the_fit_sees_the_attention_that_is_left(make_model, images) -> None:
     with torch.no_grad():
         stream, _ = embed(open_model(model), batches_of(images))
         weights = measure_sensitivities(open_model(model), stream)[0].weights()
-        hidden, _ = pruned.trace(stream)
+        hidden = pruned.trace(stream).hidden
         moments.update(hidden, (dense(stream) - stream) / dense.gain(), weights.expand(hidden.shape[:2]))
     again, bias = moments.fit(dense.write.weight, torch.arange(pruned.write.in_features), 0.0)
     torch.testing.assert_close(pruned.write.weight, again, rtol=1e-6, atol=1e-6)
