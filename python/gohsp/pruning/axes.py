@@ -37,6 +37,7 @@ from gohsp.pruning.calibration import each_chunk, embed, through_
 from gohsp.pruning.moments import Moments, Sums, sums_of
 from gohsp.pruning.ranking import Similarity, show_heads
 from gohsp.pruning.sensitivity import Sensitivity, measure_sensitivities
+from gohsp.pruning.share import Share
 
 DAMPING = 1e-4  # of G, relative to its mean; it bounds by how much rounding of the new weights is magnified
 IMAGES = 64  # from which sensitivities for the axes are measured, or up to twice as many
@@ -68,7 +69,7 @@ def principal_axes(
     opened = open_model(turned)
     with torch.no_grad(), evaluating(turned):
         stream, _ = embed(opened, batches)
-        turn_heads_(opened, stream, groups, seed)
+        turn_heads_(opened, stream, groups, Share.of(len(stream), shared=False), seed)
     return turned
 
 
@@ -82,6 +83,7 @@ def turn_heads_(
     opened: OpenModel,
     stream: Tensor,
     groups: Collection[str],
+    share: Share,
     seed: int = 0,
     graphs: Sequence[Similarity] = (),
     tick: Callable[[], object] = lambda: None,
@@ -92,17 +94,19 @@ def turn_heads_(
         opened: Dense model in evaluation mode.
         stream: Tokens before its first block, [images, N, D].
         groups: See :func:`principal_axes`.
-        seed: See there.
+        share: Which of the images these are.
+        seed: See :func:`principal_axes`.
         graphs: Of each block, or none. They are shown the heads before these are turned: most similarities depend on
             the axes, and the ranking is that of the model that was given.
         tick: Called after each block, and once before the first.
     """
-    sensitivities = measure_sensitivities(opened, stream[:: max(1, len(stream) // IMAGES)], seed)
+    some = stream[share.every(max(1, share.total // IMAGES))]
+    sensitivities = measure_sensitivities(opened, some, seed, Share.of(len(some), share.shared))
     tick()
     x = stream.clone()
     for index, block in enumerate(opened.blocks):
         layer, sensitivity = block.attention, sensitivities[2 * index]
-        queries, outputs = _pass(layer, x, sensitivity, graphs[index] if graphs else None)
+        queries, outputs = _pass(layer, x, sensitivity, share, graphs[index] if graphs else None)
         # Rotary positions would have their place here: with them only a T that commutes with the rotations will do.
         if "qk" in groups and not layer.geometry.qk_norm:
             _turn_scores_(layer, queries, sensitivity)
@@ -131,7 +135,9 @@ def axes_of(moments: Tensor, cost: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return axes.mT @ root, inverse @ axes, energies.flip(-1).clamp_min(0) * level[..., 0]
 
 
-def _pass(layer: Attention, x: Tensor, sensitivity: Sensitivity, graph: Similarity | None) -> tuple[Tensor, Tensor]:
+def _pass(
+    layer: Attention, x: Tensor, sensitivity: Sensitivity, share: Share, graph: Similarity | None
+) -> tuple[Tensor, Tensor]:
     """Run an attention half on the stream, in place.
 
     Returns:
@@ -155,6 +161,10 @@ def _pass(layer: Attention, x: Tensor, sensitivity: Sensitivity, graph: Similari
             show_heads(graph, layer, trace)
 
     each_chunk(look, take, x)
+    queries.add_up_(share)
+    outputs.add_up_(share)
+    if graph is not None:
+        graph.add_up_(share)
     return _by_head(queries.xx / queries.weight, size), _by_head(outputs.covariance(), size)
 
 

@@ -90,7 +90,7 @@ def each_chunk(work: Callable[..., T], take: Callable[[T], object], *streams: Te
         take: Called with what ``work`` returned, from this thread.
         streams: Of equally many images.
     """
-    chunks = zip(*(stream.split(CHUNK) for stream in streams), strict=True)
+    chunks = zip(*(stream.split(CHUNK) for stream in streams if len(stream)), strict=True)
     threads = (_threads.get() or torch.get_num_threads()) if streams[0].device.type == "cpu" else 1
     with one_thread() if streams[0].device.type == "cpu" else nullcontext():
         if threads == 1 or len(streams[0]) <= CHUNK:

@@ -29,6 +29,7 @@ from gohsp.pruning.scoring import (
     read_statistics,
     write_statistics,
 )
+from gohsp.pruning.share import Share
 
 OPTIMISERS = ("ridge", "admm", "drop")
 REFINE_BATCH = 32  # images
@@ -45,6 +46,7 @@ class LayerwisePruner:
         stream: Tokens before the first block, [images, N, D].
         scores: What the dense model told.
         settings: What was asked for.
+        share: Which of the images these are.
         generator: Source of all draws.
     """
 
@@ -56,12 +58,13 @@ class LayerwisePruner:
         stream: Tensor,
         scores: Scores,
         settings: PruneSettings,
+        share: Share,
         generator: torch.Generator,
     ) -> None:
         self.dense_layers, self.layers, self.mask = model.sublayers, pruned.sublayers, mask
         self.blocks = pruned.blocks
         self.dense, self.stream = stream, stream.clone()
-        self.scores, self.settings, self.generator = scores, settings, generator
+        self.scores, self.settings, self.share, self.generator = scores, settings, share, generator
 
     def run(self, budgets: list[BlockBudget], tick: Callable[[], None]) -> list[float]:
         """Cut all blocks to their budgets and return the error of the stream after each."""
@@ -80,9 +83,16 @@ class LayerwisePruner:
                 if self.settings.refine:
                     with all_threads():
                         self._refine(block, before)
-                spread = self.dense - self.dense.mean(dim=(0, 1))
-                errors.append(float((self.stream - self.dense).square().sum() / spread.square().sum()))
+                errors.append(self._error())
         return errors
+
+    def _error(self) -> float:
+        """Return the error of the stream where it is now, as a share of the dense stream's variance."""
+        mean = self.dense.sum(dim=(0, 1)) / (self.share.total * self.dense.shape[1])
+        self.share.add_up_(mean)
+        sums = torch.stack(((self.stream - self.dense).square().sum(), (self.dense - mean).square().sum()))
+        self.share.add_up_(sums)
+        return float(sums[0] / sums[1])
 
     def _cut_attention(self, index: int, budget: BlockBudget) -> None:
         block, size = self.mask.blocks[index // 2], self.layers[index].geometry
@@ -142,6 +152,7 @@ class LayerwisePruner:
 
         moments = Moments(layer.read.in_features, layer.read.out_features, self.stream.device)
         each_chunk(look, moments.add, self.stream)
+        moments.add_up_(self.share)
         statistics = read_statistics(layer, moments, sensitivity, self.generator)
         kept = self._choose(statistics, columns_of(dim), keep)
         self._refit(layer.read, moments, kept)
@@ -190,6 +201,9 @@ class LayerwisePruner:
                 channels.add(*qk)
 
         each_chunk(look, take, self.stream, self.dense)
+        moments.add_up_(self.share)
+        if channels is not None:
+            channels.add_up_(self.share)
         return moments, channels
 
     def _written(self, index: int, moments: Moments, weight: Tensor) -> LayerStatistics:

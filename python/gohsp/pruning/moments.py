@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gohsp.pruning.share import Share
+
 BLOCK = 256  # columns; of the symmetric product only blocks on and above the diagonal are computed
 
 
@@ -103,6 +105,13 @@ class Moments:
         self._xy += sums.xy
         # x x^T = z z^T + z a^T + a z^T + a a^T for z = x - a, and the like with y
         self._centres.append((sums.x + weight / 2 * a, a, sums.x, b, sums.y + weight * b))
+
+    def add_up_(self, share: Share) -> None:
+        """Add what other processes have seen."""
+        self._settle()
+        share.add_up_(self.weight, self.x, self.y, self._upper, self._xy)
+        if self.sample is not None:
+            self.sample = share.of_first(self.sample)
 
     @property
     def xx(self) -> Tensor:

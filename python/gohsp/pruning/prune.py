@@ -49,6 +49,7 @@ from gohsp.pruning.layerwise import OPTIMISERS, LayerwisePruner
 from gohsp.pruning.ranking import check_reading, check_scores
 from gohsp.pruning.scoring import AXES, PruneSettings, Scores, graphs_of, score_groups
 from gohsp.pruning.sensitivity import measure_sensitivities
+from gohsp.pruning.share import Share, check_agreement, check_shared
 
 DEFAULT_TARGET: Mapping[str, float] = MappingProxyType({"params": 0.65})
 
@@ -115,6 +116,7 @@ def prune(
     ridge: float = 0.3,
     axes: str = "principal",
     max_images: int | None = None,
+    shared: bool = False,
     seed: int = 0,
     on_progress: Callable[[int, int], object] | None = None,
 ) -> PruneResult:
@@ -147,7 +149,10 @@ def prune(
             channels hold what counts: the same function in other weights, see :mod:`gohsp.pruning.axes`. "given"
             leaves the channels as training left them.
         ridge: How strongly the re-fit is held to the dense weights, relative to the mean variance of its inputs.
-        max_images: Use no more images than that.
+        max_images: Use no more images than that, in each process.
+        shared: Whether all processes of torch.distributed's default group call this together, each with images of its
+            own and the same arguments otherwise (torchrun, Accelerate). All get the mask and the model that one
+            process with all of the images, in the order of the processes, would find.
         seed: Of everything that is drawn at random.
         on_progress: Called with (steps done, steps in all).
 
@@ -156,6 +161,7 @@ def prune(
 
     Raises:
         TypeError: The model, the batches or the target are not of a kind that is known.
+        RuntimeError: Processes that share the images came to different masks.
         ValueError: A parameter is out of its range, the target is out of reach (the message names the nearest that is
             not), there are no images, or the model cannot be pruned or has hooks where :func:`gohsp.compress` wants
             none.
@@ -175,6 +181,10 @@ def prune(
     check_sequence("groups", groups, "a list of names")
     check_number("guidance", guidance)
     check_number("ridge", ridge, 0)
+    check_kind("shared", shared, bool, "True or False")
+    check_shared(shared)
+    if shared and refine:
+        raise ValueError(f"refine: wanted 0 where processes share the images, got {refine!r}")
     settings = PruneSettings(
         method, tuple(groups), optimiser, refine, similarity, teleport, high_is, float(guidance), float(ridge), axes
     )
@@ -192,23 +202,26 @@ def prune(
         opened = open_model(model)
     with one_thread(), torch.no_grad(), evaluating(model):
         stream, image_size = embed(opened, batches, max_images)
+        mine = Share.of(len(stream), shared)
         if turned:
-            turn_heads_(opened, stream, turned, seed, graphs or (), tick)
+            turn_heads_(opened, stream, turned, mine, seed, graphs or (), tick)
     pruned = copy.deepcopy(model)
     opened_copy = open_model(pruned)
     mask = ModelMask.full_of(opened)
     generator = torch.Generator().manual_seed(seed)
     with one_thread(), torch.no_grad(), evaluating(model), evaluating(pruned):
-        sensitivities = measure_sensitivities(opened, stream, seed)
+        sensitivities = measure_sensitivities(opened, stream, seed, mine)
         tick()
-        scores = score_groups(opened, stream, sensitivities, settings, generator, tick, importance, graphs)
+        scores = score_groups(opened, stream, sensitivities, settings, mine, generator, tick, importance, graphs)
         dense = count_opened(opened, image_size)
         if budgets is None:
             plans, outside = _plans(opened, scores, dense, kind, latency)
             budgets = allocate(plans, share, outside, floors, None if kind == "ms" else getattr(dense, kind))
-        pruner = LayerwisePruner(opened, opened_copy, mask, stream, scores, settings, generator)
+        pruner = LayerwisePruner(opened, opened_copy, mask, stream, scores, settings, mine, generator)
         errors = pruner.run(list(budgets), tick)
         mask.apply_to_(opened_copy)
+    if shared:
+        check_agreement(mask)
     left = count_opened(opened, image_size, mask=mask)
     report = PruneReport(method, dense, left, scores.heads, list(budgets), errors, turned)
     return PruneResult(mask, pruned, report)

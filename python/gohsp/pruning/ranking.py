@@ -23,6 +23,7 @@ from gohsp.models.hooks import evaluating
 from gohsp.models.registry import open_model
 from gohsp.pruning.calibration import read_images
 from gohsp.pruning.moments import Moments, damped
+from gohsp.pruning.share import Share
 
 
 class Similarity(Protocol):
@@ -35,6 +36,9 @@ class Similarity(Protocol):
 
     def update(self, outputs: Tensor, attention: Tensor | None = None) -> None:
         """Add what all heads do on some images: outputs [B, N, H, d], attention probabilities [B, H, N, N]."""
+
+    def add_up_(self, share: Share) -> None:
+        """Add what other processes have seen."""
 
     def result(self) -> Tensor:
         """Return the similarities, float64 [H, H], non-negative."""
@@ -57,6 +61,9 @@ class LinearCKA:
     def update(self, outputs: Tensor, attention: Tensor | None = None) -> None:
         self.moments.update(outputs.flatten(2))
 
+    def add_up_(self, share: Share) -> None:
+        self.moments.add_up_(share)
+
     def result(self) -> Tensor:
         return cka(self.moments.covariance(), self.heads)
 
@@ -68,12 +75,15 @@ class Cosine:
 
     def __init__(self, heads: int, width: int, device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(heads, heads, dtype=torch.float64, device=device)
-        self.images = 0
+        self.images = torch.zeros((), dtype=torch.float64, device=device)
 
     def update(self, outputs: Tensor, attention: Tensor | None = None) -> None:
         vectors = nn.functional.normalize(outputs.double().transpose(1, 2).flatten(2), dim=-1)
         self.total += (vectors @ vectors.mT).sum(dim=0)
         self.images += len(outputs)
+
+    def add_up_(self, share: Share) -> None:
+        share.add_up_(self.total, self.images)
 
     def result(self) -> Tensor:
         return (1 + self.total / self.images).clamp(0, 2) / 2
@@ -107,7 +117,7 @@ class AttentionJensenShannon:
 
     def __init__(self, heads: int, width: int, device: torch.device | str = "cpu") -> None:
         self.total = torch.zeros(heads, heads, dtype=torch.float64, device=device)
-        self.queries = 0
+        self.queries = torch.zeros((), dtype=torch.float64, device=device)
 
     def update(self, outputs: Tensor, attention: Tensor | None = None) -> None:
         assert attention is not None
@@ -117,6 +127,9 @@ class AttentionJensenShannon:
             divergence = _entropy((probabilities + rows) / 2) - (own + own[head]) / 2
             self.total[head] -= divergence / math.log(2)
         self.queries += probabilities.shape[1]
+
+    def add_up_(self, share: Share) -> None:
+        share.add_up_(self.total, self.queries)
 
     def result(self) -> Tensor:
         return (1 + self.total / self.queries).clamp(0, 1)

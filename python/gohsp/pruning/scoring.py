@@ -37,6 +37,7 @@ from gohsp.pruning.ranking import (
     stationary_distribution,
 )
 from gohsp.pruning.sensitivity import Sensitivity
+from gohsp.pruning.share import Share
 
 HIDDEN_TILE = 16  # neurons: a panel of the GEMM kernels
 CHANNEL_TILE = 8  # QK and V channels of a head
@@ -95,6 +96,7 @@ def score_groups(
     stream: Tensor,
     sensitivities: list[Sensitivity],
     settings: PruneSettings,
+    share: Share,
     generator: torch.Generator,
     tick: Callable[[], None],
     importance: Sequence[Tensor] | None = None,
@@ -107,6 +109,7 @@ def score_groups(
         stream: Tokens before its first block, [images, N, D].
         sensitivities: Of its sublayers.
         settings: What was asked for.
+        share: Which of the images these are.
         generator: Source of the draws of the random criterion.
         tick: Called after each sublayer.
         importance: Scores of the heads; ranked by the graph where none are given.
@@ -121,7 +124,7 @@ def score_groups(
             size, graph = layer.geometry, None
             if isinstance(layer, Attention) and importance is None and graphs is None:
                 graph = SIMILARITIES[settings.similarity](size.num_heads, size.head_dim, x.device)
-            known = _sublayer_statistics(layer, x, sensitivity, settings, generator, graph)
+            known = _sublayer_statistics(layer, x, sensitivity, settings, share, generator, graph)
             if graph is not None:
                 chains.append(_chain(graph, settings))
             if isinstance(layer, Attention):
@@ -152,6 +155,7 @@ def _sublayer_statistics(
     x: Tensor,
     sensitivity: Sensitivity,
     settings: PruneSettings,
+    share: Share,
     generator: torch.Generator,
     graph: Any = None,
 ) -> _SublayerStatistics:
@@ -186,6 +190,9 @@ def _sublayer_statistics(
             show_heads(graph, layer, trace)
 
     each_chunk(look, take, x)
+    for gathered in (moments, inputs, channels, graph):
+        if gathered is not None:
+            gathered.add_up_(share)
     return _SublayerStatistics(
         write_statistics(layer, layer.write.weight, moments, sensitivity, generator),
         read_statistics(layer, inputs, sensitivity, generator) if reads else None,
@@ -311,6 +318,11 @@ class QKMoments:
         """Add what :meth:`sums` gave."""
         self.energy += energy
         self.gaps.add(gap)
+
+    def add_up_(self, share: Share) -> None:
+        """Add what other processes have seen."""
+        share.add_up_(self.energy)
+        self.gaps.add_up_(share)
 
     def statistics(self, sensitivity: Sensitivity, generator: torch.Generator) -> QKStatistics:
         """Return what a criterion may know.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gohsp.models.base import Attention, Mlp, OpenModel
 from gohsp.pruning.calibration import each_chunk
+from gohsp.pruning.share import Share
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ class Sensitivity:
 SUMMED = tuple(field.name for field in fields(Sensitivity))
 
 
-def measure_sensitivities(opened: OpenModel, stream: Tensor, seed: int = 0) -> list[Sensitivity]:
+def measure_sensitivities(
+    opened: OpenModel, stream: Tensor, seed: int = 0, share: Share | None = None
+) -> list[Sensitivity]:
     """Measure the sensitivity after each sublayer of a dense model, one backward pass for each image and no labels.
 
     A projection of the features on random signs has, on average over the signs, the squared norm of the Jacobian as
@@ -60,7 +63,9 @@ def measure_sensitivities(opened: OpenModel, stream: Tensor, seed: int = 0) -> l
         opened: Dense model in evaluation mode.
         stream: Tokens before the first block, [images, N, D].
         seed: Seed of the random signs.
+        share: Which of the images these are; all of them by default.
     """
+    share = share or Share.of(len(stream), shared=False)
     layers = opened.sublayers
     generator = torch.Generator().manual_seed(seed)
     _, tokens, dim = stream.shape
@@ -81,7 +86,8 @@ def measure_sensitivities(opened: OpenModel, stream: Tensor, seed: int = 0) -> l
     ]
     with torch.no_grad():
         features = opened.features(stream[:1])
-    signs = torch.randint(0, 2, (len(stream), *features.shape[1:]), generator=generator, device="cpu").mul(2).sub(1)
+    signs = torch.randint(0, 2, (share.total, *features.shape[1:]), generator=generator, device="cpu").mul(2).sub(1)
+    signs = signs[share.first : share.first + len(stream)]
 
     def measure(chunk: Tensor, signs: Tensor) -> list[Sensitivity]:
         traced = _traced_gradients(opened, chunk, signs)
@@ -95,7 +101,8 @@ def measure_sensitivities(opened: OpenModel, stream: Tensor, seed: int = 0) -> l
     each_chunk(measure, add, stream, signs.to(features))
     for total in found:
         for name in SUMMED:
-            getattr(total, name).div_(len(stream))
+            share.add_up_(getattr(total, name))
+            getattr(total, name).div_(share.total)
     return found
 
 
