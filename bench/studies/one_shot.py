@@ -122,6 +122,9 @@ def same_budget() -> Iterator[Trial]:
             yield Trial("same-budget", method, "ridge", 0.4, "gohsp", seed=seed)
 
 
+HEADS_AND_NEURONS = ("heads", "hidden")
+"""What goes where a trial does not say: the rows of these tables are older than gohsp.prune's own default."""
+
 CHANNELS = ("heads", "hidden", "qk", "v")
 
 
@@ -211,7 +214,7 @@ class Lab:
             budgets=budgets,
             seed=trial.seed,
             **optimiser,
-            **trial.options,
+            **{"groups": HEADS_AND_NEURONS, **trial.options},
         )
 
     def _gohsp_budgets(self, trial: Trial) -> list[BlockBudget]:

@@ -39,6 +39,7 @@ from gohsp.training import checkpoint
 from gohsp.training.evaluation import evaluate
 from gohsp.training.loop import CHECKPOINT, Loop, Stage
 from gohsp.training.losses import Distilled
+from gohsp.training.soft_mask_admm import ADMM_GROUPS
 from gohsp.training.train import make_accelerator
 
 BATCH = 32
@@ -86,11 +87,15 @@ class Result:
 COLUMNS = tuple(f.name for f in fields(Result))
 
 
-def _ours(method: str, optimiser: str) -> Callable[[Any, Images, Recipe], nn.Module]:
+def _ours(
+    method: str, optimiser: str, groups: Sequence[str] | None = ADMM_GROUPS
+) -> Callable[[Any, Images, Recipe], nn.Module]:
     def prune(model: Any, images: Images, recipe: Recipe) -> nn.Module:
         settings = recipe.prune
         batches = images.calibration(settings.images, BATCH)
-        result = gohsp.prune(model, batches, settings.target, method, optimiser=optimiser, seed=recipe.seed)
+        result = gohsp.prune(
+            model, batches, settings.target, method, groups=groups, optimiser=optimiser, seed=recipe.seed
+        )
         return gohsp.compress(result.model, result.mask)
 
     return prune
@@ -163,16 +168,18 @@ METHODS = {
     "gohsp": Method(_GOHSP),
     "gohsp-distilled": Method(_GOHSP, ANSWERS),
     "gohsp-features": Method(_GOHSP, FEATURES),
+    "gohsp-channels": Method(_ours("gohsp", "ridge", groups=None), FEATURES),
     "gohsp-admm": Method(_GOHSP, admm=SHORT),
     "l2": Method(_ours("l2", "drop")),
     "taylor": Method(_ours("taylor", "drop")),
     "torch-pruning": Method(_torch_pruning),
 }
 """All see the same images in as many epochs. gohsp-distilled learns from the answers of the study's dense model,
-trained to its end, as well as from labels; gohsp-features from its residual stream, too. gohsp-admm is GOHSP's own
-order: soft-mask ADMM on the dense model, hard pruning, fine-tuning of what is left. l2 and taylor are gohsp's criteria
-of these names and gohsp's way to share a budget out, without compensation: what remains keeps its weights, as other
-tools leave it."""
+trained to its end, as well as from labels; gohsp-features from its residual stream, too. These prune heads and neurons;
+gohsp-channels is gohsp-features with gohsp.prune's own default, channels in principal axes as well. gohsp-admm is
+GOHSP's own order: soft-mask ADMM on the dense model, hard pruning, fine-tuning of what is left. l2 and taylor are
+gohsp's criteria of these names and gohsp's way to share a budget out, without compensation: what remains keeps its
+weights, as other tools leave it."""
 
 
 def changed(recipe: Recipe, changes: Mapping[str, Mapping[str, Any]]) -> Recipe:

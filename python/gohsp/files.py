@@ -232,8 +232,8 @@ def parse_json(data: bytes, where: str, finite: bool = True) -> Any:
     raise _too_deep(where)
 
 
-def check_keys(data: Any, wanted: Sequence[str], where: str) -> None:
-    """Check that a mapping has these keys and no others.
+def check_keys(data: Any, wanted: Sequence[str], where: str, optional: Sequence[str] = ()) -> None:
+    """Check that a mapping has these keys and, but for optional ones, no others.
 
     Raises:
         ValueError: It has not; the message begins with ``where``.
@@ -241,7 +241,7 @@ def check_keys(data: Any, wanted: Sequence[str], where: str) -> None:
     if not isinstance(data, Mapping):
         raise ValueError(f"{where}: wanted a mapping, got {type(data).__name__}")
     missing = [key for key in wanted if key not in data]
-    unknown = [key for key in data if key not in wanted]
+    unknown = [key for key in data if key not in wanted and key not in optional]
     if missing or unknown:
         raise ValueError(f"{where}: missing keys {shown(missing)}, unknown keys {shown(unknown)}")
 

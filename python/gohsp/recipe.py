@@ -87,14 +87,14 @@ class Pruning(Section):
     """Arguments of :func:`gohsp.prune`.
 
     Attributes:
-        target, method, groups: As there.
+        target, method, groups: As there; where there is an ``admm`` section heads and neurons are the default groups.
         images: Calibration images, from the training set, without augmentation.
         options: Its other arguments, by name.
     """
 
     target: dict[str, float] = dict(DEFAULT_TARGET)
     method: str = "gohsp"
-    groups: tuple[str, ...] = ("heads", "hidden")
+    groups: tuple[str, ...] | None = None
     images: Count = 512
     options: dict[str, Any] = {}
 
@@ -103,7 +103,7 @@ class Pruning(Section):
     def _known(cls, options: dict[str, Any]) -> dict[str, Any]:
         parameters = inspect.signature(prune).parameters.values()
         own = {*cls.model_fields, "max_images", "on_progress"}
-        own |= {"budgets", "latency", "importance"}  # objects, which a file cannot name
+        own |= {"budgets", "latency", "importance", "shared"}  # objects, which a file cannot name, and other processes
         known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in own]
         if unknown := sorted(options.keys() - set(known)):
             raise ValueError(f"wanted some of {', '.join(known)}; got {', '.join(unknown)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +129,14 @@ class ModelMask:
         blocks: The masks, in the order of the model's blocks.
         model: timm's name of the architecture, or the name of the class.
         geometry: Sizes of the dense model.
+        turned: Which channels, "qk" and "v", are meant in the principal axes of their heads, as :func:`gohsp.prune`
+            turns them, and not as training left them: the mask is then one of the turned model.
     """
 
     blocks: list[BlockMask]
     model: str
     geometry: Geometry
+    turned: tuple[str, ...] = field(default=(), compare=False)
 
     @classmethod
     def full(cls, model: nn.Module) -> ModelMask:
@@ -296,6 +299,7 @@ class ModelMask:
             "model": self.model,
             "geometry": _write_geometry(self.geometry),
             "blocks": [{name: to_ranges(getattr(block, name)) for name in FIELDS} for block in self.blocks],
+            **({"turned": list(self.turned)} if self.turned else {}),
         }
 
     @classmethod
@@ -305,7 +309,8 @@ class ModelMask:
         Raises:
             ValueError: A key is missing or unknown, the format is another one, or a value is malformed.
         """
-        check_keys(data, ("format", "model", "geometry", "blocks"), "mask")
+        check_keys(data, ("format", "model", "geometry", "blocks"), "mask", optional=("turned",))
+        turned = _read_turned(data.get("turned", []))
         if type(data["format"]) is not int or data["format"] not in FORMATS:
             raise ValueError(f"mask.format: wanted {' or '.join(map(str, FORMATS))}, got {shown(data['format'])}")
         for key, kind in (("model", str), ("blocks", list)):
@@ -319,7 +324,7 @@ class ModelMask:
             where, shapes = f"mask.blocks[{index}]", _shapes(size)
             check_keys(entry, FIELDS, where)
             blocks.append(BlockMask(**{n: from_ranges(entry[n], shapes[n], f"{where}.{n}") for n in FIELDS}))
-        mask = cls(blocks, data["model"], sizes)
+        mask = cls(blocks, data["model"], sizes, turned)
         mask.validate()
         return mask
 
@@ -347,6 +352,12 @@ class ModelMask:
             return cls.from_dict(data)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def _read_turned(found: Any) -> tuple[str, ...]:
+    if found not in ([], ["qk"], ["v"], ["qk", "v"]):
+        raise ValueError(f"mask.turned: wanted a list of qk, v or both, got {shown(found)}")
+    return tuple(found)
 
 
 def _shapes(size: BlockGeometry) -> dict[str, tuple[int, ...]]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -51,6 +51,7 @@ from gohsp.pruning.scoring import AXES, PruneSettings, Scores, graphs_of, score_
 from gohsp.pruning.sensitivity import measure_sensitivities
 from gohsp.pruning.share import Share, check_agreement, check_shared
 
+DEFAULT_GROUPS = ("heads", "hidden", "qk", "v")
 DEFAULT_TARGET: Mapping[str, float] = MappingProxyType({"params": 0.65})
 
 
@@ -102,7 +103,7 @@ def prune(
     target: Mapping[str, float] = DEFAULT_TARGET,
     method: str = "gohsp",
     *,
-    groups: Sequence[str] = ("heads", "hidden"),
+    groups: Sequence[str] | None = None,
     optimiser: str = "ridge",
     refine: int = 0,
     budgets: Sequence[BlockBudget] | None = None,
@@ -132,7 +133,8 @@ def prune(
             compare with.
         groups: What may go: "heads", "hidden" (neurons, in tiles of 16), "qk" and "v" (channels of a head, in tiles of
             8), "attn_in", "attn_out", "mlp_in", "mlp_out" (residual features that a sublayer reads or writes, in tiles
-            of 16). One head, one tile of each kept head and one tile of everything else stay in every block.
+            of 16). One head, one tile of each kept head and one tile of everything else stay in every block. By
+            default heads, neurons, QK and V channels; no QK channels where q and k have norms, which mix them.
         optimiser: How the choice and the weights are found, layer by layer: "ridge" chooses by the criterion and
             re-fits proj and fc2 on what is kept; "admm" lets an optimisation over the constraint set choose, with the
             criterion as its guide, and re-fits as well; "drop" chooses by the criterion and leaves the weights alone.
@@ -178,6 +180,10 @@ def prune(
             check_kind("budgets", budget, BlockBudget, "BlockBudget")
     if budgets is not None and len(budgets) != depth:
         raise ValueError(f"budgets: wanted one for each of {depth} blocks, got {len(budgets)}")
+    size = opened.geometry
+    if groups is None:
+        mixed = any(block.qk_norm for block in size.blocks)
+        groups = [group for group in DEFAULT_GROUPS if not (mixed and group == "qk")]
     check_sequence("groups", groups, "a list of names")
     check_number("guidance", guidance)
     check_number("ridge", ridge, 0)
@@ -188,7 +194,6 @@ def prune(
     settings = PruneSettings(
         method, tuple(groups), optimiser, refine, similarity, teleport, high_is, float(guidance), float(ridge), axes
     )
-    size = opened.geometry
     _check(settings, floors, size)
     if kind == "ms":
         _check_latency(latency, settings, size)
@@ -207,7 +212,7 @@ def prune(
             turn_heads_(opened, stream, turned, mine, seed, graphs or (), tick)
     pruned = copy.deepcopy(model)
     opened_copy = open_model(pruned)
-    mask = ModelMask.full_of(opened)
+    mask = replace(ModelMask.full_of(opened), turned=turned)
     generator = torch.Generator().manual_seed(seed)
     with one_thread(), torch.no_grad(), evaluating(model), evaluating(pruned):
         sensitivities = measure_sensitivities(opened, stream, seed, mine)

@@ -40,6 +40,7 @@ from gohsp.runs.directory import (
 )
 from gohsp.runs.progress import Steps, each
 from gohsp.training.evaluation import evaluate as measure
+from gohsp.training.soft_mask_admm import ADMM_GROUPS
 from gohsp.training.train import make_accelerator
 from gohsp_kernels.info import cpu_name, instruction_set
 
@@ -102,7 +103,7 @@ def prune(work: Work) -> None:
             images.calibration(settings.images, CALIBRATION_BATCH),
             settings.target,
             settings.method,
-            groups=settings.groups,
+            groups=settings.groups or (ADMM_GROUPS if work.recipe.admm else None),
             latency=latency,
             importance=scores,
             on_progress=advance,

@@ -22,6 +22,9 @@ from gohsp.models.base import BlockGeometry, Geometry, OpenModel
 from gohsp.models.registry import open_model
 from gohsp.recipe import Admm
 
+ADMM_GROUPS = ("heads", "hidden")
+"""What it prunes."""
+
 
 @dataclass
 class _Split:
@@ -167,7 +170,8 @@ def _counts(index: int, plan: ModelMask, full: ModelMask) -> dict[bool, int]:
     if whole != block:
         raise ValueError(
             f"plan: wanted one that prunes heads and hidden neurons only, for ADMM, but blocks[{index}] prunes "
-            "channels or columns; fine-tune the model that gohsp.compress makes of it instead"
+            f"channels or columns; prune with groups={ADMM_GROUPS} for a plan, or fine-tune the model that "
+            "gohsp.compress makes of it instead"
         )
     return {True: int(block.heads.sum()), False: int(block.hidden.sum())}
 
