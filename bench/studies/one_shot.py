@@ -27,7 +27,6 @@ from gohsp.count import Count
 from gohsp.demo.data import Images, load_folder
 from gohsp.files import exclusive
 from gohsp.pruning.budget import BlockBudget
-from gohsp.pruning.criteria import CRITERIA
 from gohsp.pruning.scoring import CHANNEL_TILE
 from gohsp.runs import img_focus
 from gohsp.runs.classifier import collect, fit_ridge, pool, top1
@@ -106,6 +105,10 @@ class Outcome:
 COLUMNS = (*KEYS, *(f.name for f in fields(Outcome)), *TIMES)
 
 
+CRITERIA = ("gohsp", "obs", "random", "l1", "l2", "taylor", "activation", "information")
+"""Those that price one layer at a time. What looks at the whole model first is in :func:`graphs`."""
+
+
 def one_shot() -> Iterator[Trial]:
     """Without training: every criterion with every optimiser at four budgets, and the dense model."""
     yield Trial("one-shot", "dense", "-", 0.0)
@@ -116,7 +119,7 @@ def one_shot() -> Iterator[Trial]:
 
 
 def same_budget() -> Iterator[Trial]:
-    """Every criterion with the budgets of gohsp, three seeds: what the choice alone is worth."""
+    """Every one of these criteria with the budgets of gohsp, three seeds: what the choice alone is worth."""
     for seed in range(3):
         for method in CRITERIA:
             yield Trial("same-budget", method, "ridge", 0.4, "gohsp", seed=seed)
@@ -158,7 +161,26 @@ def ablation() -> Iterator[Trial]:
         yield Trial("ablation", "gohsp", "ridge", 0.4, options=options)
 
 
-STUDIES = {"one-shot": one_shot, "same-budget": same_budget, "ablation": ablation, "axes": axes}
+WHOLE = ("graph", "graph-relearnt", "learned", "learned-graph")
+"""Criteria that price heads and neurons of all blocks together."""
+
+
+def graphs() -> Iterator[Trial]:
+    """What ranks across blocks, with the budgets that it finds, beside gohsp and what it starts from; three seeds."""
+    yield Trial("graphs", "dense", "-", 0.0)
+    for seed in range(3):
+        for removed in (0.4, 0.5):
+            for method in ("gohsp", *WHOLE, "taylor"):
+                yield Trial("graphs", method, "ridge", removed, seed=seed)
+
+
+STUDIES = {
+    "one-shot": one_shot,
+    "same-budget": same_budget,
+    "ablation": ablation,
+    "axes": axes,
+    "graphs": graphs,
+}
 
 
 class Lab:

@@ -172,6 +172,18 @@ MUTATIONS = {
         "pruning/budget.py", "self.widths_after(group, queue[0])[group] >= self.least[group]",
         "self.kept[group] >= self.least[group]", "pruning/test_budget.py::test_floors_hold_in_every_block",
     ),
+    "budget: the soft minimum takes what does not fit": Mutation(
+        "pruning/budget.py", "exponents.masked_fill(left < 0, -math.inf).logsumexp", "exponents.logsumexp",
+        "pruning/test_budget.py::test_the_soft_solution_weighs_all_picks_that_fit",
+    ),
+    "budget: the soft minimum is not scaled back": Mutation(
+        "pruning/budget.py", "best = -temperature * exponents", "best = -exponents",
+        "pruning/test_budget.py::test_the_soft_solution_weighs_all_picks_that_fit",
+    ),
+    "ranking: a walk that restarts somewhere jumps anywhere": Mutation(
+        "pruning/ranking.py", "jump = (likely / likely.sum())", "jump = torch.full_like(likely, 1 / count)",
+        "pruning/test_ranking.py::test_restart_is_where_the_walk_begins_and_jumps_as_in_personalised_pagerank",
+    ),
     "ranking: heads are like themselves": Mutation(
         "pruning/ranking.py", "    graph.fill_diagonal_(0)\n    rows =", "    rows =",
         "pruning/test_ranking.py::test_stationary_distribution_of_a_symmetric_graph_is_the_weighted_degree",
@@ -181,12 +193,12 @@ MUTATIONS = {
         "pruning/test_ranking.py::test_stationary_distribution_is_pagerank",
     ),
     "ranking: teleport is the probability of staying on the graph": Mutation(
-        "pruning/ranking.py", "(1 - teleport) * steps + teleport * uniform",
-        "teleport * steps + (1 - teleport) * uniform",
+        "pruning/ranking.py", "(1 - teleport) * steps + teleport * jump",
+        "teleport * steps + (1 - teleport) * jump",
         "pruning/test_ranking.py::test_stationary_distribution_is_pagerank",
     ),
     "ranking: a node that is like no other stays where it is": Mutation(
-        "pruning/ranking.py", ".clamp_min(torch.finfo(rows.dtype).tiny), uniform)",
+        "pruning/ranking.py", ".clamp_min(torch.finfo(rows.dtype).tiny), jump)",
         ".clamp_min(torch.finfo(rows.dtype).tiny), torch.eye(count, dtype=graph.dtype))",
         "pruning/test_ranking.py::test_a_node_that_is_like_no_other_jumps_anywhere_as_in_pagerank",
     ),
@@ -266,6 +278,43 @@ MUTATIONS = {
     "axes: heads are ranked after they were turned": Mutation(
         "pruning/prune.py", "seed, graphs or (), tick", "seed, (), tick",
         "pruning/test_axes.py::test_heads_are_ranked_as_they_were_given",
+    ),
+    "typed_graph: the mean that LayerNorm takes out is read": Mutation(
+        "pruning/typed_graph.py", "return weight - weight.mean(dim=1, keepdim=True)", "return weight",
+        "pruning/test_typed_graph.py::test_influence_is_the_energy_of_what_one_reads_of_the_other",
+    ),
+    "typed_graph: a head reads by its queries alone": Mutation(
+        "pruning/typed_graph.py", "range(layer.read.out_features // layer.write.in_features)", "range(1)",
+        "pruning/test_typed_graph.py::test_influence_is_the_energy_of_what_one_reads_of_the_other",
+    ),
+    "typed_graph: one type of edges outweighs the other": Mutation(
+        "pruning/typed_graph.py", "+ _shares(self.influence)", "+ self.influence",
+        "pruning/test_typed_graph.py::test_ranks_are_personalised_pagerank_with_half_of_each_type",
+    ),
+    "typed_graph: heads that have gone are not partialled out": Mutation(
+        "pruning/typed_graph.py", "covariance if not steps else partial(covariance, torch.cat(steps))", "covariance",
+        "pruning/test_typed_graph.py::test_heads_are_compared_anew_after_each_removal",
+    ),
+    "learned: a closed gate leaves nothing in the place of the mean": Mutation(
+        "pruning/learned.py", "mean + (inputs[0] - mean) * gate.to(mean.dtype)", "inputs[0] * gate.to(mean.dtype)",
+        "pruning/test_learned.py::test_open_gates_change_nothing_and_closed_ones_leave_the_mean",
+    ),
+    "learned: a node stays only where as many go as before it": Mutation(
+        "pruning/learned.py", "likely.cumsum(0)", "likely",
+        "pruning/test_learned.py::test_cold_gates_are_the_exact_solution_at_these_prices",
+    ),
+    "learned: images are drawn by the global generator": Mutation(
+        "pruning/learned.py", 'torch.randperm(len(stream), generator=generator, device="cpu")',
+        'torch.randperm(len(stream), device="cpu")',
+        "pruning/test_learned.py::test_the_model_its_gradients_and_the_global_generator_stay_as_they_were",
+    ),
+    "learned: prices leave the scale of the terms": Mutation(
+        "pruning/learned.py", "spread(prices * level,", "spread(prices,",
+        "pruning/test_learned.py::test_before_the_first_step_prices_are_the_first_order_terms",
+    ),
+    "scoring: what a look at the whole model found is not told": Mutation(
+        "pruning/scoring.py", "        prices=sensitivity.prices,\n", "",
+        "pruning/test_criteria.py::test_prices_of_a_look_at_the_whole_model_decide_budgets_and_choice",
     ),
     "layerwise: biases are not fitted": Mutation(
         "pruning/layerwise.py", "offset if linear.has_bias else None", "None",

@@ -4,6 +4,7 @@
 Every sublayer offers a list of options, from whole to bare, each with its exact cost and what it is expected to lose.
 Picking one option a sublayer, so that the costs stay within the target and the losses sum to the least, is the
 multiple-choice knapsack problem, which :func:`solve` solves by dynamic programming over all sublayers together.
+:func:`soft_solve` is the same with its minimum smoothed, so that what is picked can be differentiated.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from gohsp.count import BlockSize, count_block
 from gohsp.models.base import BlockGeometry, OpenBlock
@@ -23,6 +26,7 @@ MLP_GROUPS = ("hidden", "mlp_in", "mlp_out")
 GROUPS = ATTENTION_GROUPS + MLP_GROUPS
 
 CELLS = 1 << 16  # into which the room between the least and the target is divided; costs are rounded up to one
+SOFT_CELLS = 1 << 10  # the same where all options of all cells are kept for a gradient
 
 
 @dataclass(frozen=True)
@@ -243,17 +247,9 @@ def solve(choices: Sequence[Sequence[Option]], limit: float) -> list[int]:
     Raises:
         ValueError: Nothing fits.
     """
-    floor = [min(option.cost for option in options) for options in choices]
-    room = limit - sum(floor)
-    if room < 0:
-        raise ValueError(f"limit: wanted at least {sum(floor)}, got {limit}")
-    cell = max(room, 1e-300) / CELLS  # with no room at all, only what costs nothing more fits
+    cells = _in_cells(choices, limit, CELLS)
     best = np.zeros(CELLS + 1)  # least loss of the choices so far for each room
     takes = np.zeros((len(choices), CELLS + 1), dtype=np.int32)
-    cells = [
-        [math.ceil((option.cost - least) / cell) for option in options]
-        for options, least in zip(choices, floor, strict=True)
-    ]
     for row, (options, sizes) in enumerate(zip(choices, cells, strict=True)):
         following = np.full(CELLS + 1, np.inf)
         for index, (option, size) in enumerate(zip(options, sizes, strict=True)):
@@ -269,6 +265,77 @@ def solve(choices: Sequence[Sequence[Option]], limit: float) -> list[int]:
         picks[row] = int(takes[row, left])
         left -= cells[row][picks[row]]
     return _spend_the_rest(choices, picks, limit)
+
+
+def soft_solve(
+    choices: Sequence[Sequence[Option]],
+    losses: Sequence[Tensor],
+    limit: float,
+    temperature: float,
+    cells: int = SOFT_CELLS,
+) -> Tensor:
+    """Return the least loss that fits, as :func:`solve` finds it, with the minimum smoothed by entropy.
+
+    With L the sum of the losses of a pick of one option of each choice, it is ``-T log sum exp(-L / T)`` over all picks
+    that fit. The smooth minimum goes through the recursion of the dynamic programme, step by step, and its gradient
+    by the losses is the distribution of what is picked; both are those of Mensch and Blondel (2018), who do it for
+    paths. For a knapsack it is ours. As T falls to 0 the value becomes the least loss and the distribution certain.
+    Differentiable twice, so that a training can go through the distribution; see :func:`expected_choices`.
+
+    Args:
+        choices: The costs of the options; their own losses are not looked at.
+        losses: In their place, one tensor [options] a choice.
+        limit: Of the sum of the costs.
+        temperature: T, above 0, on the scale of the losses.
+        cells: Into which the room above the least cost is divided. Costs are rounded up to one, and what the rounding
+            leaves is not spent.
+
+    Raises:
+        ValueError: Nothing fits, or the temperature is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature: wanted one above 0, got {temperature}")
+    best = torch.zeros_like(losses[0][:1]).expand(cells + 1)
+    room = torch.arange(cells + 1, device=best.device)
+    for sizes, added in zip(_in_cells(choices, limit, cells), losses, strict=True):
+        left = room - torch.tensor([min(size, cells + 1) for size in sizes], device=best.device)[:, None]
+        exponents = -(best[left.clamp_min(0)] + added[:, None]) / temperature
+        best = -temperature * exponents.masked_fill(left < 0, -math.inf).logsumexp(dim=0)
+    return best[-1]
+
+
+def expected_choices(
+    choices: Sequence[Sequence[Option]],
+    losses: Sequence[Tensor],
+    limit: float,
+    temperature: float,
+    cells: int = SOFT_CELLS,
+) -> list[Tensor]:
+    """Return how likely each option is, [options] a choice: the gradient of :func:`soft_solve` by the losses.
+
+    Every pick that has a part in it fits, so that its costs do on average. Differentiable where the losses are.
+    """
+    with torch.enable_grad():
+        own = [loss if loss.requires_grad else loss.detach().requires_grad_() for loss in losses]
+        value = soft_solve(choices, own, limit, temperature, cells)
+        return list(torch.autograd.grad(value, own, create_graph=any(of.requires_grad for of in losses)))
+
+
+def _in_cells(choices: Sequence[Sequence[Option]], limit: float, count: int) -> list[list[int]]:
+    """Return what each option costs above the least of its choice, rounded up to cells of the room that there is.
+
+    Raises:
+        ValueError: Nothing fits.
+    """
+    floor = [min(option.cost for option in options) for options in choices]
+    room = limit - sum(floor)
+    if room < 0:
+        raise ValueError(f"limit: wanted at least {sum(floor)}, got {limit}")
+    cell = max(room, 1e-300) / count  # with no room at all, only what costs nothing more fits
+    return [
+        [math.ceil((option.cost - least) / cell) for option in options]
+        for options, least in zip(choices, floor, strict=True)
+    ]
 
 
 def _spend_the_rest(choices: Sequence[Sequence[Option]], picks: list[int], limit: float) -> list[int]:

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gohsp.models.base import OpenModel
 from gohsp.pruning.moments import correlation, damped
 from gohsp.pruning.ranking import cka
+from gohsp.pruning.sensitivity import Sensitivity
 
 RIDGE = 1e-2  # damping of covariances in scores, relative to the mean variance
 COLLECTED = 128  # columns whose removal is applied to the others as one product
@@ -34,6 +36,7 @@ class LayerStatistics:
         guide: Factors [pools] that multiply the cost of each pool (the graph's soft guidance), or None for none.
         taylor: [m], see :class:`gohsp.pruning.sensitivity.Sensitivity`, or None where it was not measured.
         sample: [s, m], some rows of the layer's inputs, or None where none were kept.
+        prices: [m], what :meth:`Criterion.survey` found, or None where it did not look at these inputs.
     """
 
     weight: Tensor
@@ -43,6 +46,7 @@ class LayerStatistics:
     guide: Tensor | None = None
     taylor: Tensor | None = None
     sample: Tensor | None = None
+    prices: Tensor | None = None
 
     def of(self, columns: Tensor) -> LayerStatistics:
         """Return the same for some of the columns, int64 [k]."""
@@ -52,6 +56,7 @@ class LayerStatistics:
             covariance=self.covariance[columns][:, columns],
             taylor=None if self.taylor is None else self.taylor[columns],
             sample=None if self.sample is None else self.sample[:, columns],
+            prices=None if self.prices is None else self.prices[columns],
         )
 
 
@@ -124,6 +129,11 @@ class PruningGroups:
     pools: list[Tensor]
     tile: int
     floor: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether a step takes a whole pool, as it does of heads."""
+        return len(self.pools) > 1 and all(self.tile == len(pool) for pool in self.pools)
 
     def step(self, size: int) -> int:
         """Return how many columns a pool of some size gives next."""
@@ -241,8 +251,7 @@ def information(statistics: LayerStatistics, groups: PruningGroups) -> Tensor:
     if statistics.sample is None:
         raise ValueError("statistics: wanted rows of the inputs (sample), got None")
     pools, sample = groups.pools, statistics.sample.double()
-    by_pool = len(pools) > 1 and all(groups.tile == len(pool) for pool in pools)
-    if by_pool:
+    if groups.whole:
         order = torch.cat(pools).to(sample.device)
         graph = cka(statistics.covariance[order][:, order], len(pools))
         nodes = sample[:, order].unflatten(1, (len(pools), -1)).transpose(1, 2).flatten(0, 1)
@@ -251,7 +260,7 @@ def information(statistics: LayerStatistics, groups: PruningGroups) -> Tensor:
     graph.fill_diagonal_(0)
     graph /= graph.sum(dim=1, keepdim=True).clamp_min(1e-30)
     scores = (nodes - nodes @ graph.T).abs().sum(dim=0)
-    if not by_pool:
+    if not groups.whole:
         return scores
     spread = torch.empty(sample.shape[1], dtype=torch.float64, device=sample.device)
     spread[order] = (scores / groups.tile).repeat_interleave(groups.tile)
@@ -275,6 +284,23 @@ class Criterion:
     name: str = ""
     scale: Literal["share", "loss"] = "share"
     guided: bool = False
+
+    def survey(
+        self, opened: OpenModel, stream: Tensor, sensitivities: Sequence[Sensitivity], seed: int
+    ) -> list[Tensor] | None:
+        """Look at the whole dense model before its layers are priced one by one.
+
+        Args:
+            opened: Dense model in evaluation mode. It is not changed.
+            stream: Tokens before its first block, [images, N, D].
+            sensitivities: Of its sublayers.
+            seed: Of all draws.
+
+        Returns:
+            Of each sublayer the price of each input of its ``write``, float64 [m]: ``prices`` in
+            :class:`LayerStatistics`. None, the default, where each layer is priced by itself.
+        """
+        return None
 
     def columns(self, statistics: LayerStatistics, groups: PruningGroups) -> Tensor:
         """Return the price of each column that a linear layer reads, [m] float64, high = keep."""
@@ -411,6 +437,21 @@ class Taylor(Criterion):
         if statistics.taylor is None:
             raise ValueError("statistics: wanted first-order terms (taylor), got None")
         return statistics.taylor
+
+
+class Surveyed(Taylor):
+    """Prices that were found by a look at the whole model, on the scale of first-order terms.
+
+    What the look leaves out, such as the residual features that a sublayer reads, has its first-order term.
+    """
+
+    scale = "loss"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def columns(self, statistics: LayerStatistics, groups: PruningGroups) -> Tensor:
+        return super().columns(statistics, groups) if statistics.prices is None else statistics.prices
 
 
 class Activation(Criterion):

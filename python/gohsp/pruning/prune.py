@@ -40,10 +40,11 @@ from gohsp.masks.mask import ModelMask
 from gohsp.models.base import Geometry, OpenModel
 from gohsp.models.hooks import evaluating
 from gohsp.models.registry import open_model
+from gohsp.pruning import learned, typed_graph  # noqa: F401  register their criteria
 from gohsp.pruning.axes import turn_heads_, turned_copy
 from gohsp.pruning.budget import GROUPS, BlockBudget, BlockPlan, allocate, counted, parse_target
 from gohsp.pruning.calibration import embed, one_thread
-from gohsp.pruning.criteria import CRITERIA
+from gohsp.pruning.criteria import CRITERIA, Criterion
 from gohsp.pruning.latency import LatencyTable
 from gohsp.pruning.layerwise import OPTIMISERS, LayerwisePruner
 from gohsp.pruning.ranking import check_reading, check_scores
@@ -187,14 +188,16 @@ def prune(
     check_sequence("groups", groups, "a list of names")
     check_number("guidance", guidance)
     check_number("ridge", ridge, 0)
-    check_kind("shared", shared, bool, "True or False")
-    check_shared(shared)
-    if shared and refine:
-        raise ValueError(f"refine: wanted 0 where processes share the images, got {refine!r}")
     settings = PruneSettings(
         method, tuple(groups), optimiser, refine, similarity, teleport, high_is, float(guidance), float(ridge), axes
     )
     _check(settings, floors, size)
+    check_kind("shared", shared, bool, "True or False")
+    check_shared(shared)
+    if shared and type(CRITERIA[method]).survey is not Criterion.survey:
+        raise ValueError(f"method: wanted one that prices layer by layer where processes share images, got {method!r}")
+    if shared and refine:
+        raise ValueError(f"refine: wanted 0 where processes share the images, got {refine!r}")
     if kind == "ms":
         _check_latency(latency, settings, size)
     if importance is not None:
@@ -216,6 +219,9 @@ def prune(
     generator = torch.Generator().manual_seed(seed)
     with one_thread(), torch.no_grad(), evaluating(model), evaluating(pruned):
         sensitivities = measure_sensitivities(opened, stream, seed, mine)
+        prices = CRITERIA[method].survey(opened, stream, sensitivities, seed)
+        if prices is not None:
+            sensitivities = [replace(of, prices=found) for of, found in zip(sensitivities, prices, strict=True)]
         tick()
         scores = score_groups(opened, stream, sensitivities, settings, mine, generator, tick, importance, graphs)
         dense = count_opened(opened, image_size)

@@ -309,6 +309,11 @@ def cka(covariance: Tensor, heads: int) -> Tensor:
     """
     blocks = covariance.unflatten(0, (heads, -1)).unflatten(-1, (heads, -1))
     energy = blocks.square().sum(dim=(1, 3))
+    return aligned(energy)
+
+
+def aligned(energy: Tensor) -> Tensor:
+    """Return the linear CKA of nodes from the squared norms of their cross-covariances, both [H, H]."""
     norms = energy.diagonal().sqrt()
     # What a constant output varies by is rounding; divided by itself it would look like perfect likeness.
     inverse = torch.where(norms > 1e-12 * norms.max(), 1 / norms, 0.0)
@@ -322,8 +327,10 @@ def read(pi: Tensor, high_is: str) -> Tensor:
     return pi
 
 
-def stationary_distribution(similarity: Tensor, teleport: float = 0.0, tolerance: float = 1e-12) -> Tensor:
-    """Return the distribution to which a random walk over the similarities converges, started anywhere alike.
+def stationary_distribution(
+    similarity: Tensor, teleport: float = 0.0, tolerance: float = 1e-12, restart: Tensor | None = None
+) -> Tensor:
+    """Return the distribution to which a random walk over the similarities converges, started where it restarts.
 
     The walk steps from i to j != i with probability S[i, j] / sum_k S[i, k]; from a node that is like no other it jumps
     anywhere. A node's similarity to itself says nothing and is left out. For symmetric S whose graph is connected the
@@ -334,6 +341,8 @@ def stationary_distribution(similarity: Tensor, teleport: float = 0.0, tolerance
         similarity: [H, H], non-negative; need not be symmetric.
         teleport: Probability of jumping anywhere instead, from 0 to 1.
         tolerance: Stop when a step changes the distribution by less, in the sum of absolute values.
+        restart: How likely each node is where the walk begins or jumps, non-negative [H], as in personalised PageRank
+            (Haveliwala, 2002); all alike by default.
 
     Returns:
         [H], float64, sums to 1.
@@ -350,12 +359,13 @@ def stationary_distribution(similarity: Tensor, teleport: float = 0.0, tolerance
     count = len(graph)
     graph.fill_diagonal_(0)
     rows = graph.sum(dim=1, keepdim=True)
-    uniform = torch.full_like(graph, 1 / count)
-    steps = torch.where(rows > 0, graph / rows.clamp_min(torch.finfo(rows.dtype).tiny), uniform)
-    steps = (1 - teleport) * steps + teleport * uniform
+    likely = torch.ones_like(graph[0]) if restart is None else restart.detach().to(graph)
+    jump = (likely / likely.sum()).expand(count, count)
+    steps = torch.where(rows > 0, graph / rows.clamp_min(torch.finfo(rows.dtype).tiny), jump)
+    steps = (1 - teleport) * steps + teleport * jump
     # Half of the time the walk stays: same distribution, but a bipartite graph cannot make it swing for ever.
     steps = (steps + torch.eye(count, dtype=steps.dtype, device=steps.device)) / 2
-    pi = uniform[0]
+    pi = jump[0]
     for _ in range(1_000_000):
         following = pi @ steps
         change = (following - pi).abs().sum()

@@ -260,6 +260,7 @@ def write_statistics(
         generator,
         taylor=sensitivity.taylor,
         sample=moments.sample,
+        prices=sensitivity.prices,
     )
 
 

@@ -29,6 +29,8 @@ class Sensitivity:
         rows: E[sum over tokens of (df/dy)^2] of each output y of its read, float64 [r].
         queries: Of attention E[sum over tokens of g g^T] for g the gradient by the q of each head, before any norm,
             float64 [H, d, d]; of an MLP there are none, [0, 0, 0].
+        prices: What a look at the whole model found each input of its write to be worth, float64 [m], or None; see
+            :meth:`gohsp.pruning.criteria.Criterion.survey`.
     """
 
     metric: Tensor
@@ -37,6 +39,7 @@ class Sensitivity:
     taylor_in: Tensor
     rows: Tensor
     queries: Tensor
+    prices: Tensor | None = None
 
     def weights(self) -> Tensor:
         """Return weights of the tokens for regressions, [N], with the mean of their squares near 1.
@@ -47,7 +50,7 @@ class Sensitivity:
         return (self.tokens / self.tokens.mean()).sqrt().clamp_min(0.1)
 
 
-SUMMED = tuple(field.name for field in fields(Sensitivity))
+SUMMED = tuple(field.name for field in fields(Sensitivity) if field.name != "prices")
 
 
 def measure_sensitivities(

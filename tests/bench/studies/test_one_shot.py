@@ -15,6 +15,7 @@ from bench.harness.results import read_table
 from bench.studies import one_shot
 from bench.studies.one_shot import STUDIES, Outcome, Trial
 from gohsp.pruning.budget import BlockBudget
+from gohsp.pruning.criteria import CRITERIA
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -22,7 +23,7 @@ def test_no_row_stands_twice_and_all_are_pruned_as_asked(study: str) -> None:
     trials = list(STUDIES[study]())
     assert len({trial.key() for trial in trials}) == len(trials)
     assert {trial.study for trial in trials} == {study}
-    methods = set(one_shot.CRITERIA) | {"dense"}
+    methods = {*CRITERIA, "dense"}
     assert all(trial.method in methods for trial in trials)
 
 

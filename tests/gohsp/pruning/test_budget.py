@@ -14,7 +14,19 @@ from hypothesis import strategies as st
 
 from gohsp import ModelMask, count
 from gohsp.models.registry import open_model
-from gohsp.pruning.budget import GROUPS, BlockBudget, BlockPlan, Option, Step, allocate, counted, parse_target, solve
+from gohsp.pruning.budget import (
+    GROUPS,
+    BlockBudget,
+    BlockPlan,
+    Option,
+    Step,
+    allocate,
+    counted,
+    expected_choices,
+    parse_target,
+    soft_solve,
+    solve,
+)
 
 HEADS, WIDTH, HIDDEN, DIM = 3, 64, 768, 192
 SPAN = HEADS * WIDTH
@@ -125,6 +137,91 @@ def test_solve_finds_the_least_loss_of_all_choices(table: list[list[tuple[int, f
     # Costs are rounded up to a cell, of which the room has 65536: so much less is the least that must be reached.
     best = min(total(p, "loss") for p in every if total(p, "cost") <= limit - len(choices) * room / 65536)
     assert total(picks, "loss") <= best + 1e-9
+
+
+ROOM = 64  # whole cells of one, and of a 1024th, and of a 65536th: no cost is rounded
+TABLES = st.lists(
+    st.lists(st.tuples(st.integers(0, 40), st.floats(0, 10)), min_size=1, max_size=5), min_size=1, max_size=4
+)
+
+
+def soft_problem(table: list[list[tuple[int, float]]]) -> tuple[list[list[Option]], list[Any], float]:
+    choices = [[Option(cost, loss, {}) for cost, loss in row] for row in table]
+    losses = [torch.tensor([loss for _, loss in row], dtype=torch.float64, requires_grad=True) for row in table]
+    return choices, losses, sum(min(option.cost for option in options) for options in choices) + ROOM
+
+
+def picks_that_fit(choices: list[list[Option]], limit: float) -> list[tuple[int, ...]]:
+    every = product(*(range(len(options)) for options in choices))
+    return [p for p in every if sum(options[i].cost for options, i in zip(choices, p, strict=True)) <= limit]
+
+
+@settings(max_examples=40, deadline=None)
+@given(TABLES, st.floats(0.1, 10))
+def test_the_soft_solution_weighs_all_picks_that_fit(table: list[list[tuple[int, float]]], heat: float) -> None:
+    choices, losses, limit = soft_problem(table)
+    fits = picks_that_fit(choices, limit)
+    totals = torch.stack([sum(loss[i] for loss, i in zip(losses, p, strict=True)) for p in fits]).detach()
+    wanted = -heat * torch.logsumexp(-totals / heat, dim=0)
+    torch.testing.assert_close(soft_solve(choices, losses, limit, heat, ROOM), wanted)
+    likely = torch.softmax(-totals / heat, dim=0)
+    for row, found in enumerate(expected_choices(choices, losses, limit, heat, ROOM)):
+        by_hand = torch.zeros_like(found).index_add(0, torch.tensor([p[row] for p in fits]), likely)
+        torch.testing.assert_close(found, by_hand, rtol=1e-9, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(TABLES)
+def test_the_soft_solution_becomes_the_exact_one_as_it_cools(table: list[list[tuple[int, float]]]) -> None:
+    choices, losses, limit = soft_problem(table)
+    picks = solve(choices, limit)
+    least = sum(options[pick].loss for options, pick in zip(choices, picks, strict=True))
+    assert soft_solve(choices, losses, limit, 1e-4).item() == pytest.approx(least, abs=1e-3)
+    ranked = sorted(
+        sum(options[i].loss for options, i in zip(choices, p, strict=True)) for p in picks_that_fit(choices, limit)
+    )
+    if len(ranked) == 1 or ranked[1] - ranked[0] > 0.01:  # where it is the only one
+        for found, pick in zip(expected_choices(choices, losses, limit, 1e-4), picks, strict=True):
+            assert found.argmax() == pick and found[pick].item() == pytest.approx(1)
+
+
+def test_the_soft_solution_can_be_differentiated_twice() -> None:
+    """The value, and the distribution of what is picked; some options do not fit at all."""
+    choices, losses, limit = soft_problem(
+        [[(0, 1.0), (30, 0.4), (90, 0.0)], [(5, 2.0), (45, 0.1)], [(0, 3.0), (50, 1.0)]]
+    )
+
+    def value(*losses: Any) -> Any:
+        return soft_solve(choices, losses, limit, 0.7, ROOM)
+
+    def likely(*losses: Any) -> Any:
+        return tuple(expected_choices(choices, losses, limit, 0.7, ROOM))
+
+    assert torch.autograd.gradcheck(value, losses)
+    assert torch.autograd.gradcheck(likely, losses)
+    assert likely(*losses)[0][2] == 0
+
+
+def test_expected_choices_of_losses_without_gradient_fit_on_average() -> None:
+    choices, losses, limit = soft_problem([[(0, 4.0), (40, 0.0)], [(0, 4.0), (50, 0.0)]])
+    with torch.no_grad():
+        found = expected_choices(choices, [loss.detach() for loss in losses], limit, 1.0, ROOM)
+    cost = sum(
+        float(likely @ torch.tensor([float(option.cost) for option in options], dtype=torch.float64))
+        for options, likely in zip(choices, found, strict=True)
+    )
+    assert not any(likely.requires_grad for likely in found)
+    assert 30 < cost <= limit
+    assert [likely.sum().item() for likely in found] == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("heat", [0.0, -1.0, float("nan")])
+def test_a_temperature_that_is_not_above_zero_is_refused(heat: float) -> None:
+    choices, losses, limit = soft_problem([[(1, 1.0)]])
+    with pytest.raises(ValueError, match="temperature: wanted one above 0"):
+        soft_solve(choices, losses, limit, heat)
+    with pytest.raises(ValueError, match="limit: wanted at least 1, got 0"):
+        soft_solve(choices, losses, 0, 1.0)
 
 
 def test_solve_beats_taking_the_cheapest_step_first() -> None:

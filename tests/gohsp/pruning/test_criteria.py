@@ -23,6 +23,7 @@ from gohsp.pruning.criteria import (
     PruningGroups,
     QKStatistics,
     RemovalOrder,
+    Surveyed,
     by_score,
     head_guide,
     information,
@@ -271,6 +272,8 @@ def test_evidence_of_some_columns() -> None:
     assert got.covariance[0, 1] == given.covariance[4, 1]
     assert torch.equal(got.taylor, given.taylor[columns]) and torch.equal(got.sample, given.sample[:, columns])
     assert torch.equal(got.metric, given.metric)
+    assert got.prices is None
+    assert replace(given, prices=given.taylor).of(columns).prices.tolist() == got.taylor.tolist()
 
 
 def test_output_scores_by_hand() -> None:
@@ -382,6 +385,32 @@ def test_a_criterion_of_ones_own_prunes(mine: Criterion, make_model: Any, images
     groups = ("heads", "qk", "v", "hidden", "attn_in", "attn_out", "mlp_in", "mlp_out")
     found = gohsp.prune(make_model(), [images()], {"params": 0.8}, mine.name, groups=groups, optimiser=optimiser)
     assert found.report.method == "mine" and found.report.pruned.params <= 0.8 * found.report.dense.params
+
+
+class LastColumnsOfTheFirstBlock(Surveyed):
+    """A criterion that looks at the whole model: later columns are worth more, and in the first block a lot more."""
+
+    def survey(self, opened: Any, stream: Tensor, sensitivities: Any, seed: int) -> list[Tensor]:
+        self.told = len(stream), len(sensitivities), seed
+        factors = [1e6, 1e6] + [1.0] * (len(sensitivities) - 2)
+        return [
+            f * torch.arange(1.0, 1 + len(of.taylor)).double() for f, of in zip(factors, sensitivities, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("optimiser", ["ridge", "drop"])
+def test_prices_of_a_look_at_the_whole_model_decide_budgets_and_choice(make_model, images, optimiser: str) -> None:
+    register(criterion := LastColumnsOfTheFirstBlock("looks"))
+    try:
+        found = gohsp.prune(make_model(), [images(3)], {"params": 0.8}, "looks", optimiser=optimiser, seed=5)
+    finally:
+        del CRITERIA["looks"]
+    assert criterion.told == (3, 4, 5)
+    first, second = found.mask.blocks
+    assert bool(first.heads.all()) and bool(first.hidden.all())
+    assert second.heads.tolist() == [False, False, True]
+    kept = int(second.hidden.sum())
+    assert 16 < kept < 768 and bool(second.hidden[-kept:].all())
 
 
 def test_a_criterion_that_cannot_be_told_from_others_is_refused() -> None:

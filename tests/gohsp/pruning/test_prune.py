@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gohsp
 from gohsp import ModelMask, compress, count
 from gohsp.models.registry import open_model
+from gohsp.pruning import learned
 from gohsp.pruning.calibration import embed
 from gohsp.pruning.criteria import CRITERIA
 from gohsp.pruning.latency import LatencyTable
@@ -27,6 +28,12 @@ from gohsp.pruning.sensitivity import measure_sensitivities
 
 SMALL: dict[str, Any] = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}  # heads of 16, 192 neurons
 ALL_GROUPS = ("heads", "hidden", "qk", "v")
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learned scores hold what all criteria hold after few steps of their training as well."""
+    monkeypatch.setattr(learned, "STEPS", 4)
 
 
 def batches_of(images, count: int = 24) -> list[Tensor]:
@@ -442,7 +449,11 @@ def test_max_images_is_heeded(make_model, images) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "best"}, "method: wanted one of gohsp, obs, random, l1, l2, taylor, activation, information, got"),
+        (
+            {"method": "best"},
+            "method: wanted one of gohsp, obs, random, l1, l2, taylor, activation, information, graph, "
+            "graph-relearnt, learned, learned-graph, got",
+        ),
         ({"optimiser": "sgd"}, "optimiser: wanted one of ridge, admm, drop, got 'sgd'"),
         ({"groups": ("heads", "mlp")}, "groups: wanted some of heads, qk, v, attn_in, attn_out, hidden, mlp_in"),
         ({"budgets": []}, "budgets: wanted one for each of 2 blocks, got 0"),

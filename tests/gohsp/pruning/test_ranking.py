@@ -188,6 +188,18 @@ def test_a_node_that_is_like_no_other_jumps_anywhere_as_in_pagerank() -> None:
     torch.testing.assert_close(stationary_distribution(graph, 0.15), wanted, rtol=1e-8, atol=1e-10)
 
 
+def test_restart_is_where_the_walk_begins_and_jumps_as_in_personalised_pagerank() -> None:
+    graph = symmetric(4, 5).fill_diagonal_(0)
+    graph[2] = 0
+    restart = torch.tensor([0.0, 3.0, 1.0, 0.5, 0.0], dtype=torch.float64)
+    network = networkx.from_numpy_array(graph.numpy(), create_using=networkx.DiGraph)
+    given = dict(enumerate(restart.tolist()))
+    ranks = networkx.pagerank(network, alpha=0.85, personalization=given, tol=1e-14, max_iter=10_000)
+    wanted = torch.tensor([ranks[node] for node in range(5)], dtype=torch.float64)
+    torch.testing.assert_close(stationary_distribution(graph, 0.15, restart=restart), wanted, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(stationary_distribution(graph, 1.0, restart=restart), restart / restart.sum())
+
+
 def test_full_teleport_is_uniform() -> None:
     torch.testing.assert_close(stationary_distribution(symmetric(0), 1.0), torch.full((5,), 0.2, dtype=torch.float64))
 
