@@ -36,7 +36,8 @@ def compress(model: nn.Module, mask: ModelMask) -> nn.Module:
     refuse_hooks(opened)
     check_kind("mask", mask, ModelMask, "a ModelMask")
     mask.check_fits(opened.geometry)
-    if "qk" in mask.turned and not _in_principal_axes(opened):
+    whole = all(bool(block.attn_in.all()) for block in mask.blocks)  # else other rows were fitted
+    if "qk" in mask.turned and whole and not _in_principal_axes(opened):
         warnings.warn(
             "mask: it is of heads in their principal axes, and this model's are not, so that other channels would go. "
             "Pass the model that gohsp.prune returned, or gohsp.pruning.axes.principal_axes(model, batches)",
@@ -53,9 +54,7 @@ def _in_principal_axes(opened: OpenModel) -> bool:
     """
     differences = []
     for block in opened.blocks:
-        read = block.attention.read
-        rows = read.weight.detach() if read.bias is None else torch.cat((read.weight, read.bias[:, None]), 1).detach()
-        q, k, _ = rows.norm(dim=1).chunk(3)
+        q, k, _ = block.attention.read.weight.detach().norm(dim=1).chunk(3)
         differences.append(((q - k).abs() / (q + k)).nan_to_num())
     return float(torch.cat(differences).mean()) < LARGEST_DIFFERENCE
 

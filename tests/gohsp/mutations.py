@@ -84,8 +84,25 @@ MUTATIONS = {
         "test_compress.py::test_heads_of_one_width_become_timm_attention",
     ),
     "moments: the mean of what a layer gives is not weighted": Mutation(
-        "pruning/moments.py", "self.y += rows @ y", "self.y += y.sum(dim=0)",
+        "pruning/moments.py", "y=(gaps * w[:, None]).sum(", "y=gaps.sum(",
         "pruning/test_moments.py::test_weights_are_repetitions",
+    ),
+    "moments: what a chunk was centred on is not put back": Mutation(
+        "pruning/moments.py", "self._xy += z.T @ b + a.T @ y", "self._xy += a.T @ y",
+        "pruning/test_moments.py::test_streaming_is_one_batch",
+    ),
+    "calibration: the last chunk is taken before the first": Mutation(
+        "pruning/calibration.py", "> threads:\n                        take(waiting.popleft()",
+        "> threads:\n                        take(waiting.pop()",
+        "pruning/test_calibration.py::test_chunks_are_at_work_on_threads_of_their_own_and_come_in_order",
+    ),
+    "share: every process draws the signs of the first": Mutation(
+        "pruning/sensitivity.py", "signs[share.first : share.first + len(stream)]", "signs[: len(stream)]",
+        "pruning/test_share.py::test_two_processes_over_gloo_find_what_one_finds",
+    ),
+    "share: what QK channels do is not added up": Mutation(
+        "pruning/scoring.py", "        share.add_up_(self.energy)\n", "",
+        "pruning/test_share.py::test_two_processes_over_gloo_find_what_one_finds",
     ),
     "moments: a constant varies by its rounding": Mutation(
         "pruning/moments.py", "- covariance.diagonal()).clamp_min(0)", "- covariance.diagonal()).clamp(0, 0)",
@@ -96,8 +113,7 @@ MUTATIONS = {
         "pruning/test_moments.py::test_fit_is_the_stationary_point_of_its_objective",
     ),
     "fit: moments about zero beside a bias": Mutation(
-        "pruning/moments.py", "square = self.xx[kept][:, kept] / self.weight - torch.outer(mean_x, mean_x)",
-        "square = self.xx[kept][:, kept] / self.weight",
+        "pruning/moments.py", "square = xx / self.weight - torch.outer(mean_x, mean_x)", "square = xx / self.weight",
         "pruning/test_moments.py::test_fit_is_the_stationary_point_of_its_objective",
     ),
     "fit: the bias of the weights before": Mutation(
@@ -215,7 +231,11 @@ MUTATIONS = {
         "pruning/test_ranking.py::test_explained_variance_is_that_of_a_regression",
     ),
     "criteria: a column that has gone leaves the inverse as it was": Mutation(
-        "pruning/criteria.py", "    inverse.addmm_(transfer, inverse[chosen], alpha=-1)\n", "",
+        "pruning/criteria.py", "return torch.addmm(inverse, own, f, alpha=-1), ", "return inverse, ",
+        "pruning/test_criteria.py::test_losses_add_up_to_the_joint_error_of_all_that_has_gone",
+    ),
+    "criteria: half of what a removal changes is applied to the products of weights": Mutation(
+        "pruning/criteria.py", ".addmm_(f.T, k, alpha=-1).addmm_(k.T, f, alpha=-1)", ".addmm_(f.T, k, alpha=-2)",
         "pruning/test_criteria.py::test_losses_add_up_to_the_joint_error_of_all_that_has_gone",
     ),
     "criteria: the odd rest goes last": Mutation(
@@ -223,8 +243,8 @@ MUTATIONS = {
         "pruning/test_criteria.py::test_the_odd_rest_goes_first_and_a_tile_stays",
     ),
     "criteria: guides go by the place among the heads that are open": Mutation(
-        "pruning/criteria.py", "_factor(statistics.guide, pool)\n            for pool, chosen in zip(pools,",
-        "_factor(statistics.guide, pool)\n            for pool, chosen in zip(range(len(pools)),",
+        "pruning/criteria.py", "_factor(statistics.guide, pool) for _, cost, pool in found]",
+        "_factor(statistics.guide, pool) for pool, (_, cost, _) in enumerate(found)]",
         "pruning/test_criteria.py::test_guides_stay_with_their_heads",
     ),
     "criteria: an average head is not guided by one": Mutation(
@@ -272,7 +292,7 @@ MUTATIONS = {
         "pruning/test_axes.py::test_the_function_stays",
     ),
     "axes: the mean of what a head gives is not taken out": Mutation(
-        "pruning/axes.py", "oo / total - mean[:, :, None] * mean[:, None, :]", "oo / total",
+        "pruning/axes.py", "_by_head(outputs.covariance(), size)", "_by_head(outputs.xx / outputs.weight, size)",
         "pruning/test_axes.py::test_outputs_are_uncorrelated_and_cost_the_same",
     ),
     "axes: heads are ranked after they were turned": Mutation(
@@ -321,7 +341,7 @@ MUTATIONS = {
         "pruning/test_prune.py::test_what_follows_from_the_rest_is_pruned_without_a_trace",
     ),
     "layerwise: layer scale is not divided out of what a layer should give": Mutation(
-        "pruning/layerwise.py", "(wanted - part) * inverse, weights", "wanted - part, weights",
+        "pruning/layerwise.py", "((wanted - part) * inverse).to(part.dtype)", "wanted - part",
         "pruning/test_prune.py::test_the_fit_sees_the_attention_that_is_left",
     ),
     "layerwise: QK channels of the heads that are left are sought among all": Mutation(
@@ -330,8 +350,8 @@ MUTATIONS = {
     ),
     "layerwise: the fit does not see that QK channels have gone": Mutation(
         "pruning/layerwise.py",
-        "            self._cut_qk(index, block, budget.qk)\n            moments = self._gather(index)\n",
-        "            self._cut_qk(index, block, budget.qk)\n",
+        "            self._cut_qk(index, block, budget.qk, channels)\n            moments, _ = self._gather(index)\n",
+        "            self._cut_qk(index, block, budget.qk, channels)\n",
         "pruning/test_prune.py::test_the_fit_sees_the_attention_that_is_left",
     ),
     "scoring: the graph does not guide the heads' budget": Mutation(

@@ -280,12 +280,15 @@ def test_the_mask_means_the_turned_model(make_model, images, relative_error, tmp
 def test_without_channels_nothing_is_turned(make_model, images) -> None:
     model, seen = make_model(**SMALL), []
     found = [
-        prune(model, [images(24, 32)], {"params": 0.6}, axes=name, on_progress=lambda *s: seen.append(s))
+        prune(
+            *(model, [images(24, 32)], {"params": 0.6}),
+            **{"groups": ("heads", "hidden"), "axes": name, "on_progress": lambda *s: seen.append(s)},
+        )
         for name in AXES
     ]
     assert same_weights(found[0].model, found[1].model) and found[0].mask.blocks == found[1].mask.blocks
     assert seen[-1] == (9, 9) and found[0].report.turned == ()
-    kept = prune(model, [images(24, 32)], {"params": 1.0})
+    kept = prune(model, [images(24, 32)], {"params": 1.0}, groups=("heads", "hidden"))
     assert all(torch.equal(a, b) for a, b in zip(sum(rows(kept.model), ()), sum(rows(model), ()), strict=True))
 
 

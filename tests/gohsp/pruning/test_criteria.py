@@ -402,7 +402,8 @@ class LastColumnsOfTheFirstBlock(Surveyed):
 def test_prices_of_a_look_at_the_whole_model_decide_budgets_and_choice(make_model, images, optimiser: str) -> None:
     register(criterion := LastColumnsOfTheFirstBlock("looks"))
     try:
-        found = gohsp.prune(make_model(), [images(3)], {"params": 0.8}, "looks", optimiser=optimiser, seed=5)
+        options: dict[str, Any] = {"groups": ("heads", "hidden"), "optimiser": optimiser, "seed": 5}
+        found = gohsp.prune(make_model(), [images(3)], {"params": 0.8}, "looks", **options)
     finally:
         del CRITERIA["looks"]
     assert criterion.told == (3, 4, 5)

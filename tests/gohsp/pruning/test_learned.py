@@ -126,8 +126,9 @@ def test_open_gates_change_nothing_and_closed_ones_leave_the_mean(made: Opened) 
 def test_the_means_are_those_of_all_tokens(made: Opened) -> None:
     hidden, x = [], made.stream
     for layer in made.opened.sublayers:
-        seen, x = layer.trace(x)
-        hidden.append(seen.flatten(0, 1).mean(dim=0))
+        trace = layer.trace(x)
+        x = trace.after
+        hidden.append(trace.hidden.flatten(0, 1).mean(dim=0))
     for mean, wanted in zip(made.means, hidden, strict=True):
         torch.testing.assert_close(mean, wanted)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ import gohsp
 from gohsp import ModelMask, compress, count
 from gohsp.models.registry import open_model
 from gohsp.pruning import learned
+from gohsp.pruning.axes import principal_axes
 from gohsp.pruning.calibration import embed
 from gohsp.pruning.criteria import CRITERIA
 from gohsp.pruning.latency import LatencyTable
@@ -25,6 +27,7 @@ from gohsp.pruning.prune import PruneResult, prune
 from gohsp.pruning.ranking import SIMILARITIES, rank_heads
 from gohsp.pruning.scoring import PruneSettings, score_groups
 from gohsp.pruning.sensitivity import measure_sensitivities
+from gohsp.pruning.share import Share
 
 SMALL: dict[str, Any] = {"img_size": 32, "embed_dim": 48, "depth": 2, "num_heads": 3}  # heads of 16, 192 neurons
 ALL_GROUPS = ("heads", "hidden", "qk", "v")
@@ -322,11 +325,12 @@ def table(scale: float = 1.0) -> LatencyTable:
 
 def test_a_target_in_milliseconds_is_met_by_the_table(make_model, images) -> None:
     model, latency = make_model(**SMALL), table()
-    result = prune(model, batches_of(images), {"ms": 0.8}, latency=latency)
+    arguments = {"target": {"ms": 0.8}, "groups": ("heads", "hidden")}
+    result = prune(model, batches_of(images), latency=latency, **arguments)
     dense = 0.5 + 2 * (0.4 + 0.5)
     got = latency.outside + sum(sum(latency.block_cost(budget)) for budget in result.report.budgets)
     assert 0.8 * dense - 0.1 < got <= 0.8 * dense + 1e-6
-    cheap = prune(model, batches_of(images), {"ms": 0.8}, latency=table(0.01)).report.budgets
+    cheap = prune(model, batches_of(images), latency=table(0.01), **arguments).report.budgets
     assert sum(b.heads for b in cheap) < sum(b.heads for b in result.report.budgets)  # neurons cost next to nothing
 
 
@@ -373,7 +377,8 @@ def test_the_graph_guides_the_budget_of_heads(make_model, images) -> None:
             settings = PruneSettings("gohsp", ("heads",), "ridge", 0, "cka", 0.0, "important", guidance, 0.3)
             sensitivities = measure_sensitivities(open_model(model), stream)
             found = score_groups(
-                open_model(model), stream, sensitivities, settings, torch.Generator(), lambda: None, scores
+                *(open_model(model), stream, sensitivities, settings, Share.of(len(stream), shared=False)),
+                *(torch.Generator(), lambda: None, scores),
             )
         lost.append([steps["heads"][0].loss for steps in found.steps])
     assert [steps["heads"][0].head for steps in found.steps] == [2, 0]
@@ -433,12 +438,34 @@ def test_float32_models_and_gradient_free_modes(make_model, images) -> None:
 def test_progress_is_told_to_the_end(make_model, images) -> None:
     seen: list[tuple[int, int]] = []
     prune(make_model(**SMALL), batches_of(images), {"params": 0.7}, on_progress=lambda *step: seen.append(step))
-    assert seen == [(step, 9) for step in range(1, 10)]
+    assert seen == [(step, 12) for step in range(1, 13)]  # the axes of two blocks take three
 
 
 def test_the_package_gives_the_functions_and_not_their_modules() -> None:
     assert gohsp.prune is prune
     assert gohsp.rank_heads is rank_heads
+
+
+def test_channels_go_by_default_but_those_that_a_norm_mixes(make_model, images) -> None:
+    for arguments, turned in (({}, ("qk", "v")), ({"qk_norm": True}, ("v",))):
+        result = prune(make_model(**SMALL, **arguments), batches_of(images), {"params": 0.7})
+        assert result.report.turned == result.mask.turned == turned
+        assert not all(block.v.all() for block in result.mask.blocks)
+        assert all(block.qk.all() for block in result.mask.blocks) == ("qk" not in turned)
+
+
+def test_a_mask_of_turned_heads_warns_where_the_model_is_not_turned(make_model, images, tmp_path) -> None:
+    model, batches = make_model(**SMALL), batches_of(images)
+    result = prune(model, batches, {"params": 0.7})
+    result.mask.save(tmp_path / "mask.json")
+    mask = ModelMask.load(tmp_path / "mask.json")
+    assert mask == result.mask and mask.turned == ("qk", "v")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compress(result.model, mask)
+        compress(principal_axes(model, batches), mask)
+    with pytest.warns(UserWarning, match="mask: it is of heads in their principal axes"):
+        compress(model, mask)
 
 
 def test_max_images_is_heeded(make_model, images) -> None:
@@ -458,8 +485,11 @@ def test_max_images_is_heeded(make_model, images) -> None:
         ({"groups": ("heads", "mlp")}, "groups: wanted some of heads, qk, v, attn_in, attn_out, hidden, mlp_in"),
         ({"budgets": []}, "budgets: wanted one for each of 2 blocks, got 0"),
         ({"refine": -1}, "refine: wanted a whole number from 0 up, got -1"),
-        ({"floors": {"v": 0.5}}, "floors: wanted shares from 0 to 1 of heads, hidden, got 'v': 0.5"),
-        ({"floors": {"heads": 1.5}}, "floors: wanted shares from 0 to 1 of heads, hidden, got 'heads': 1.5"),
+        (
+            {"groups": ("heads", "hidden"), "floors": {"v": 0.5}},
+            "floors: wanted shares from 0 to 1 of heads, hidden, got 'v': 0.5",
+        ),
+        ({"floors": {"heads": 1.5}}, "floors: wanted shares from 0 to 1 of heads, hidden, qk, v, got 'heads': 1.5"),
         ({"groups": ()}, "groups: wanted some of"),
         ({"groups": ("v", "v")}, "groups: wanted some of"),
         ({"similarity": "rbf"}, "similarity: wanted one of"),

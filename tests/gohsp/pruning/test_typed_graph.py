@@ -37,8 +37,9 @@ class Looked:
             self.graph = typed_graph(self.opened, self.stream, self.sensitivities)
             self.inputs, x = [], self.stream
             for layer in self.opened.sublayers:
-                hidden, x = layer.trace(x)
-                self.inputs.append(hidden)
+                trace = layer.trace(x)
+                x = trace.after
+                self.inputs.append(trace.hidden)
 
     def place(self, sublayer: int, node: int) -> int:
         return sum(map(len, self.graph.nodes[:sublayer])) + node
