@@ -19,7 +19,7 @@ from bench.harness.cases import Case
 from bench.harness.environment import Settings, available_cores
 from bench.harness.results import DEFAULT_PATH
 from bench.routines import content, contention, end_to_end, operators, proportion, roofline, sublayers, training_step
-from bench.studies import one_shot, trained
+from bench.studies import keyframes, one_shot, trained
 from gohsp.recipe import read_recipe
 
 
@@ -158,6 +158,20 @@ def accuracy_command(
             charts.draw_accuracy(out / f"{study}.csv", out / f"{study}.svg")
         return
     one_shot.run(study, data, out, train=train, test=test, calibration=calibration, minutes=minutes)
+
+
+@app.command("keyframes")
+def keyframes_command(
+    data: Annotated[Path, typer.Option(help="CIFAR-10 as a folder with train/ and test/, a subfolder a class.")],
+    out: Annotated[Path, typer.Option(help="Folder of the CSV file.")] = one_shot.DEFAULT_FOLDER,
+    train: Annotated[int, typer.Option(min=10, help="Images that the head is fitted on.")] = 2000,
+    calibration: Annotated[int, typer.Option(min=1, help="Images that pruning looks at, without labels.")] = 128,
+    streams: Annotated[int, typer.Option(min=1, help="Windows that drift, each over a test image.")] = 48,
+    frames: Annotated[int, typer.Option(min=1, help="Frames of each.")] = 32,
+    seed: Annotated[int, typer.Option(help="Draws the streams and the calibration images.")] = 0,
+) -> None:
+    """Video: the dense model on key frames and the pruned one in between, against the dense model alone."""
+    keyframes.run(data, out, train=train, calibration=calibration, streams=streams, frames=frames, seed=seed)
 
 
 @app.command("trained", cls=SpreadCommand)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ import gohsp
 from bench.harness.results import read_table, write_table
 from bench.harness.timing import TIMES, time_against
 from gohsp.count import Count
-from gohsp.demo.data import Images, load_folder
+from gohsp.demo.data import Images, load_digits, load_folder
 from gohsp.files import exclusive
 from gohsp.pruning.budget import BlockBudget
 from gohsp.pruning.scoring import CHANNEL_TILE
+from gohsp.pruning.synthesis import KINDS
 from gohsp.runs import img_focus
 from gohsp.runs.classifier import collect, fit_ridge, pool, top1
 
@@ -49,6 +50,8 @@ class Trial:
         budgets: Whose budgets it follows: "own", or "gohsp" for those that "gohsp" finds at the same share.
         options: What else :func:`gohsp.prune` is told.
         seed: Chooses the calibration images, and all draws.
+        source: Where these images come from: "real", or another name in :data:`SOURCES`.
+        images: How many of them, where that is not what the study is told.
     """
 
     study: str
@@ -58,13 +61,21 @@ class Trial:
     budgets: str = "own"
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    source: str = "real"
+    images: int | None = None
 
     def key(self) -> tuple[str, ...]:
         """What tells the row from others, as it stands in the CSV."""
+        source = {} if self.source == "real" else {"source": self.source}
+        images = {} if self.images is None else {"images": self.images}
         return (
             *(self.study, self.method, self.optimiser, f"{self.removed:g}", self.budgets),
-            *(_as_text(self.options), str(self.seed)),
+            *(_as_text(self.options | source | images), str(self.seed)),
         )
+
+
+SOURCES = ("real", "digits", "noise", *KINDS)
+"""Calibration images: of the data, MNIST's digits, normal noise in each pixel, what :func:`gohsp.synthesise` makes."""
 
 
 KEPT = ("heads", "qk", "v", "hidden", "attn_in", "attn_out", "mlp_in", "mlp_out")
@@ -141,6 +152,23 @@ def axes() -> Iterator[Trial]:
                 yield Trial("axes", "gohsp", "ridge", removed, options={"groups": CHANNELS, "axes": name}, seed=seed)
 
 
+def sources() -> Iterator[Trial]:
+    """Calibration with images of the data, with others, and with none that anybody took; three seeds."""
+    yield Trial("sources", "dense", "-", 0.0)
+    for seed in range(3):
+        for removed in (0.5, 0.35):
+            for source in SOURCES:
+                yield Trial("sources", "gohsp", "ridge", removed, seed=seed, source=source)
+
+
+def images() -> Iterator[Trial]:
+    """How few images of the data are enough; three seeds."""
+    yield Trial("images", "dense", "-", 0.0)
+    for seed in range(3):
+        for count in (8, 32, 128, 512, 2048):
+            yield Trial("images", "gohsp", "ridge", 0.4, seed=seed, images=count)
+
+
 def ablation() -> Iterator[Trial]:
     """One thing changed at a time, at the same share."""
     everything = ("heads", "hidden", "qk", "v", "attn_in", "attn_out", "mlp_in", "mlp_out")
@@ -180,6 +208,8 @@ STUDIES = {
     "ablation": ablation,
     "axes": axes,
     "graphs": graphs,
+    "sources": sources,
+    "images": images,
 }
 
 
@@ -189,11 +219,12 @@ class Lab:
     Args:
         data: Folder with train/ and test/, each with one subfolder a class.
         train, test, calibration: Numbers of images. Those for calibration come from train/ as well, beside the others.
+        most: The most that any trial calibrates with, where that is more.
     """
 
-    def __init__(self, data: Path, train: int, test: int, calibration: int) -> None:
+    def __init__(self, data: Path, train: int, test: int, calibration: int, most: int = 0) -> None:
         self.size = calibration
-        seen = load_folder(data / "train", IMAGE_SIZE, train + 4 * calibration, seed=0)
+        seen = load_folder(data / "train", IMAGE_SIZE, train + 4 * max(calibration, most), seed=0)
         self.train = seen.take(torch.arange(train))
         self.spare = seen.take(torch.arange(train, len(seen)))
         self.test = load_folder(data / "test", IMAGE_SIZE, test, seed=0)
@@ -202,37 +233,58 @@ class Lab:
         self.features = [_features(self.model, images) for images in (self.train, self.test)]
         self.head = self._fit(self.features[0])
         self._budgets: dict[tuple[float, int], list[BlockBudget]] = {}
+        self._made: dict[tuple[str, int, int], list[Tensor]] = {}
 
-    def calibration(self, seed: int) -> list[Tensor]:
-        """Return the batches that the pruning of a seed looks at."""
-        chosen = torch.randperm(len(self.spare), generator=torch.Generator().manual_seed(seed))[: self.size]
-        return list(self.spare.take(chosen).batches(BATCH))
+    def calibration(self, trial: Trial) -> list[Tensor]:
+        """Return the batches that the pruning of a trial looks at."""
+        key = (trial.source, trial.images or self.size, trial.seed)
+        if trial.source == "real":
+            return list(self._draw(*key))
+        if key not in self._made:  # which may have taken minutes
+            self._made[key] = list(self._draw(*key))
+        return self._made[key]
+
+    def _draw(self, source: str, size: int, seed: int) -> Iterable[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        if source == "real":  # of four times as many, whatever other trials need
+            spare = min(4 * size, len(self.spare))
+            return self.spare.take(torch.randperm(spare, generator=generator)[:size]).batches(BATCH)
+        if source == "digits":
+            return load_digits(IMAGE_SIZE, size, seed).batches(BATCH)
+        if source == "noise":
+            return torch.randn(size, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator).split(BATCH)
+        return gohsp.synthesise(self.model, size, source, seed=seed).split(BATCH)
 
     def run(self, trial: Trial) -> Outcome:
         """Prune, judge and time one model."""
         if trial.method == "dense":
-            return self._judge(self.dense, [], self.features, 0.0, 0.0)
+            return self._judge(self.dense, [], self.features, 0.0, 0.0, self.size)
+        self.calibration(trial)  # made before the clock runs
         budgets = self._gohsp_budgets(trial) if trial.budgets == "gohsp" else None
         start = time.perf_counter()
-        result = self._prune(trial, trial.method, budgets)
+        result = self.prune(trial, budgets)
         seconds = time.perf_counter() - start
-        if trial.method == "gohsp" and trial.budgets == "own" and not trial.options:
+        as_usual = not trial.options and trial.source == "real" and trial.images is None
+        if trial.method == "gohsp" and trial.budgets == "own" and as_usual:
             self._budgets[trial.removed, trial.seed] = result.report.budgets
         compact = gohsp.freeze(gohsp.compress(result.model, result.mask).eval())
         with torch.inference_mode():
             features = [_features(compact, images) for images in (self.train, self.test)]
         report = result.report
-        return self._judge(report.pruned, report.budgets, features, report.errors[-1], seconds)
+        return self._judge(
+            report.pruned, report.budgets, features, report.errors[-1], seconds, trial.images or self.size
+        )
 
-    def _prune(self, trial: Trial, method: str, budgets: list[BlockBudget] | None) -> gohsp.PruneResult:
+    def prune(self, trial: Trial, budgets: list[BlockBudget] | None = None) -> gohsp.PruneResult:
+        """Prune the model as a trial says, to given budgets or to its own."""
         blocks = sum(block.params for block in self.dense.blocks)
         target = {"params": 1 - trial.removed * blocks / self.dense.params}
         optimiser = {"optimiser": trial.optimiser}
         return gohsp.prune(
             self.model,
-            self.calibration(trial.seed),
+            self.calibration(trial),
             target,
-            method,
+            trial.method,
             budgets=budgets,
             seed=trial.seed,
             **optimiser,
@@ -242,14 +294,20 @@ class Lab:
     def _gohsp_budgets(self, trial: Trial) -> list[BlockBudget]:
         key = (trial.removed, trial.seed)
         if key not in self._budgets:
-            self._budgets[key] = self._prune(trial, "gohsp", None).report.budgets
+            self._budgets[key] = self.prune(replace(trial, method="gohsp")).report.budgets
         return self._budgets[key]
 
     def _fit(self, features: Tensor) -> nn.Linear:
         return fit_ridge(features, self.train.labels, len(self.train.classes), PENALTY)
 
     def _judge(
-        self, found: Count, budgets: list[BlockBudget], features: list[Tensor], error: float, seconds: float
+        self,
+        found: Count,
+        budgets: list[BlockBudget],
+        features: list[Tensor],
+        error: float,
+        seconds: float,
+        calibration: int,
     ) -> Outcome:
         return Outcome(
             top1_kept=top1(self.head(features[1]), self.test.labels),
@@ -261,7 +319,7 @@ class Lab:
             peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             train=len(self.train),
             test=len(self.test),
-            calibration=self.size,
+            calibration=calibration,
             kept=_as_kept(budgets),
         )
 
@@ -286,7 +344,7 @@ def run(
     if not missing:
         return path
     started = time.perf_counter()
-    lab = Lab(data, train, test, calibration)
+    lab = Lab(data, train, test, calibration, max(trial.images or 0 for trial in missing))
     for trial in missing:
         if minutes is not None and time.perf_counter() - started > 60 * minutes:
             console.print(f"stopped after {minutes:g} minutes; the same command goes on from here")

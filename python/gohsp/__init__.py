@@ -7,10 +7,12 @@ import gohsp.models.timm_vit  # noqa: F401  registers the family
 from gohsp.compress import compress, densify
 from gohsp.count import count
 from gohsp.freeze import freeze
+from gohsp.keyframes import KeyframeModel
 from gohsp.masks.mask import BlockMask, ModelMask
 from gohsp.pruning.latency import LatencyTable
 from gohsp.pruning.prune import PruneResult, prune
 from gohsp.pruning.ranking import rank_heads
+from gohsp.pruning.synthesis import synthesise
 from gohsp.recipe import Admm, Distillation, Fit
 from gohsp.serialization import load, save
 from gohsp.training.train import TrainResult, train
@@ -27,6 +29,7 @@ __all__ = [
     "Distillation",
     "Fit",
     "GraphedModel",
+    "KeyframeModel",
     "LatencyTable",
     "ModelMask",
     "PruneResult",
@@ -39,5 +42,6 @@ __all__ = [
     "prune",
     "rank_heads",
     "save",
+    "synthesise",
     "train",
 ]

@@ -56,9 +56,14 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             {"model": dense, "batches": [IMAGES], "similarity": "cka", "teleport": 0.0, "high_is": "auto"}
             | {"max_images": None},
         ),
+        "synthesise": (
+            gohsp.synthesise,
+            {"model": dense, "n": 2, "kind": "optimised", "steps": 1, "seed": 0, "on_progress": None},
+        ),
         "compress": (gohsp.compress, {"model": dense, "mask": mask_of(dense)}),
         "densify": (gohsp.densify, {"model": compressed}),
         "freeze": (gohsp.freeze, {"model": compressed, "weights": "float32"}),
+        "KeyframeModel": (gohsp.KeyframeModel, {"dense": dense, "pruned": compressed, "every": 2}),
         "count": (gohsp.count, {"model": dense}),
         "save": (gohsp.save, {"model": compressed, "directory": "saved"}),
         "load": (gohsp.load, {"directory": "saved"}),

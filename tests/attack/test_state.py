@@ -236,6 +236,7 @@ def command(*arguments: str) -> Callable[[Path], None]:
 
 CALLS: dict[str, Callable[[Path], object]] = {
     "rank_heads": lambda _: [gohsp.rank_heads(vit(), [IMAGES], kind, high_is="auto") for kind in ("cka", "attention")],
+    "synthesise": lambda _: gohsp.synthesise(vit(), 2, steps=1),
     "prune": lambda _: gohsp.prune(vit(), [IMAGES], target={"params": 0.7}, refine=1),
     "prune by ADMM": lambda _: gohsp.prune(vit(), [IMAGES], target={"macs": 0.7}, optimiser="admm", method="taylor"),
     "compress": lambda _: small(),

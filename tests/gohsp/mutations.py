@@ -358,6 +358,31 @@ MUTATIONS = {
         "pruning/scoring.py", "replace(known.write, guide=guide)", "known.write",
         "pruning/test_prune.py::test_the_graph_guides_the_budget_of_heads",
     ),
+    "synthesis: a neuron that nothing moves is no loss": Mutation(
+        "pruning/synthesis.py", " - torch.stack(neurons).mean()", "",
+        "pruning/test_synthesis.py::test_a_neuron_that_no_image_moves_makes_them_poor",
+    ),
+    "synthesis: the classifier is not asked": Mutation(
+        "pruning/synthesis.py", "return loss if answers is None else loss + _doubt(answers)", "return loss",
+        "pruning/test_synthesis.py::test_a_classifier_is_asked_where_there_is_one",
+    ),
+    "synthesis: pixels leave their range": Mutation(
+        "pruning/synthesis.py", "images.clamp_(*limits)", "pass",
+        "pruning/test_synthesis.py::test_the_model_finds_optimised_images_richer_and_they_stay_pixels",
+    ),
+    "procedural: leaves of all radii alike": Mutation(
+        "pruning/procedural.py", "(SMALLEST_LEAF**-2 + draws[:, 0] * (LARGEST_LEAF**-2 - SMALLEST_LEAF**-2)) ** -0.5",
+        "SMALLEST_LEAF + draws[:, 0] * (LARGEST_LEAF - SMALLEST_LEAF)",
+        "pruning/test_synthesis.py::test_dead_leaves_have_as_much_to_see_at_each_scale",
+    ),
+    "key frames: each comes one frame late": Mutation(
+        "keyframes.py", "self._age < self.every", "self._age <= self.every",
+        "test_keyframes.py::test_the_difference_of_the_last_key_frame_is_added",
+    ),
+    "key frames: a difference is added to frames of any kind": Mutation(
+        "keyframes.py", " and self._frames == kind", "",
+        "test_keyframes.py::test_a_batch_that_the_state_does_not_fit_is_a_key_frame",
+    ),
     "save: the number of neurons is rounded down": Mutation(
         "models/timm_vit.py", "(geometry.hidden + 0.5) / geometry.dim", "geometry.hidden / geometry.dim",
         "test_serialization.py::test_round_trip",

@@ -439,6 +439,20 @@ class Family(ABC):
     def features(self, model: nn.Module, x: Tensor) -> Tensor:
         """Return what the head of a model reads, for the residual stream [B, N, D] behind the last block."""
 
+    def answers(self, model: nn.Module, x: Tensor) -> Tensor | None:
+        """Return the logits [B, classes] for the residual stream [B, N, D] behind the last block.
+
+        None where the model has no classifier, or the family does not say.
+        """
+        return None
+
+    def normalisation(self, model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
+        """Return mean and deviation that pixels from 0 to 1 are normalised with, one each or one for each channel.
+
+        One half of each where the family does not say.
+        """
+        return (0.5,), (0.5,)
+
     @abstractmethod
     def stream_places(self, model: nn.Module) -> list[nn.Module]:
         """Return the modules whose outputs are the residual stream: each block, and the norm behind the last one."""

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import timm
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import GELU, GELUTanh, LayerNorm, LayerScale, PatchEmbed, QuickGELU
 from timm.layers import Attention as TimmAttention
 from timm.layers import Mlp as TimmMlp
@@ -259,9 +260,7 @@ class TimmVit(Family):
 
     def architecture(self, model: nn.Module) -> str:
         """Return timm's name of the architecture, or the name of the class where timm recorded none."""
-        config = getattr(model, "pretrained_cfg", None) or {}
-        name = config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
-        return name or type(model).__name__
+        return _recorded(model, "architecture") or type(model).__name__
 
     def embed(self, model: Any, images: Tensor) -> Tensor:
         tokens: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
@@ -274,6 +273,21 @@ class TimmVit(Family):
             return pooled
         prefix = model.num_prefix_tokens
         return torch.cat((pooled[:, :prefix], pooled[:, prefix:].mean(dim=1, keepdim=True)), dim=1)
+
+    def answers(self, model: Any, x: Tensor) -> Tensor | None:
+        if model.num_classes == 0:
+            return None
+        logits: Tensor = model.forward_head(model.norm(x))
+        return logits if logits.dim() == 2 else None
+
+    def normalisation(self, model: Any) -> tuple[Sequence[float], Sequence[float]]:
+        """Return what timm's record of the model says; the mean over the colours where the channels are others."""
+        values = (
+            _recorded(model, "mean") or IMAGENET_DEFAULT_MEAN,
+            _recorded(model, "std") or IMAGENET_DEFAULT_STD,
+        )
+        mean, std = (v if len(v) == _projection_channels(model) else (sum(v) / len(v),) for v in values)
+        return mean, std
 
     def stream_places(self, model: Any) -> list[nn.Module]:
         return [*model.blocks, model.norm]
@@ -420,6 +434,12 @@ def _open(block: Block) -> OpenBlock:
             write_drop=mlp.drop2,
         ),
     )
+
+
+def _recorded(model: Any, name: str) -> Any:
+    """Return what timm recorded of a model under a name, or None."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
 
 
 def _projection(model: Any) -> nn.Module | None:

