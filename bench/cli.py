@@ -18,7 +18,17 @@ from bench.harness import contenders, environment
 from bench.harness.cases import Case
 from bench.harness.environment import Settings, available_cores
 from bench.harness.results import DEFAULT_PATH
-from bench.routines import content, contention, end_to_end, operators, proportion, roofline, sublayers, training_step
+from bench.routines import (
+    content,
+    contention,
+    end_to_end,
+    operators,
+    proportion,
+    pruning,
+    roofline,
+    sublayers,
+    training_step,
+)
 from bench.studies import keyframes, one_shot, trained
 from gohsp.recipe import read_recipe
 
@@ -242,6 +252,19 @@ def proportion_command(
 ) -> None:
     """Whether gohsp's time falls in proportion to the multiply-accumulates that are removed."""
     _finish(proportion.run(model, preset, batch, _settings(threads, rounds, out)))
+
+
+@app.command("pruning", cls=SpreadCommand)
+def pruning_command(
+    model: Models = MODEL,
+    images: Annotated[int, typer.Option(min=1, help="Calibration images.")] = 256,
+    image_size: ImageSize = None,
+    threads: Threads = THREADS,
+    rounds: Rounds = 3,
+    out: Out = DEFAULT_PATH,
+) -> None:
+    """What gohsp.prune itself takes, quiet and beside another process that spins on one core."""
+    _finish(pruning.run(model, images, image_size, _settings(threads, rounds, out)))
 
 
 command_over_cases(
