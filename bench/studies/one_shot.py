@@ -13,6 +13,7 @@ import resource
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -162,11 +163,14 @@ def sources() -> Iterator[Trial]:
 
 
 def images() -> Iterator[Trial]:
-    """How few images of the data are enough; three seeds."""
+    """How few images of the data are enough, with channels and with heads and neurons alone; three seeds."""
     yield Trial("images", "dense", "-", 0.0)
-    for seed in range(3):
-        for count in (8, 32, 128, 512, 2048):
-            yield Trial("images", "gohsp", "ridge", 0.4, seed=seed, images=count)
+    numbers, seeds = (512, 2048, 32, 8, 128), range(3)
+    for count, seed, removed in product(numbers, seeds, (0.4, 0.5)):
+        options = {"groups": CHANNELS}
+        yield Trial("images", "gohsp", "ridge", removed, options=options, seed=seed, images=count)
+    for count, seed in product(numbers, seeds):
+        yield Trial("images", "gohsp", "ridge", 0.4, seed=seed, images=count)
 
 
 def ablation() -> Iterator[Trial]:

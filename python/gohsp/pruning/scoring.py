@@ -165,12 +165,12 @@ def _sublayer_statistics(
     if "qk" in settings.groups and isinstance(layer, Attention):
         channels = QKMoments(layer, weights, "qk" in settings.turned)
 
-    def look(part: Tensor) -> tuple[Trace, Sums, Sums | None, tuple[Tensor, Sums] | None]:
+    def look(part: Tensor) -> tuple[Trace | None, Sums, Sums | None, tuple[Tensor, Sums] | None]:
         trace = layer.trace(part)
         part.copy_(trace.after)
         rows = weights.expand(part.shape[:2])
         return (
-            trace,
+            None if graph is None else trace,  # else nothing holds on to it
             sums_of(trace.hidden, weight=rows),
             sums_of(trace.seen, weight=rows) if reads else None,
             None if channels is None else channels.sums(trace),
@@ -179,14 +179,14 @@ def _sublayer_statistics(
     moments = Moments(layer.write.in_features, device=x.device)
     inputs = Moments(layer.read.in_features, device=x.device)
 
-    def take(found: tuple[Trace, Sums, Sums | None, tuple[Tensor, Sums] | None]) -> None:
+    def take(found: tuple[Trace | None, Sums, Sums | None, tuple[Tensor, Sums] | None]) -> None:
         trace, hidden, seen, qk = found
         moments.add(hidden)
         if seen is not None:
             inputs.add(seen)
         if channels is not None and qk is not None:
             channels.add(*qk)
-        if graph is not None and isinstance(layer, Attention):
+        if trace is not None and isinstance(layer, Attention):
             show_heads(graph, layer, trace)
 
     each_chunk(look, take, x)
