@@ -106,9 +106,15 @@ def time_rows(
 
 @torch.no_grad()
 def compare(
-    classifiers: Mapping[str, Classifier], compressed: Classifier, test: Images, image_size: int, steps: Steps
+    classifiers: Mapping[str, Classifier],
+    compressed: Classifier,
+    test: Images,
+    image_size: int,
+    compiler: bool,
+    steps: Steps,
 ) -> tuple[dict[str, Row], dict[str, Tensor]]:
-    """Judge and time the dense, masked, sliced and gohsp classifiers, and the sliced one under torch.compile.
+    """Judge and time the dense, masked, sliced and gohsp classifiers; where `compiler` says so the sliced one under
+    torch.compile as well, which takes some minutes for heads of many widths.
 
     Where there is none for some form of weights, its row says so. `compressed` is the pruned one as it is before it is
     frozen, which tells its size.
@@ -123,12 +129,15 @@ def compare(
 
     example = next(test.batches(BATCH))
     models: dict[str, Model] = dict(classifiers)
-    with steps.step("torch.compile of the sliced model"):
-        try:
-            models[COMPILED] = compile_for(classifiers[SLICED], example)
-        except Exception as error:  # whatever stops the compiler: the other rows stand, and this one says why
-            reason = str(error).strip().partition("\n")[0]
-            rows[COMPILED].note = f"could not compile here: {type(error).__name__}: {reason}"
+    if not compiler:
+        del rows[COMPILED]
+    else:
+        with steps.step("torch.compile of the sliced model, some minutes"):
+            try:
+                models[COMPILED] = compile_for(classifiers[SLICED], example)
+            except Exception as error:  # whatever stops the compiler: the other rows stand, and this one says why
+                reason = str(error).strip().partition("\n")[0]
+                rows[COMPILED].note = f"could not compile here: {type(error).__name__}: {reason}"
 
     logits = {}
     total = len(models) * test.batch_count(BATCH)

