@@ -113,7 +113,7 @@ MUTATIONS = {
         "pruning/test_moments.py::test_fit_is_the_stationary_point_of_its_objective",
     ),
     "fit: moments about zero beside a bias": Mutation(
-        "pruning/moments.py", "square = xx / self.weight - torch.outer(mean_x, mean_x)", "square = xx / self.weight",
+        "pruning/moments.py", "(xx / self.weight).addr_(mean_x, mean_x, alpha=-1)", "xx / self.weight",
         "pruning/test_moments.py::test_fit_is_the_stationary_point_of_its_objective",
     ),
     "fit: the bias of the weights before": Mutation(

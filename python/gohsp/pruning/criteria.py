@@ -53,7 +53,7 @@ class LayerStatistics:
         return replace(
             self,
             weight=self.weight[:, columns],
-            covariance=self.covariance[columns][:, columns],
+            covariance=self.covariance[columns[:, None], columns],
             taylor=None if self.taylor is None else self.taylor[columns],
             sample=None if self.sample is None else self.sample[:, columns],
             prices=None if self.prices is None else self.prices[columns],

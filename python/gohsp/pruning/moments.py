@@ -84,6 +84,7 @@ class Moments:
         self.x, self.y = zeros(inputs), zeros(outputs)
         self._upper, self._xy = zeros(inputs, inputs), zeros(inputs, outputs)
         self._centres: list[tuple[Tensor, ...]] = []  # what is still to be put back about zero
+        self._xx: Tensor | None = None  # both halves, once asked for
         self.sample: Tensor | None = None  # the rows of the first update, for what second moments cannot tell
 
     def update(self, x: Tensor, y: Tensor | None = None, weight: Tensor | None = None) -> None:
@@ -94,7 +95,7 @@ class Moments:
         """Add rows that have been summed up."""
         if self.sample is None:
             self.sample = sums.rows.clone()
-        weight, a, b = sums.weight, sums.about_x, sums.about_y
+        self._xx, weight, a, b = None, sums.weight, sums.about_x, sums.about_y
         self.weight += weight
         self.x += sums.x + weight * a
         self.y += sums.y + weight * b
@@ -109,6 +110,7 @@ class Moments:
     def add_up_(self, share: Share) -> None:
         """Add what other processes have seen."""
         self._settle()
+        self._xx = None
         share.add_up_(self.weight, self.x, self.y, self._upper, self._xy)
         if self.sample is not None:
             self.sample = share.of_first(self.sample)
@@ -117,7 +119,9 @@ class Moments:
     def xx(self) -> Tensor:
         """Sum of w x x^T, [m, m]."""
         self._settle()
-        return self._upper.triu() + self._upper.triu(1).T
+        if self._xx is None:
+            self._xx = self._upper.triu() + self._upper.triu(1).T
+        return self._xx
 
     @property
     def xy(self) -> Tensor:
@@ -139,12 +143,12 @@ class Moments:
 
     def covariance(self) -> Tensor:
         """Return the covariance of x, [m, m]."""
-        return self.xx / self.weight - torch.outer(self.mean(), self.mean())
+        mean = self.mean()
+        return (self.xx / self.weight).addr_(mean, mean, alpha=-1)
 
     def regular_covariance(self) -> Tensor:
         """Return the covariance with variances that are more than rounding, so that :func:`damped` can invert it."""
-        xx = self.xx / self.weight
-        return _regular(xx - torch.outer(self.mean(), self.mean()), xx.diagonal())
+        return _regular(self.covariance(), self.xx.diagonal() / self.weight)
 
     def fit(self, weight: Tensor, kept: Tensor, ridge: float, *, intercept: bool = True) -> tuple[Tensor, Tensor]:
         """Fit y = W x[kept] + b by least squares, pulled towards given weights.
@@ -165,8 +169,8 @@ class Moments:
         mean_x, mean_y = self.x[kept] / self.weight, self.y / self.weight
         if not intercept:
             mean_x, mean_y = torch.zeros_like(mean_x), torch.zeros_like(mean_y)
-        xx = self.xx[kept][:, kept]
-        square = xx / self.weight - torch.outer(mean_x, mean_x)
+        xx = self.xx[kept[:, None], kept]
+        square = (xx / self.weight).addr_(mean_x, mean_x, alpha=-1)
         cross = self.xy[kept] / self.weight - torch.outer(mean_x, mean_y)
         start = weight[:, kept]
         square = _regular(square, xx.diagonal() / self.weight)
@@ -181,14 +185,18 @@ def _regular(covariance: Tensor, mean_squares: Tensor) -> Tensor:
 
     A covariance is the difference of large numbers. That of a constant is their rounding, of either sign.
     """
-    return covariance + torch.diag((1e-12 * mean_squares - covariance.diagonal()).clamp_min(0))
+    regular = covariance.clone()
+    regular.diagonal().add_((1e-12 * mean_squares - covariance.diagonal()).clamp_min(0))
+    return regular
 
 
 def damped(square: Tensor, ridge: float) -> Tensor:
     """Return a positive semidefinite matrix plus ``ridge`` times its mean diagonal, safely invertible."""
     # The floor keeps the Cholesky factorisation alive for duplicate or constant columns; it is far below any signal.
     level = max(ridge, 1e-9) * square.diagonal().mean() if len(square) else square.new_zeros(())
-    return square + (level + 1e-30) * torch.eye(len(square), dtype=square.dtype, device=square.device)
+    result = square.clone()
+    result.diagonal().add_(level + 1e-30)
+    return result
 
 
 def correlation(covariance: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class _SublayerStatistics:
     write: LayerStatistics
     read: LayerStatistics | None
     qk: QKStatistics | None
-    outputs: OutputStatistics
+    outputs: OutputStatistics | None
 
 
 def score_groups(
@@ -160,7 +160,8 @@ def _sublayer_statistics(
     graph: Any = None,
 ) -> _SublayerStatistics:
     """Run a sublayer on the stream, in place, and gather what its inputs and outputs are like."""
-    reads, weights = layer.prefix + "_in" in settings.groups, sensitivity.weights()
+    reads, writes = (f"{layer.prefix}_{end}" in settings.groups for end in ("in", "out"))
+    weights = sensitivity.weights()
     channels = None
     if "qk" in settings.groups and isinstance(layer, Attention):
         channels = QKMoments(layer, weights, "qk" in settings.turned)
@@ -197,7 +198,7 @@ def _sublayer_statistics(
         write_statistics(layer, layer.write.weight, moments, sensitivity, generator),
         read_statistics(layer, inputs, sensitivity, generator) if reads else None,
         None if channels is None else channels.statistics(sensitivity, generator),
-        output_statistics(layer, moments, sensitivity, generator),
+        output_statistics(layer, moments, sensitivity, generator) if writes else None,
     )
 
 
@@ -239,7 +240,7 @@ def _column_steps(layer: Attention | Mlp, known: _SublayerStatistics, settings: 
     if known.read is not None:
         groups = columns_of(layer.read.in_features)
         found[prefix + "_in"] = _plain_steps(CRITERIA[settings.method].eliminate(known.read, groups))
-    if prefix + "_out" in settings.groups:
+    if known.outputs is not None:
         costs = CRITERIA[settings.method].output_costs(known.outputs)
         found[prefix + "_out"] = _plain_steps(by_score(costs, columns_of(len(costs))))
     return found
