@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import torch
 
-from gohsp.models.hooks import inputs_of
 from gohsp.models.registry import open_model
 from gohsp.pruning.calibration import embed
 
@@ -15,10 +14,12 @@ def test_sublayers_are_the_model(make_model, images) -> None:
     x, size = embed(open_model(model), [images(3), images(2, seed=1)])
     assert size == (48, 48)
     for layer in open_model(model).sublayers:
-        with inputs_of(layer.write.layers[0]) as caught:
-            trace = layer.trace(x)
-            hidden, after = trace.hidden, trace.after
-            wanted = layer(x)
+        trace = layer.trace(x)
+        hidden, after = trace.hidden, trace.after
+        caught: list[torch.Tensor] = []
+        handle = layer.write.layers[0].register_forward_pre_hook(lambda _, inputs, to=caught: to.append(inputs[0]))
+        wanted = layer(x)
+        handle.remove()
         torch.testing.assert_close(caught[0], hidden)
         torch.testing.assert_close(after, wanted)
         torch.testing.assert_close(trace.read, layer.read(trace.seen))
