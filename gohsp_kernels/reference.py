@@ -167,8 +167,8 @@ def ragged_attention(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor:
 
 
 TRAINED_BY_PRODUCTS = {torch.float32: 256, torch.bfloat16: 1024}
-"""Up to so many tokens PyTorch's fused attention loses on a CPU against its two products, forward and backward
-together: ten times in bfloat16 at 50 tokens. Beyond, the fused form is as fast in float32 and saves the square."""
+"""Up to so many tokens PyTorch's fused attention was slower on a CPU than its two products, forward and backward
+together, most of all in bfloat16. Beyond, the fused form is as fast in float32 and saves the square."""
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gohsp.masks.mask import BlockMask, ModelMask
-from gohsp.models.base import Attention, BlockGeometry, OpenModel, Projection, Sublayer
+from gohsp.models.base import BlockGeometry, OpenModel, Projection, Sublayer
 from gohsp.pruning import layerwise_admm
 from gohsp.pruning.budget import BlockBudget
 from gohsp.pruning.calibration import all_threads, background, each_chunk, through_
@@ -26,6 +26,7 @@ from gohsp.pruning.scoring import (
     heads_of,
     neurons_of,
     output_statistics,
+    qk_moments,
     read_statistics,
     write_statistics,
 )
@@ -182,9 +183,7 @@ class LayerwisePruner:
         weights = self.scores.sensitivities[index].weights()
         gain = layer.gain()
         inverse = torch.where(gain == 0, 0.0, 1 / gain)  # a feature that is never written asks for nothing
-        channels = None
-        if isinstance(layer, Attention) and "qk" in self.settings.groups:
-            channels = QKMoments(layer, weights, "qk" in self.settings.turned)
+        channels = qk_moments(layer, weights, self.settings)
 
         def look(part: Tensor, wanted: Tensor) -> tuple[Sums, tuple[Tensor, Sums] | None]:
             trace = layer.trace(part)

@@ -162,9 +162,7 @@ def _sublayer_statistics(
     """Run a sublayer on the stream, in place, and gather what its inputs and outputs are like."""
     reads, writes = (f"{layer.prefix}_{end}" in settings.groups for end in ("in", "out"))
     weights = sensitivity.weights()
-    channels = None
-    if "qk" in settings.groups and isinstance(layer, Attention):
-        channels = QKMoments(layer, weights, "qk" in settings.turned)
+    channels = qk_moments(layer, weights, settings)
 
     def look(part: Tensor) -> tuple[Trace | None, Sums, Sums | None, tuple[Tensor, Sums] | None]:
         trace = layer.trace(part)
@@ -340,6 +338,13 @@ class QKMoments:
         cost = weight.T @ sensitivity.metric @ weight * (self.gaps.xx / self.gaps.weight)
         worth = torch.stack([cost[head][:, head].sum() for head in heads_of(layer.geometry).pools])
         return QKStatistics(layer.read.weight, self.energy, worth, generator)
+
+
+def qk_moments(layer: Sublayer, weights: Tensor, settings: PruneSettings) -> QKMoments | None:
+    """Return what gathers the QK channels of a sublayer, or None where none may go."""
+    if "qk" not in settings.groups or not isinstance(layer, Attention):
+        return None
+    return QKMoments(layer, weights, "qk" in settings.turned)
 
 
 def heads_of(size: BlockGeometry) -> PruningGroups:

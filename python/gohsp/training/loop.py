@@ -262,8 +262,8 @@ class Loop:
 
 @contextmanager
 def by_products(model: nn.Module, on: bool) -> Iterator[None]:
-    """Have timm's own attention make its two products: PyTorch's fused backward pass in bfloat16 takes a CPU ten times
-    as long at 50 tokens, 3.5 times at 197. Modules of ours choose for themselves."""
+    """Have timm's own attention make its two products: PyTorch's fused backward pass in bfloat16 takes a CPU several
+    times as long. Modules of ours choose for themselves."""
     # The fused form does not look at ``scale``; where that is another, the two are not the same function.
     changed = [m for m in model.modules() if on and isinstance(m, Attention) and m.fused_attn]
     changed = [m for m in changed if m.scale == m.head_dim**-0.5]
