@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gohsp.arguments import check_kind
-from gohsp.layers import PrunedBlock, find_bare_blocks
+from gohsp.layers import PrunedBlock, find_bare_blocks, hook_tables
 from gohsp.masks.mask import ModelMask
 from gohsp.models.base import OpenModel
 from gohsp.models.registry import family_of, open_model
@@ -86,8 +86,8 @@ def refuse_hooks(opened: OpenModel) -> None:
     for index, block in enumerate(opened.blocks):
         kept = {layer.norm for layer in block.sublayers}
         for name, module in block.module.named_modules():
-            hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-            if any((*hooks, module._backward_pre_hooks)) and module not in kept:
+            hooks = [hook for table in hook_tables(module) for hook in table.values()]
+            if module not in kept and not all(map(opened.family.keeps_hook, hooks)):
                 where = f"blocks.{index}.{name}".rstrip(".")
                 raise ValueError(
                     f"model: a hook hangs on {where}, which compress replaces; wanted none. "

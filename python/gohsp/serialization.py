@@ -37,7 +37,7 @@ from gohsp.files import (
     write_json,
 )
 from gohsp.masks.mask import ModelMask
-from gohsp.models.registry import FAMILIES, family_of
+from gohsp.models.registry import family_named, family_of
 
 T = TypeVar("T")
 
@@ -220,12 +220,13 @@ def _build(description: Any, mask: ModelMask) -> nn.Module:
     if not isinstance(description, dict):
         raise ValueError(f"plan.model: wanted a mapping, got {type(description).__name__}")
     name = description.get("family", DEFAULT_FAMILY)
-    families = {type(family).__name__: family for family in FAMILIES}
-    if not isinstance(name, str) or name not in families:
-        raise ValueError(f"plan.model.family: wanted one of {sorted(families)}, got {shown(name)}")
+    try:
+        family = family_named(name)
+    except KeyError as error:
+        raise ValueError(f"plan.model.family: wanted one of {error.args[0]}, got {shown(name)}") from error
     described = {key: value for key, value in description.items() if key != "family"}
-    families[name].check_description(described, mask.geometry)
-    return compress(families[name].build(described), mask)
+    family.check_description(described, mask.geometry)
+    return compress(family.build(described), mask)
 
 
 def _check_same(model: nn.Module, rebuilt: nn.Module) -> None:
@@ -233,8 +234,8 @@ def _check_same(model: nn.Module, rebuilt: nn.Module) -> None:
     for ours, theirs in zip_longest(str(model).splitlines(), str(rebuilt).splitlines(), fillvalue=""):
         if ours != theirs:
             raise ValueError(
-                f"model: {PLAN} cannot describe it; it has {ours.strip()!r} where a timm model made with the same "
-                f"arguments has {theirs.strip()!r}"
+                f"model: {PLAN} cannot describe it; it has {ours.strip()!r} where a model made from "
+                f"that has {theirs.strip()!r}"
             )
     _check_tensors(rebuilt, model.state_dict(), "model")
 

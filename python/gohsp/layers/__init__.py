@@ -10,6 +10,7 @@ from gohsp.layers.compact import (
     PrunedBlock,
     PrunedMlp,
     has_additions,
+    hook_tables,
 )
 from gohsp.layers.frozen import FrozenBlock, FrozenBlocks, FrozenEmbedding, FrozenLinear
 from gohsp.layers.patches import PatchProjection, lies_side_by_side, project_patches
@@ -34,6 +35,7 @@ __all__ = [
     "find_bare_blocks",
     "has_additions",
     "head_masks",
+    "hook_tables",
     "lies_side_by_side",
     "plain_linear",
     "project_patches",

@@ -235,12 +235,16 @@ class PrunedBlock(CompactBlock):
         for name, module in self.named_modules():
             if module is not self and module not in inside:
                 continue
-            if _is_hooked(module):
+            if self.is_hooked() if module is self else _is_hooked(module):
                 return f"a hook hangs on {name or 'the block'}"
             if module is not self and not _is_as_made(module):
                 kind = type(module)
                 return f"{name} is {kind.__module__}.{kind.__qualname__}, with code of its own"
         return None
+
+    def is_hooked(self) -> bool:
+        """Return whether a hook hangs on the block itself."""
+        return any(hook_tables(self))
 
     def _holders(self) -> tuple[Any, ...]:
         return self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2

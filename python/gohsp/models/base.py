@@ -237,13 +237,14 @@ class Sublayer:
     geometry: BlockGeometry
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return the residual stream after this sublayer, [B, N, D] from [B, N, D]."""
-        return x + self.scale(self.body(self.norm(x)))
+        """Return the residual stream after this sublayer in evaluation mode, [B, N, D] from [B, N, D]."""
+        return self.trace(x).after
 
     def trace(self, x: Tensor) -> Trace:
-        """Compute what :meth:`__call__` computes in evaluation mode, step by step, and return all of it.
+        """Compute step by step what the model does in evaluation mode, and return all of it.
 
-        Nothing of the model is changed meanwhile, so that several threads may do so.
+        Nothing of the model is changed meanwhile, so that several threads may do so. ``body`` is not called: libraries
+        differ in what theirs take and give.
         """
         seen = self.norm(x)
         read = self.read(seen)
@@ -326,13 +327,17 @@ class OpenBlock:
     """One block of a dense model.
 
     Attributes:
-        module: The block itself, called with the residual stream.
+        module: The block itself.
         attention, mlp: Its halves, in the order of the data.
     """
 
     module: Any
     attention: Attention
     mlp: Mlp
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the residual stream after the block in evaluation mode, [B, N, D] from [B, N, D]."""
+        return self.mlp(self.attention(x))
 
     @property
     def geometry(self) -> BlockGeometry:
@@ -427,6 +432,10 @@ class Family(ABC):
             ValueError: A block holds something that cannot be pruned exactly; the message names it and the reason.
         """
 
+    def keeps_hook(self, hook: Any) -> bool:
+        """Return whether a hook on a block is the library's own, which it hangs on the compact block again."""
+        return False
+
     @abstractmethod
     def architecture(self, model: nn.Module) -> str:
         """Return the name of the architecture for masks and reports."""
@@ -445,6 +454,10 @@ class Family(ABC):
         None where the model has no classifier, or the family does not say.
         """
         return None
+
+    def classes(self, model: Any) -> int:
+        """Return how many classes the logits tell apart: the model's ``num_classes``, or 0 where it has none."""
+        return int(getattr(model, "num_classes", 0))
 
     def normalisation(self, model: nn.Module) -> tuple[Sequence[float], Sequence[float]]:
         """Return mean and deviation that pixels from 0 to 1 are normalised with, one each or one for each channel.
@@ -519,9 +532,14 @@ class Family(ABC):
         """
 
 
-def wrong_kind(wanted: str, model: nn.Module) -> TypeError:
+def wrong_kind(wanted: str, model: nn.Module, way_out: str = "") -> TypeError:
     """Return the error for a model that is not what is wanted."""
-    return TypeError(f"model: wanted {wanted}, got {type(model).__module__}.{type(model).__name__}")
+    return TypeError(f"model: wanted {wanted}, got {type(model).__module__}.{type(model).__name__}{way_out}")
+
+
+def logits_of(answer: Any) -> Any:
+    """Return the logits [B, classes] of what a model gave: itself, or the part of that name of an output object."""
+    return getattr(answer, "logits", answer)
 
 
 def count_parameters(*modules: nn.Module) -> int:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -11,6 +12,30 @@ from gohsp.models.base import CompactBlock, CompressedModel, Family, Geometry, O
 
 FAMILIES: list[Family] = []
 """In the order in which they are asked."""
+
+
+class Outside(NamedTuple):
+    """A family whose adapter is imported only where a model of its library is met.
+
+    Attributes:
+        family: Name of the class of the adapter.
+        adapter: Module that registers it.
+        wanted: Its :attr:`Family.wanted`.
+    """
+
+    family: str
+    adapter: str
+    wanted: str
+
+
+OUTSIDE: dict[str, Outside] = {
+    "transformers": Outside(
+        "HfVit",
+        "gohsp.models.hf_vit",
+        "a transformers ViT, DeiT, Dinov2, Dinov2WithRegisters, CLIPVision or SiglipVision model",
+    ),
+}
+"""By the package that the model's class comes from."""
 
 DEEPEST = 64
 """Modules within each other: to copy a model takes Python several calls for each."""
@@ -25,14 +50,52 @@ def family_of(model: nn.Module) -> Family:
     """Return the family of a dense, compressed or frozen model.
 
     Raises:
-        TypeError: No family claims it; the message names what they want.
+        TypeError: No family claims it; the message names what they want, and the part of the model that is such a one.
         ValueError: Its modules are nested too deeply to be copied.
     """
     _check_nesting(model)
-    for family in FAMILIES:
-        if family.claims(model):
-            return family
-    raise wrong_kind(" or ".join(family.wanted for family in FAMILIES), model)
+    if family := _claiming(model):
+        return family
+    outside = [other.wanted for other in OUTSIDE.values()]
+    wanted = [family.wanted for family in FAMILIES if family.wanted not in outside] + outside
+    raise wrong_kind(" or ".join(wanted), model, _way_out(model))
+
+
+def family_named(name: object) -> Family:
+    """Return the family whose adapter is a class of that name.
+
+    Raises:
+        KeyError: There is none; its argument lists the names that there are.
+        ImportError: Its library is not installed.
+    """
+    for package, outside in OUTSIDE.items():
+        if name == outside.family:
+            try:
+                import_module(outside.adapter)
+            except ImportError as error:
+                raise ImportError(
+                    f"plan.model.family: {name} wants {package}: pip install 'gohsp[{package}]'"
+                ) from error
+    families = {type(family).__name__: family for family in FAMILIES}
+    if not isinstance(name, str) or name not in families:
+        raise KeyError(sorted({*families, *(outside.family for outside in OUTSIDE.values())}))
+    return families[name]
+
+
+def _claiming(model: nn.Module) -> Family | None:
+    for kind in type(model).__mro__:
+        if outside := OUTSIDE.get(kind.__module__.partition(".")[0]):
+            import_module(outside.adapter)
+    return next((family for family in FAMILIES if family.claims(model)), None)
+
+
+def _way_out(model: nn.Module) -> str:
+    """Return which part of a model could be given in its place: what a wrapper wraps, or one tower of two."""
+    named = model.named_modules() if isinstance(model, nn.Module) else ()
+    for name, part in named:
+        if name and _claiming(part):
+            return f". Its {name} is a {type(part).__name__}: give model.{name}, and put the result back in its place"
+    return ""
 
 
 def _check_nesting(model: nn.Module) -> None:

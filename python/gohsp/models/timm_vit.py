@@ -55,6 +55,7 @@ from gohsp.models.base import (
     Projection,
     wrong_kind,
 )
+from gohsp.models.refusals import why_altered, why_computed, why_linear, why_norm
 from gohsp.models.registry import register
 
 # name in gohsp_kernels -> plain module that computes it
@@ -98,56 +99,12 @@ def _why_unsupported(block: Any) -> str | None:
     if type(block) is not Block:
         return f"wanted timm's pre-norm Block, got {type(block).__name__}"
     return (
-        _why_altered(block)
-        or _why_norm("norm1", block.norm1)
-        or _why_norm("norm2", block.norm2)
+        why_altered(block)
+        or why_norm("norm1", block.norm1)
+        or why_norm("norm2", block.norm2)
         or _why_attention(block.attn, block.norm1.normalized_shape[0])
         or _why_mlp(block.mlp, block.norm2.normalized_shape[0])
     )
-
-
-# Attribute that a tool leaves on a module whose weight it computes -> what undoes it.
-_COMPUTED = {
-    "parametrizations": "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')",
-    "weight_orig": "torch.nn.utils.prune.remove(module, 'weight') or torch.nn.utils.remove_spectral_norm(module)",
-    "weight_g": "torch.nn.utils.remove_weight_norm(module)",
-}
-
-
-def why_computed(block: Any) -> str | None:
-    """Return which weight of a block is computed from other tensors and how to end that, or None if none is."""
-    for name, module in block.named_modules():
-        for attribute, way_out in _COMPUTED.items():
-            if hasattr(module, attribute):
-                return f"the weight of {name} is computed ({attribute}); call {way_out} first"
-    return None
-
-
-def _why_altered(block: Any) -> str | None:
-    """Return what stands between the modules of a block and their bare weights, or None if nothing does."""
-    if computed := why_computed(block):
-        return computed
-    for name, module in block.named_modules():
-        if "forward" in vars(module):
-            return f"forward of {name or 'the block'} was replaced on the object, and would be lost; undo that first"
-    return None
-
-
-def _why_linear(name: str, layer: Any) -> str | None:
-    if type(layer) is nn.Linear:
-        return None
-    kind = type(layer)
-    return (
-        f"{name} is {kind.__module__}.{kind.__qualname__}; wanted torch.nn.Linear. "
-        "Adapters are merged first (peft: merge_and_unload())"
-    )
-
-
-def _why_norm(name: str, norm: Any) -> str | None:
-    # Subclasses that compute in another dtype or another way would not be what the fused kernels compute.
-    if type(norm) not in (nn.LayerNorm, LayerNorm):
-        return f"{name} is {type(norm).__name__}; wanted LayerNorm"
-    return None
 
 
 def _why_attention(attn: Any, dim: int) -> str | None:
@@ -157,14 +114,14 @@ def _why_attention(attn: Any, dim: int) -> str | None:
         return "gated attention, whose gate reads the columns that pruning removes"
     if not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
         return "attention with a norm before proj (scale_attn_norm), which mixes all heads"
-    reason = _why_linear("attn.qkv", attn.qkv) or _why_linear("attn.proj", attn.proj)
+    reason = why_linear("attn.qkv", attn.qkv) or why_linear("attn.proj", attn.proj)
     if reason is not None:
         return reason
     if attn.proj.out_features != dim:
         return f"attention writes {attn.proj.out_features} features (dim_out) into a residual stream of {dim}"
     if isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity):
         return None
-    return _why_norm("attn.q_norm", attn.q_norm) or _why_norm("attn.k_norm", attn.k_norm) or _why_qk_norms(attn)
+    return why_norm("attn.q_norm", attn.q_norm) or why_norm("attn.k_norm", attn.k_norm) or _why_qk_norms(attn)
 
 
 def _why_qk_norms(attn: Any) -> str | None:
@@ -178,7 +135,7 @@ def _why_qk_norms(attn: Any) -> str | None:
 def _why_mlp(mlp: Any, dim: int) -> str | None:
     if type(mlp) is not TimmMlp:
         return f"mlp is {type(mlp).__name__}; wanted timm's Mlp"
-    reason = _why_linear("mlp.fc1", mlp.fc1) or _why_linear("mlp.fc2", mlp.fc2)
+    reason = why_linear("mlp.fc1", mlp.fc1) or why_linear("mlp.fc2", mlp.fc2)
     if reason is not None:
         return reason
     if not isinstance(mlp.norm, nn.Identity):

@@ -243,13 +243,13 @@ class LayerwisePruner:
 
         What has been cut stays zero, since zeros on both sides of a group have no gradient.
         """
-        index, module = 2 * block + 1, self.blocks[block].module
-        self.mask.blocks[block].apply_(self.blocks[block])
+        index, opened = 2 * block + 1, self.blocks[block]
+        self.mask.blocks[block].apply_(opened)
         sensitivity = self.scores.sensitivities[index]
         root = torch.linalg.cholesky(damped(sensitivity.metric, 1e-2))
         root = (root / root.square().sum().sqrt()).to(before.dtype)
         tokens = sensitivity.weights().to(before.dtype)[:, None]
-        parameters = [p for p in module.parameters() if p.requires_grad]
+        parameters = [p for p in opened.module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=REFINE_RATE, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.settings.refine)
         order = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -258,7 +258,7 @@ class LayerwisePruner:
                 order = torch.randperm(len(before), generator=self.generator, device="cpu")
             batch, order = order[:REFINE_BATCH].to(before.device), order[REFINE_BATCH:]
             with torch.inference_mode(False), torch.enable_grad():
-                error = (module(before[batch]) - self.dense[batch]) @ root
+                error = (opened(before[batch]) - self.dense[batch]) @ root
                 loss = (error.square() * tokens).sum(dim=-1).mean()
                 gradients = torch.autograd.grad(loss, parameters)
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -268,7 +268,7 @@ class LayerwisePruner:
         for parameter in parameters:
             parameter.grad = None
         self.stream = before
-        through_(module, self.stream)
+        through_(opened, self.stream)
 
 
 def _after(layer: Sublayer, stream: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gohsp.models.base import logits_of
 from gohsp.models.hooks import evaluating
 from gohsp.training.batches import every_batch
 
@@ -50,7 +51,7 @@ def evaluate(
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     with evaluating(model):
         for images, labels in every_batch(data, batch_size, workers, process, processes):
-            sums += _sums(model(images.to(device)).float(), labels.to(device))
+            sums += _sums(logits_of(model(images.to(device))).float(), labels.to(device))
             if on_batch is not None:
                 on_batch(len(labels))
     if accelerator is not None:

@@ -22,6 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 from gohsp.compress import compress
 from gohsp.files import cut, write_text
 from gohsp.masks.mask import ModelMask
+from gohsp.models.base import logits_of
+from gohsp.models.registry import family_of
 from gohsp.recipe import Fit
 from gohsp.training import checkpoint
 from gohsp.training.batches import BatchKeys, training_batches
@@ -207,7 +209,7 @@ class Loop:
     ) -> Callable[[int, Tensor, Tensor], Tensor]:
         """Return the function that makes one step and gives its loss on this process's images."""
         device, process = self.accelerator.device, self.accelerator.process_index
-        mixup, on_labels = make_mixup(self.fit, model.num_classes), make_loss(self.fit)
+        mixup, on_labels = make_mixup(self.fit, family_of(model).classes(model)), make_loss(self.fit)
         distilled = None if self.distilled is None else self.distilled(on_labels)
         half = self.fit.precision == "bf16"
 
@@ -218,7 +220,7 @@ class Loop:
                 if mixup is not None:
                     images, labels = mixup(images, labels)
                 with watch(model, on=distilled is not None and distilled.watches) as stream:
-                    logits = wrapped(images)
+                    logits = logits_of(wrapped(images))
                 logits = logits.float() if half else logits
                 loss = on_labels(logits, labels) if distilled is None else distilled(logits, labels, images, stream)
             optimizer.zero_grad()

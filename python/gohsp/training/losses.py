@@ -12,6 +12,7 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from gohsp.models.base import logits_of
 from gohsp.models.registry import family_of
 from gohsp.recipe import Distillation, Fit
 
@@ -55,7 +56,7 @@ class Distilled(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor, images: Tensor, stream: Sequence[Tensor]) -> Tensor:
         """Return the mean loss of a batch; ``stream`` is what :func:`watch` saw of the student."""
         with torch.no_grad(), watch(self.teacher, self.watches) as wanted:
-            answers = self.teacher(images).to(logits.dtype)
+            answers = logits_of(self.teacher(images)).to(logits.dtype)
         weight = self.settings.weight
         loss = (1 - weight) * self.loss(logits, labels) + weight * distance(logits, answers, self.settings)
         if self.watches:

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every family promises, on every class that gohsp takes: the masked dense model in float64 is the judge."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import gohsp
+import gohsp_kernels as gk
+from gohsp.masks.mask import FIELDS, ModelMask
+from gohsp.models.base import logits_of
+from gohsp.models.registry import family_of, open_model
+from tests.gohsp.models.zoo import SIDE, ZOO, difference, images, make, tensors
+
+EACH = pytest.mark.parametrize("name", list(ZOO))
+GROUPS = ("heads", "qk", "v", "hidden", "attn_in", "attn_out", "mlp_in", "mlp_out")
+
+
+def masks(model: nn.Module) -> list[ModelMask]:
+    """Some of all fields, among them one that takes nothing and one that leaves blocks next to nothing."""
+    shares: list[Any] = [0.7, dict.fromkeys(FIELDS, 1.0), {"heads": 0.3, "hidden": 0.1, "attn_out": 0.2, "mlp_in": 0.2}]
+    return [ModelMask.random(model, share, torch.Generator().manual_seed(i)) for i, share in enumerate(shares)]
+
+
+def compressed(model: nn.Module) -> Any:
+    return gohsp.compress(model, ModelMask.random(model, 0.7, torch.Generator().manual_seed(3)))
+
+
+@EACH
+def test_compressed_plain_and_frozen_it_is_the_masked_one(name: str) -> None:
+    model, x = make(name), images()
+    for mask in masks(model):
+        masked, small = mask.apply_(copy.deepcopy(model)), gohsp.compress(model, mask)
+        assert isinstance(small, type(model))
+        plain = gohsp.densify(small)
+        assert type(plain) is type(model)
+        assert not any(type(part).__module__.startswith("gohsp.layers.compact") for part in plain.modules())
+        with torch.no_grad():
+            wanted = masked(x)
+            assert difference(small(x), wanted) < 1e-12
+            assert difference(plain(x), wanted) < 1e-12
+            if gk.can_run("cpu"):
+                assert difference(gohsp.freeze(small.float())(x.float()), wanted) < 1e-5
+
+
+@EACH
+def test_heads_of_one_width_become_the_librarys_own_attention(name: str) -> None:
+    model, x = make(name), images()
+    mask = ModelMask.random(model, {"heads": 0.7, "hidden": 0.5}, torch.Generator().manual_seed(0))
+    plain = gohsp.densify(gohsp.compress(model, mask))
+    theirs = [type(block.attention.body) for block in open_model(model).blocks]
+    assert sum(isinstance(part, theirs[0]) for part in plain.modules()) >= len(theirs)
+    assert len(open_model(plain).blocks) == len(theirs)  # and so it can be pruned further
+    with torch.no_grad():
+        assert difference(plain(x), mask.apply_(model)(x)) < 1e-12
+
+
+@EACH
+def test_the_open_model_computes_what_the_model_does(name: str) -> None:
+    model, x = make(name), images()
+    opened = open_model(model)
+    seen: list[Any] = []
+    hooks = [block.module.register_forward_hook(lambda module, args, out: seen.append(out)) for block in opened.blocks]
+    with torch.no_grad():
+        answer = model(x)
+        for hook in hooks:
+            hook.remove()
+        stream = opened.embed(x)
+        for layer in opened.sublayers:
+            stream = layer.trace(stream).after
+        assert difference(stream, seen[-1]) < 1e-12
+        assert opened.features(stream).shape[0] == len(x)
+        logits = opened.family.answers(model, stream)
+    if logits is not None:
+        assert difference(logits, logits_of(answer)) < 1e-12
+    else:
+        assert "logits" not in answer
+    places = opened.family.stream_places(model)
+    assert [block.module for block in opened.blocks] == places[: len(opened.blocks)]
+    assert opened.family.stream_shape(model) == (len(opened.blocks), *stream.shape[1:])
+
+
+@EACH
+def test_costs_are_those_of_the_parameters_and_products(name: str) -> None:
+    model = make(name)
+    mask = masks(model)[0]
+    small = gohsp.compress(model, mask)
+    counted = gohsp.count(small)
+    assert counted == gohsp.count(model, mask=mask)
+    assert counted.params == sum(parameter.numel() for parameter in small.parameters())
+    assert "MACs" in mask.summary(model)
+    assert gohsp.count(model).params == sum(parameter.numel() for parameter in model.parameters())
+    # On the meta device attention is spelled out as the products that torch's counter knows.
+    with FlopCounterMode(display=False) as counter:
+        copy.deepcopy(model).float().to("meta").requires_grad_(False)(torch.empty(1, 3, SIDE, SIDE, device="meta"))
+    assert gohsp.count(model).macs == counter.get_total_flops() // 2
+
+
+@EACH
+def test_saved_and_loaded_copied_and_pickled_it_is_the_same(name: str, tmp_path: Path) -> None:
+    small, x = compressed(make(name)), images()
+    gohsp.save(small, tmp_path)
+    with torch.no_grad():
+        wanted = small(x)
+        loaded = gohsp.load(tmp_path)
+        assert type(loaded) is type(small)
+        for other in (loaded, pickle.loads(pickle.dumps(small)), copy.deepcopy(small)):
+            assert all(map(torch.equal, tensors(other(x)), tensors(wanted)))
+    family = family_of(small)
+    assert family.image_shape(loaded) == (3, SIDE, SIDE)
+
+
+@EACH
+def test_gradients_are_those_of_the_masked_model(name: str) -> None:
+    model, x = make(name), images()
+    mask = masks(model)[0]
+    masked, small = mask.apply_(copy.deepcopy(model)), gohsp.compress(model, mask)
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    for one, given in zip((masked, small), inputs, strict=True):
+        sum(tensor.square().sum() for tensor in tensors(one(given))).backward()
+    assert difference(inputs[1].grad, inputs[0].grad) < 1e-12
+    before = {name: parameter.grad is not None for name, parameter in small.named_parameters()}
+    assert any(before.values())
+    # What is left of a row or column has the gradient that the row or column of the masked one has there.
+    block, kept = open_model(masked).blocks[0], mask.blocks[0].layout()
+    fc2 = block.mlp.write.layers[0].weight.grad
+    rows = slice(None) if kept.mlp_out is None else kept.mlp_out
+    compact = next(part for part in small.modules() if hasattr(part, "mlp") and hasattr(part, "geometry"))
+    assert difference(compact.mlp.fc2.weight.grad, fc2[rows][:, kept.hidden]) < 1e-12
+
+
+@pytest.mark.slow
+@EACH
+def test_it_is_ranked_and_pruned_in_all_groups(name: str) -> None:
+    model, x = make(name), images(6)
+    assert [scores.shape for scores in gohsp.rank_heads(model, [x])] == [(3,)] * 2
+    result = gohsp.prune(model, [x], {"params": 0.75}, groups=GROUPS)
+    assert result.report.pruned.params <= 0.75 * result.report.dense.params
+    with torch.no_grad():
+        assert difference(gohsp.compress(result.model, result.mask)(x), result.model(x)) < 1e-10
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if "ForImage" in name])
+def test_a_classifier_is_trained_and_judged(name: str) -> None:
+    pytest.importorskip("accelerate")
+    model = make(name).float()
+    data = [(image.float(), index % 5) for index, image in enumerate(images(6))]
+    small = compressed(model)
+    fit = gohsp.Fit(epochs=1, batch_size=2)
+    trained = gohsp.train(small, data, fit=fit, distill=gohsp.Distillation(), teacher=model, test=data)
+    assert type(trained.model) is type(small)
+    changed = [not torch.equal(a, b) for a, b in zip(trained.model.parameters(), small.parameters(), strict=True)]
+    assert sum(changed) > len(changed) / 2

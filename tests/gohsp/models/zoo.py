@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One small model of each class that gohsp takes, with weights that make every mistake visible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+SIDE = 32
+SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": SIDE, "patch_size": 8}
+WIDE = {**SIZES, "intermediate_size": 40}
+
+
+def _hugging_face(name: str, config: str, sizes: Mapping[str, Any], **options: Any) -> nn.Module:
+    """Return a model of that class; an architecture of two towers has its sizes in that of its images."""
+    kind = getattr(transformers, config)
+    vision = "vision_config" in kind.sub_configs
+    made = kind(vision_config=dict(sizes), num_labels=5) if vision else kind(**sizes, num_labels=5)
+    return getattr(transformers, name)(made, **options)
+
+
+def _timm(**arguments: Any) -> nn.Module:
+    sizes = {"img_size": SIDE, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+    return VisionTransformer(**sizes | arguments)
+
+
+DINO = {**SIZES, "mlp_ratio": 2}
+REGISTERS = {**DINO, "num_register_tokens": 2}
+ZOO: dict[str, Callable[[], nn.Module]] = {
+    "timm VisionTransformer": partial(_timm, init_values=0.5),
+    "ViTModel": partial(_hugging_face, "ViTModel", "ViTConfig", WIDE),
+    "ViTModel without pooler": partial(
+        _hugging_face, "ViTModel", "ViTConfig", {**WIDE, "qkv_bias": False}, add_pooling_layer=False
+    ),
+    "ViTForImageClassification": partial(_hugging_face, "ViTForImageClassification", "ViTConfig", WIDE),
+    "DeiTModel": partial(_hugging_face, "DeiTModel", "DeiTConfig", {**WIDE, "image_size": [SIDE, SIDE]}),
+    "DeiTForImageClassification": partial(_hugging_face, "DeiTForImageClassification", "DeiTConfig", WIDE),
+    "DeiTForImageClassificationWithTeacher": partial(
+        _hugging_face, "DeiTForImageClassificationWithTeacher", "DeiTConfig", WIDE
+    ),
+    "Dinov2Model": partial(_hugging_face, "Dinov2Model", "Dinov2Config", {**DINO, "drop_path_rate": 0.1}),
+    "Dinov2ForImageClassification": partial(_hugging_face, "Dinov2ForImageClassification", "Dinov2Config", DINO),
+    "Dinov2WithRegistersModel": partial(
+        _hugging_face, "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", REGISTERS
+    ),
+    "Dinov2WithRegistersForImageClassification": partial(
+        _hugging_face, "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", REGISTERS
+    ),
+    "CLIPVisionModel": partial(_hugging_face, "CLIPVisionModel", "CLIPVisionConfig", WIDE),
+    "CLIPVisionModelWithProjection": partial(
+        _hugging_face, "CLIPVisionModelWithProjection", "CLIPVisionConfig", {**WIDE, "projection_dim": 7}
+    ),
+    "CLIPForImageClassification": partial(_hugging_face, "CLIPForImageClassification", "CLIPConfig", WIDE),
+    "SiglipVisionModel": partial(_hugging_face, "SiglipVisionModel", "SiglipVisionConfig", WIDE),
+    "SiglipForImageClassification": partial(_hugging_face, "SiglipForImageClassification", "SiglipConfig", WIDE),
+}
+
+
+def make(name: str) -> Any:
+    """Return a model of the zoo in float64 and evaluation mode, each parameter of which matters."""
+    torch.manual_seed(0)
+    model = ZOO[name]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model.double().eval()
+
+
+def images(batch: int = 2) -> Tensor:
+    """Return images for a model of the zoo."""
+    return torch.randn(batch, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def tensors(answer: Any) -> list[Tensor]:
+    """Return the tensors that a model gave, each of them: the answer itself, or what is in an output object."""
+    found = [answer] if isinstance(answer, Tensor) else [value for value in answer.values() if value is not None]
+    assert found
+    return [tensor for value in found for tensor in (value if isinstance(value, tuple) else (value,))]
+
+
+def difference(got: Any, wanted: Any) -> float:
+    """Return the largest relative error of what a model gave."""
+    pairs = list(zip(tensors(got), tensors(wanted), strict=True))
+    assert all(a.shape == b.shape for a, b in pairs)
+    return max(float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm()) for a, b in pairs)
