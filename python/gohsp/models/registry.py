@@ -34,6 +34,7 @@ OUTSIDE: dict[str, Outside] = {
         "gohsp.models.hf_vit",
         "a transformers ViT, DeiT, Dinov2, Dinov2WithRegisters, CLIPVision or SiglipVision model",
     ),
+    "torchvision": Outside("TorchvisionVit", "gohsp.models.torchvision_vit", "a torchvision VisionTransformer"),
 }
 """By the package that the model's class comes from."""
 

@@ -230,7 +230,8 @@ def test_it_is_saved_and_loaded(tower: Any, images: Tensor, tmp_path: Path) -> N
     FAMILIES.remove(known)
     try:
         with pytest.raises(
-            ValueError, match=r"plan\.model\.family: wanted one of \['HfVit', 'TimmVit'\], got 'TowerFamily'"
+            ValueError,
+            match=r"plan\.model\.family: wanted one of \['HfVit', 'TimmVit', 'TorchvisionVit'\], got 'TowerFamily'",
         ):
             gohsp.load(tmp_path)
     finally:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torchvision
 import transformers
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -28,6 +29,11 @@ def _hugging_face(name: str, config: str, sizes: Mapping[str, Any], **options: A
 def _timm(**arguments: Any) -> nn.Module:
     sizes = {"img_size": SIDE, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
     return VisionTransformer(**sizes | arguments)
+
+
+def _torchvision(**arguments: Any) -> nn.Module:
+    sizes = {"image_size": SIDE, "patch_size": 8, "num_layers": 2, "num_heads": 3, "hidden_dim": 24, "mlp_dim": 40}
+    return torchvision.models.VisionTransformer(**sizes, num_classes=5, **arguments)
 
 
 DINO = {**SIZES, "mlp_ratio": 2}
@@ -58,6 +64,10 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     ),
     "CLIPForImageClassification": partial(_hugging_face, "CLIPForImageClassification", "CLIPConfig", WIDE),
     "SiglipVisionModel": partial(_hugging_face, "SiglipVisionModel", "SiglipVisionConfig", WIDE),
+    "torchvision VisionTransformer": _torchvision,
+    "torchvision VisionTransformer with two layers in its head": partial(
+        _torchvision, representation_size=9, norm_layer=partial(nn.LayerNorm, eps=1e-3)
+    ),
     "SiglipForImageClassification": partial(_hugging_face, "SiglipForImageClassification", "SiglipConfig", WIDE),
 }
 
