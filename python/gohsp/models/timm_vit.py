@@ -243,7 +243,7 @@ class TimmVit(Family):
             _recorded(model, "mean") or IMAGENET_DEFAULT_MEAN,
             _recorded(model, "std") or IMAGENET_DEFAULT_STD,
         )
-        mean, std = (v if len(v) == _projection_channels(model) else (sum(v) / len(v),) for v in values)
+        mean, std = (v if len(v) == _image_channels(model) else (sum(v) / len(v),) for v in values)
         return mean, std
 
     def stream_places(self, model: Any) -> list[nn.Module]:
@@ -252,11 +252,12 @@ class TimmVit(Family):
     def stream_shape(self, model: Any) -> tuple[int, int, int]:
         embed = model.patch_embed
         # embed_dim keeps its old value where another tool narrowed the model.
-        return len(model.blocks), embed.num_patches + model.num_prefix_tokens, embed.proj.out_channels
+        features = getattr(embed.proj, "out_channels", model.embed_dim)
+        return len(model.blocks), embed.num_patches + model.num_prefix_tokens, features
 
     def image_shape(self, model: Any) -> tuple[int, int, int] | None:
         size = model.patch_embed.img_size
-        return None if size is None else (_projection_channels(model), *size)
+        return None if size is None else (_image_channels(model), *size)
 
     def tokens(self, model: Any, height: int, width: int) -> int:
         embed = model.patch_embed
@@ -269,7 +270,7 @@ class TimmVit(Family):
         dim, tokens = model.embed_dim, self.tokens(model, height, width)
         pooled = tokens if model.pool_include_prefix else tokens - model.num_prefix_tokens
         parts: list[tuple[nn.Module | None, tuple[int, ...]]] = [
-            (model.patch_embed, (1, _projection_channels(model), height, width)),
+            (model.patch_embed, (1, _image_channels(model), height, width)),
             (model.attn_pool, (1, pooled, dim)),
             (model.head, (1, dim)),
             (getattr(model, "head_dist", None), (1, dim)),
@@ -404,9 +405,9 @@ def _projection(model: Any) -> nn.Module | None:
     return getattr(model.patch_embed, "proj", None)
 
 
-def _projection_channels(model: Any) -> int:
-    channels: int = model.patch_embed.proj.in_channels
-    return channels
+def _image_channels(model: Any) -> int:
+    """Return the channels of the images: what the first convolution reads, which in a hybrid is of its backbone."""
+    return next(part.in_channels for part in model.patch_embed.modules() if isinstance(part, nn.Conv2d))
 
 
 def _unfilled(kind: type[nn.Module], **sizes: int) -> Any:
@@ -583,7 +584,7 @@ def _arguments_outside(model: Any) -> dict[str, Any]:
     return {
         "img_size": embed.img_size,
         "patch_size": embed.patch_size,
-        "in_chans": embed.proj.in_channels,
+        "in_chans": _image_channels(model),
         "num_classes": model.num_classes,
         "global_pool": model.global_pool,
         "class_token": model.cls_token is not None,

@@ -135,6 +135,23 @@ def test_blocks_of_different_sizes_are_chosen_from(uneven: Any, groups: tuple[st
         torch.testing.assert_close(gohsp.compress(result.model, result.mask)(x), result.model(x))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [3, 2])
+def test_a_hybrid_without_a_projection_is_counted_and_saved(channels: int, tmp_path: Path) -> None:
+    model = timm.create_model("vit_base_mci_224", img_size=32, depth=1, num_classes=5, in_chans=channels).eval()
+    mask = ModelMask.random(model, 0.5, torch.Generator().manual_seed(0))
+    small = gohsp.compress(model, mask)
+    assert gohsp.count(small) == gohsp.count(model, mask=mask)
+    family = family_of(small)
+    assert family.image_shape(small) == (channels, 32, 32)
+    assert family.stream_shape(small) == (1, 5, 768)
+    assert len(family.normalisation(small)[0]) == (3 if channels == 3 else 1)
+    gohsp.save(small, tmp_path)
+    x = torch.randn(2, channels, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(gohsp.load(tmp_path)(x), small(x))
+
+
 def _architecture(model: nn.Module) -> str:
     return family_of(model).architecture(model)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import timm
 import torch
 import torchvision
 import transformers
@@ -40,6 +41,7 @@ DINO = {**SIZES, "mlp_ratio": 2}
 REGISTERS = {**DINO, "num_register_tokens": 2}
 ZOO: dict[str, Callable[[], nn.Module]] = {
     "timm VisionTransformer": partial(_timm, init_values=0.5),
+    "timm hybrid": partial(timm.create_model, "vit_tiny_r_s16_p8_224", img_size=SIDE, depth=2, num_classes=5),
     "ViTModel": partial(_hugging_face, "ViTModel", "ViTConfig", WIDE),
     "ViTModel without pooler": partial(
         _hugging_face, "ViTModel", "ViTConfig", {**WIDE, "qkv_bias": False}, add_pooling_layer=False
