@@ -4,7 +4,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 import gohsp.models.timm_vit  # noqa: F401  registers the family
-from gohsp.compress import compress, densify
+from gohsp.compress import accelerate, compress, compress_block, densify
 from gohsp.count import count
 from gohsp.freeze import freeze
 from gohsp.keyframes import KeyframeModel
@@ -34,7 +34,9 @@ __all__ = [
     "ModelMask",
     "PruneResult",
     "TrainResult",
+    "accelerate",
     "compress",
+    "compress_block",
     "count",
     "densify",
     "freeze",

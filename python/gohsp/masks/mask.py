@@ -24,7 +24,7 @@ from gohsp.masks.layout import BlockLayout
 from gohsp.masks.ranges import from_ranges, to_ranges
 from gohsp.masks.summary import table
 from gohsp.models.base import MAX_DEPTH, MAX_SIZE, BlockGeometry, Geometry, OpenBlock, OpenModel
-from gohsp.models.registry import family_of, find_compact_blocks, geometry_of, open_model
+from gohsp.models.registry import family_of, find_compact_blocks, geometry_of, known_block, open_model
 
 FORMATS = (1, 2)
 """Of mask files. Format 1 has one geometry for all blocks and is written where they are alike; format 2 one a block."""
@@ -65,6 +65,29 @@ class BlockMask:
         """Return the mask that keeps everything."""
         shapes = _shapes(BlockGeometry(dim, num_heads, head_dim, hidden))
         return cls(**{name: torch.ones(shape, dtype=torch.bool, device="cpu") for name, shape in shapes.items()})
+
+    @classmethod
+    def of_block(cls, block: nn.Module) -> BlockMask:
+        """Return the mask that keeps everything of a dense block; see :func:`gohsp.compress_block`.
+
+        Raises:
+            TypeError, ValueError: gohsp does not know such blocks, or cannot prune this one exactly.
+        """
+        return cls.full_of(known_block(block)[1])
+
+    @classmethod
+    def full_of(cls, block: OpenBlock) -> BlockMask:
+        """Return the mask that keeps everything of a dense block that is opened already."""
+        size = block.geometry
+        return cls.full(size.dim, size.num_heads, size.head_dim, size.hidden)
+
+    def check_fits(self, size: BlockGeometry) -> None:
+        """Check every rule that a mask has to keep, and that it is made for a block of given sizes.
+
+        Raises:
+            ValueError: It is not, or a rule is broken.
+        """
+        _validate_block(self, size, "mask")
 
     def clone(self) -> BlockMask:
         """Return a copy that shares no memory with this mask."""
@@ -150,9 +173,8 @@ class ModelMask:
     @classmethod
     def full_of(cls, opened: OpenModel) -> ModelMask:
         """Return the mask that keeps everything of a dense model that is opened already."""
-        sizes = opened.geometry
-        blocks = [BlockMask.full(size.dim, size.num_heads, size.head_dim, size.hidden) for size in sizes.blocks]
-        return cls(blocks, opened.family.architecture(opened.model), sizes)
+        blocks = [BlockMask.full_of(block) for block in opened.blocks]
+        return cls(blocks, opened.family.architecture(opened.model), opened.geometry)
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelMask:

@@ -432,6 +432,18 @@ class Family(ABC):
             ValueError: A block holds something that cannot be pruned exactly; the message names it and the reason.
         """
 
+    def open_block(self, block: nn.Module) -> OpenBlock | None:
+        """Return a single dense block, in a model of whatever class; None where it is none of the family's.
+
+        Raises:
+            ValueError: It is, but holds something that cannot be pruned exactly; the message gives the reason.
+        """
+        return None
+
+    def dress(self, compact: CompactBlock, block: nn.Module) -> CompactBlock:
+        """Return a compact block as callers of the dense one call it."""
+        return compact
+
     def keeps_hook(self, hook: Any) -> bool:
         """Return whether a hook on a block is the library's own, which it hangs on the compact block again."""
         return False

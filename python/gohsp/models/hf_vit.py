@@ -151,6 +151,7 @@ REGISTERS = _dinov2_names(
 )
 CLIP = _clip_names(*(clip.CLIPEncoderLayer, clip.CLIPAttention, clip.CLIPMLP, 1), (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
 SIGLIP = _clip_names(siglip.SiglipEncoderLayer, siglip.SiglipAttention, siglip.SiglipMLP, 0, _HALVES)
+LAYERS = {names.layer: names for names in (VIT, DEIT, DINOV2, REGISTERS, CLIP, SIGLIP)}
 
 
 def _all(names: Names, encoder: Any, x: Tensor) -> Tensor:
@@ -348,8 +349,8 @@ def _subclass(name: str, *bases: type[Any], doc: str) -> None:
     globals()[name] = type(name, bases, {"__module__": __name__, "__qualname__": name, "__doc__": doc})
 
 
-for _names in (VIT, DEIT, DINOV2, REGISTERS, CLIP, SIGLIP):
-    _subclass(f"Pruned{_names.layer.__name__}", PrunedLayer, _names.layer, doc="A compact layer of that architecture.")
+for _layer in LAYERS:
+    _subclass(f"Pruned{_layer.__name__}", PrunedLayer, _layer, doc="A compact layer of that architecture.")
 for _dense in KINDS:
     _subclass(f"Pruned{_dense.__name__}", PrunedEncoder, _dense, doc="Such a model with compact layers.")
 
@@ -375,6 +376,18 @@ class HfVit(Family):
             if reason := _why_unsupported(layer, names):
                 raise ValueError(f"model: cannot prune {names.layers}.{index}: {reason}")
         return tuple(_open(layer, names) for layer in layers)
+
+    def open_block(self, block: nn.Module) -> OpenBlock | None:
+        names = LAYERS.get(type(block))
+        if names is None:
+            return None
+        if reason := _why_unsupported(block, names):
+            raise ValueError(f"block: cannot prune it: {reason}")
+        return _open(block, names)
+
+    def dress(self, compact: CompactBlock, block: nn.Module) -> CompactBlock:
+        compact.__class__ = globals()[f"Pruned{type(block).__name__}"]
+        return compact
 
     def keeps_hook(self, hook: Any) -> bool:
         return _records(hook)
@@ -452,9 +465,7 @@ class HfVit(Family):
     def assemble(self, model: nn.Module, blocks: Sequence[CompactBlock]) -> nn.Module:
         kind = _kind(model)
         result = _copy_without_layers(model)
-        for block in blocks:
-            block.__class__ = globals()[f"Pruned{kind.names.layer.__name__}"]
-        kind.layers(result).extend(blocks)
+        kind.layers(result).extend(map(self.dress, blocks, kind.layers(model)))
         result.__class__ = kind.compressed
         return result
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gohsp.models.base import CompactBlock, CompressedModel, Family, Geometry, OpenModel, wrong_kind
+from gohsp.models.base import CompactBlock, CompressedModel, Family, Geometry, OpenBlock, OpenModel, wrong_kind
 
 FAMILIES: list[Family] = []
 """In the order in which they are asked."""
@@ -84,10 +84,44 @@ def family_named(name: object) -> Family:
 
 
 def _claiming(model: nn.Module) -> Family | None:
-    for kind in type(model).__mro__:
+    _import_adapter(model)
+    return next((family for family in FAMILIES if family.claims(model)), None)
+
+
+def _import_adapter(module: nn.Module) -> None:
+    for kind in type(module).__mro__:
         if outside := OUTSIDE.get(kind.__module__.partition(".")[0]):
             import_module(outside.adapter)
-    return next((family for family in FAMILIES if family.claims(model)), None)
+
+
+def known_block(block: nn.Module) -> tuple[Family, OpenBlock]:
+    """Open a single dense block, in a model of whatever class.
+
+    Raises:
+        TypeError: No family knows such blocks.
+        ValueError: It holds something that gohsp cannot prune exactly; the message gives the reason.
+    """
+    found = open_block(block)
+    if found is None:
+        kind = type(block)
+        raise TypeError(
+            "block: wanted timm's Block, torchvision's EncoderBlock, or a layer of transformers' ViT, DeiT, Dinov2, "
+            f"Dinov2WithRegisters, CLIP or Siglip; got {kind.__module__}.{kind.__name__}"
+        )
+    return found
+
+
+def open_block(block: nn.Module) -> tuple[Family, OpenBlock] | None:
+    """Return what :func:`known_block` does, or None where no family knows such blocks.
+
+    Raises:
+        ValueError: It holds something that gohsp cannot prune exactly; the message gives the reason.
+    """
+    _import_adapter(block)
+    for family in FAMILIES:
+        if (opened := family.open_block(block)) is not None:
+            return family, opened
+    return None
 
 
 def _way_out(model: nn.Module) -> str:

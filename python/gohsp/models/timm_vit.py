@@ -215,9 +215,16 @@ class TimmVit(Family):
                 raise ValueError(f"model: cannot prune blocks.{index}: {reason}")
         return tuple(map(_open, model.blocks))
 
+    def open_block(self, block: nn.Module) -> OpenBlock | None:
+        if type(block) is not Block:
+            return None
+        if reason := _why_unsupported(block):
+            raise ValueError(f"block: cannot prune it: {reason}")
+        return _open(block)
+
     def architecture(self, model: nn.Module) -> str:
         """Return timm's name of the architecture, or the name of the class where timm recorded none."""
-        return _recorded(model, "architecture") or type(model).__name__
+        return _recorded(model, "architecture") or DENSE_CLASS.get(type(model), type(model)).__name__
 
     def embed(self, model: Any, images: Tensor) -> Tensor:
         tokens: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))

@@ -68,6 +68,13 @@ class TorchvisionVit(Family):
                 raise ValueError(f"model: cannot prune encoder.layers.{name}: {reason}")
         return tuple(map(_open, model.encoder.layers))
 
+    def open_block(self, block: nn.Module) -> OpenBlock | None:
+        if type(block) is not EncoderBlock:
+            return None
+        if reason := _why_unsupported(block):
+            raise ValueError(f"block: cannot prune it: {reason}")
+        return _open(block)
+
     def architecture(self, model: nn.Module) -> str:
         return "torchvision VisionTransformer"
 

@@ -159,6 +159,7 @@ def _architecture(model: nn.Module) -> str:
 def test_architecture_name() -> None:
     assert _architecture(timm.create_model("vit_tiny_patch16_224", depth=1)) == "vit_tiny_patch16_224"
     assert _architecture(small()) == "VisionTransformer"
+    assert _architecture(gohsp.accelerate(small())) == "VisionTransformer"
 
 
 @pytest.mark.parametrize(
