@@ -418,6 +418,30 @@ def _at(place: Path) -> Iterator[None]:
 
 
 @app.command()
+def models(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Names, also with * and ?: 'vit_small*', 'transformers:CLIP*'.")
+    ] = None,
+    write: Annotated[Path | None, typer.Option(help="Write a document with a table of all, such as models.md.")] = None,
+    found: Annotated[
+        Path | None, typer.Option(help="Keep what was found in a file, and do not try again what is in it.")
+    ] = None,
+) -> None:
+    """Say which models of timm, torchvision and transformers are taken, and why not.
+
+    Those that are taken are pruned at random and compared with the masked dense model; all names take a long while.
+
+    **gohsp models 'vit_tiny*' 'swin_tiny*'**
+    """
+    from gohsp.files import write_text
+    from gohsp.runs import catalogue
+
+    entries = catalogue.walk(found, names or ["*"], typer.echo)
+    if write is not None:
+        write_text(write, catalogue.document(entries, catalogue.releases()))
+
+
+@app.command()
 def info() -> None:
     """Say which kernels can run here and, where one cannot, why."""
     from timm import __version__ as timm_version

@@ -71,9 +71,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
             loaded then.
     """
     check_path("directory", directory)
-    mask = ModelMask.of(model)
-    plan = {"format": FORMAT, "model": _describe(model, mask), "mask": mask.to_dict()}
-    _check_same(model, _build(plan["model"], mask))
+    plan = plan_of(model)
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
@@ -87,6 +85,18 @@ def save(model: nn.Module, directory: str | Path) -> None:
         # The new model is saved from here on: load looks for the name that waits.
         with naming(target / WEIGHTS):
             rename(target / _waiting(sha256), target / WEIGHTS)
+
+
+def plan_of(model: nn.Module) -> dict[str, Any]:
+    """Return what :func:`save` writes of a compressed model beside its weights.
+
+    Raises:
+        ValueError: The model is not compressed, or holds something that this cannot describe.
+    """
+    mask = ModelMask.of(model)
+    plan = {"format": FORMAT, "model": _describe(model, mask), "mask": mask.to_dict()}
+    _check_same(model, _build(plan["model"], mask))
+    return plan
 
 
 @contextmanager

@@ -266,10 +266,10 @@ class PrunedLayer(PrunedBlock):
             attention_mask: Bool (True = may attend) or additive, broadcastable to [B, heads of the dense layer, N, N].
 
         Raises:
-            ValueError: The probabilities of attention are asked for.
+            ValueError: The probabilities of attention are asked for, or the mask has another form.
         """
         _refuse_attentions(kwargs)
-        return super().forward(hidden_states, attention_mask, bool(kwargs.get("is_causal")))
+        return super().forward(hidden_states, *_masked(attention_mask, kwargs))
 
     def is_hooked(self) -> bool:
         return any(not _records(hook) for hook in self._forward_hooks.values()) or any(
@@ -305,7 +305,7 @@ class PlainRagged(RaggedAttention):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         """Return the attention's output [B, N, D], and None in place of the probabilities."""
-        return super().forward(hidden_states, attention_mask, bool(kwargs.get("is_causal"))), None
+        return super().forward(hidden_states, *_masked(attention_mask, kwargs)), None
 
 
 def _refuse_attentions(asked: Mapping[str, Any]) -> None:
@@ -314,6 +314,18 @@ def _refuse_attentions(asked: Mapping[str, Any]) -> None:
             "output_attentions: wanted False; got True, but the kernels keep no probabilities of attention. "
             "Ask the dense model"
         )
+
+
+def _masked(attention_mask: Tensor | None, asked: Mapping[str, Any]) -> tuple[Tensor | None, bool]:
+    """Return the mask, and whether tokens attend to earlier ones alone; as in transformers a mask says that itself."""
+    if attention_mask is None:
+        return None, bool(asked.get("is_causal"))
+    if attention_mask.dim() != 4:
+        raise ValueError(
+            f"attention_mask: wanted [B, heads, N, N], as of 'sdpa' and 'eager'; got {list(attention_mask.shape)}. "
+            "Call model.set_attn_implementation('sdpa')"
+        )
+    return attention_mask, False
 
 
 def _records(hook: Any) -> bool:

@@ -241,16 +241,36 @@ def test_a_pickle_is_read_where_nothing_was_imported(tmp_path: Path) -> None:
     assert float(total) == pytest.approx(float(small(x).pooler_output.detach().sum()))
 
 
-def test_the_tower_of_clip_is_pruned_in_its_place() -> None:
+@pytest.fixture
+def clip() -> Any:
     text = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 24}
     torch.manual_seed(0)
-    model = transformers.CLIPModel(transformers.CLIPConfig(vision_config=WIDE, text_config=text)).double().eval()
-    x, words = images(), torch.tensor([[1, 5, 49407], [1, 9, 49407], [3, 4, 49407]])
-    mask = ModelMask.random(model.vision_model, 0.7, torch.Generator().manual_seed(0))
-    masked = copy.deepcopy(model)
+    return transformers.CLIPModel(transformers.CLIPConfig(vision_config=WIDE, text_config=text)).double().eval()
+
+
+WORDS = torch.tensor([[1, 5, 49407], [1, 9, 49407], [3, 4, 49407]])
+
+
+def test_the_tower_of_clip_is_pruned_in_its_place(clip: Any) -> None:
+    mask = ModelMask.random(clip.vision_model, 0.7, torch.Generator().manual_seed(0))
+    masked = copy.deepcopy(clip)
     mask.apply_(masked.vision_model)
-    model.vision_model = gohsp.compress(model.vision_model, mask)
+    clip.vision_model = gohsp.compress(clip.vision_model, mask)
     with torch.no_grad():
-        got, wanted = (m(input_ids=words, pixel_values=x).logits_per_image for m in (model, masked))
+        got, wanted = (m(input_ids=WORDS, pixel_values=images()).logits_per_image for m in (clip, masked))
     assert got.shape == (2, 3)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_words_attend_to_earlier_ones_alone(clip: Any, padded: bool, attention: str) -> None:
+    clip.set_attn_implementation(attention)
+    fast = gohsp.accelerate(clip)
+    attended = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 1, 1]]) if padded else None
+    given = {"input_ids": WORDS, "pixel_values": images(), "attention_mask": attended}
+    with torch.no_grad():
+        torch.testing.assert_close(fast(**given).text_embeds, clip(**given).text_embeds, rtol=0, atol=1e-7)
+        layer = fast.text_model.encoder.layers[0]
+        with pytest.raises(ValueError, match=r"attention_mask: wanted \[B, heads, N, N\].*got \[2, 3\]"):
+            layer(torch.zeros(2, 3, 24, dtype=torch.float64), torch.ones(2, 3))
