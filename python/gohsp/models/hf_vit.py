@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The image encoders of Hugging Face transformers: ViT, DeiT, Dinov2, Dinov2WithRegisters, CLIP and SigLIP.
+"""The image encoders of Hugging Face transformers: ViT, DeiT, ViTMSN, IJepa, Dinov2, Dinov2WithRegisters, CLIP, SigLIP.
 
 Imported where such a model is met, because transformers is optional. A model stays one of its class: only its layers
 are replaced. transformers calls these one by one, so that each is a chain of its own; those of a frozen model are one.
@@ -26,8 +26,10 @@ from transformers.models.clip import modeling_clip as clip
 from transformers.models.deit import modeling_deit as deit
 from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers as registers
+from transformers.models.ijepa import modeling_ijepa as ijepa
 from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.vit import modeling_vit as vit
+from transformers.models.vit_msn import modeling_vit_msn as msn
 from transformers.utils import output_capturing
 
 from gohsp.files import check_keys, cut, explain, shown
@@ -145,13 +147,17 @@ def _clip_names(layer: Any, attention: Any, mlp: Any, prefix: int, pixels: Any) 
 
 VIT = _vit_names(vit.ViTLayer, vit.ViTAttention, vit.ViTMLP, 1, _HALVES)
 DEIT = _vit_names(*(deit.DeiTLayer, deit.DeiTAttention, deit.DeiTMLP, 2), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+MSN = _vit_names(
+    *(msn.ViTMSNLayer, msn.ViTMSNAttention, msn.ViTMSNMLP, 1), (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+)
+IJEPA = _vit_names(ijepa.IJepaLayer, ijepa.IJepaAttention, ijepa.IJepaMLP, 0, _HALVES)
 DINOV2 = _dinov2_names(dinov2.Dinov2Layer, dinov2.Dinov2Attention, dinov2.Dinov2MLP)
 REGISTERS = _dinov2_names(
     registers.Dinov2WithRegistersLayer, registers.Dinov2WithRegistersAttention, registers.Dinov2WithRegistersMLP
 )
 CLIP = _clip_names(*(clip.CLIPEncoderLayer, clip.CLIPAttention, clip.CLIPMLP, 1), (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
 SIGLIP = _clip_names(siglip.SiglipEncoderLayer, siglip.SiglipAttention, siglip.SiglipMLP, 0, _HALVES)
-LAYERS = {names.layer: names for names in (VIT, DEIT, DINOV2, REGISTERS, CLIP, SIGLIP)}
+LAYERS = {names.layer: names for names in (VIT, DEIT, MSN, IJEPA, DINOV2, REGISTERS, CLIP, SIGLIP)}
 
 
 def _all(names: Names, encoder: Any, x: Tensor) -> Tensor:
@@ -231,6 +237,10 @@ KINDS: dict[type[Any], Kind] = {
         Kind(deit.DeiTModel, DEIT, "", _all),
         Kind(deit.DeiTForImageClassification, DEIT, "deit", _first, ("classifier",)),
         Kind(deit.DeiTForImageClassificationWithTeacher, DEIT, "deit", _first_two, _TEACHERS),
+        Kind(msn.ViTMSNModel, MSN, "", _all),
+        Kind(msn.ViTMSNForImageClassification, MSN, "vit", _first, ("classifier",)),
+        Kind(ijepa.IJepaModel, IJEPA, "", _all),
+        Kind(ijepa.IJepaForImageClassification, IJEPA, "ijepa", _mean, ("classifier",)),
         Kind(dinov2.Dinov2Model, DINOV2, "", _all),
         Kind(dinov2.Dinov2ForImageClassification, DINOV2, "dinov2", _first_and_mean, ("classifier",)),
         Kind(registers.Dinov2WithRegistersModel, REGISTERS, "", _all),
@@ -510,9 +520,10 @@ class HfVit(Family):
             "config": {name: tower[name] for name in names if name in tower},
             "labels": list(whole["id2label"].values()) if kind.heads else None,
         }
-        if kind.names in (VIT, DEIT):
-            mask = encoder.embeddings.mask_token is not None
-            described["options"] = {"add_pooling_layer": encoder.pooler is not None, "use_mask_token": mask}
+        if not kind.path and kind.names in (VIT, DEIT, MSN, IJEPA):  # whose encoders are made with options
+            options = {"use_mask_token": encoder.embeddings.mask_token is not None}
+            pooled = {"add_pooling_layer": encoder.pooler is not None} if hasattr(encoder, "pooler") else {}
+            described["options"] = {**pooled, **options}
         return described
 
     def build(self, description: Mapping[str, Any]) -> nn.Module:

@@ -41,8 +41,9 @@ TRANSFORMERS = (
     *("CLIPVisionModel", "CLIPVisionModelWithProjection", "CLIPForImageClassification", "CLIPModel"),
     *("SiglipVisionModel", "SiglipForImageClassification", "SiglipModel", "Siglip2VisionModel"),
     *("DINOv3ViTModel", "BeitModel", "Data2VecVisionModel", "SwinModel", "Swinv2Model", "ViTMAEModel", "ViTMSNModel"),
+    *("ViTMSNForImageClassification", "IJepaModel", "IJepaForImageClassification"),
     *("HieraModel", "PvtModel", "SegformerModel", "YolosModel", "VitDetModel", "MobileViTModel", "LevitModel"),
-    *("IJepaModel", "BlipVisionModel", "SamVisionModel", "VivitModel", "CvtModel"),
+    *("BlipVisionModel", "SamVisionModel", "VivitModel", "CvtModel"),
 )
 """Classes of transformers that are looked at."""
 

@@ -204,6 +204,8 @@ def test_the_refusal_says_which_part_to_give() -> None:
     inner = make("ViTModel")
     _refused(nn.DataParallel(inner), r"DataParallel\. Its module is a ViTModel: give model\.module")
     _refused(torch.compile(inner), r"OptimizedModule\. Its _orig_mod is a ViTModel: give model\._orig_mod")
+    wrapped = transformers.TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args={"depth": 1})
+    _refused(transformers.TimmWrapperModel(wrapped), r"Its timm_model is a VisionTransformer: give model\.timm_model")
     swin = transformers.SwinModel(transformers.SwinConfig(embed_dim=12, depths=[1], num_heads=[1]))
     _refused(swin, r"wanted a timm VisionTransformer.* or a transformers ViT, .*, got transformers\.[\w.]+\.SwinModel$")
 
@@ -216,28 +218,22 @@ def test_activations_mean_the_same_in_the_kernels(activation: str) -> None:
 
 
 @pytest.mark.slow
-def test_transformers_is_imported_for_its_models_alone() -> None:
-    code = (
-        "import sys, gohsp, timm; from gohsp.masks.mask import ModelMask;"
-        "model = timm.create_model('vit_tiny_patch16_224', depth=1); ModelMask.full(model);"
-        "sys.exit('transformers' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-@pytest.mark.slow
-def test_a_pickle_is_read_where_nothing_was_imported(tmp_path: Path) -> None:
+def test_transformers_is_imported_for_its_models_alone_and_by_a_pickle_of_one(tmp_path: Path) -> None:
     small, x = compressed(make("CLIPVisionModel")), images()
     torch.save((small, x), tmp_path / "model.pt")
     code = (
-        "import sys, torch; small, x = torch.load(sys.argv[1], weights_only=False);"
-        "out = small(x, output_hidden_states=True); print(len(out.hidden_states), float(out.pooler_output.sum()))"
+        "import sys, timm, torch, gohsp;"
+        "gohsp.accelerate(timm.create_model('vit_tiny_patch16_224', depth=1));"
+        "print('transformers' in sys.modules);"
+        "small, x = torch.load(sys.argv[1], weights_only=False);"
+        "out = small(x, output_hidden_states=True);"
+        "print(len(out.hidden_states), float(out.pooler_output.detach().sum()))"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "model.pt")], capture_output=True, text=True, check=True
     )
-    depth, total = run.stdout.split()
-    assert depth == "3"
+    imported, depth, total = run.stdout.split()
+    assert (imported, depth) == ("False", "3")
     assert float(total) == pytest.approx(float(small(x).pooler_output.detach().sum()))
 
 

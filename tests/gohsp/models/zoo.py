@@ -44,7 +44,12 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "timm hybrid": partial(timm.create_model, "vit_tiny_r_s16_p8_224", img_size=SIDE, depth=2, num_classes=5),
     "ViTModel": partial(_hugging_face, "ViTModel", "ViTConfig", WIDE),
     "ViTModel without pooler": partial(
-        _hugging_face, "ViTModel", "ViTConfig", {**WIDE, "qkv_bias": False}, add_pooling_layer=False
+        _hugging_face,
+        "ViTModel",
+        "ViTConfig",
+        {**WIDE, "qkv_bias": False},
+        add_pooling_layer=False,
+        use_mask_token=True,
     ),
     "ViTForImageClassification": partial(_hugging_face, "ViTForImageClassification", "ViTConfig", WIDE),
     "DeiTModel": partial(_hugging_face, "DeiTModel", "DeiTConfig", {**WIDE, "image_size": [SIDE, SIDE]}),
@@ -52,6 +57,10 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "DeiTForImageClassificationWithTeacher": partial(
         _hugging_face, "DeiTForImageClassificationWithTeacher", "DeiTConfig", WIDE
     ),
+    "ViTMSNModel": partial(_hugging_face, "ViTMSNModel", "ViTMSNConfig", WIDE),
+    "ViTMSNForImageClassification": partial(_hugging_face, "ViTMSNForImageClassification", "ViTMSNConfig", WIDE),
+    "IJepaModel": partial(_hugging_face, "IJepaModel", "IJepaConfig", WIDE),
+    "IJepaForImageClassification": partial(_hugging_face, "IJepaForImageClassification", "IJepaConfig", WIDE),
     "Dinov2Model": partial(_hugging_face, "Dinov2Model", "Dinov2Config", {**DINO, "drop_path_rate": 0.1}),
     "Dinov2ForImageClassification": partial(_hugging_face, "Dinov2ForImageClassification", "Dinov2Config", DINO),
     "Dinov2WithRegistersModel": partial(
