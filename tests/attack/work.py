@@ -125,6 +125,7 @@ PIECES = {
     "bench results": Piece(append_results),
     "bench study": Piece(study),
     "mask and latency": Piece(save_tables),
+    "models": Piece(command("models", "pit_ti_*", "--found", "found.jsonl", "--write", "models.md")),
 }
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from gohsp.compress import compress, densify
 from gohsp.count import count
-from gohsp.files import cut, parse_json
+from gohsp.files import cut, parse_json, write_text
 from gohsp.masks.mask import ModelMask
 from gohsp.models.registry import family_of, open_block, open_model
 from gohsp.serialization import plan_of
@@ -254,21 +254,16 @@ def walk(found: Path | None, patterns: Iterable[str] = ("*",), told: Callable[[s
         raise ValueError(f"names: wanted some of timm, torchvision or transformers; got {', '.join(patterns)}")
     entries = []
     for library, name in asked:
-        line = known.get((library, name)) or _try(library, name, found)
-        if "verdict" in line:
-            entries.append(Entry(**line))
+        if (library, name) not in known:
+            entry = look(library, name)
+            known[library, name] = {"library": library, "name": name} if entry is None else asdict(entry)
+            if found is not None:
+                found.parent.mkdir(parents=True, exist_ok=True)
+                write_text(found, "".join(f"{json.dumps(line)}\n" for line in known.values()))
+        if "verdict" in known[library, name]:
+            entries.append(Entry(**known[library, name]))
             told(entries[-1].line())
     return entries
-
-
-def _try(library: str, name: str, found: Path | None) -> dict[str, Any]:
-    entry = look(library, name)
-    line = {"library": library, "name": name} if entry is None else asdict(entry)
-    if found is not None:
-        found.parent.mkdir(parents=True, exist_ok=True)
-        with found.open("a") as file:
-            print(json.dumps(line), file=file)
-    return line
 
 
 def releases() -> dict[str, str]:

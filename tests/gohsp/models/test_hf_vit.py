@@ -131,6 +131,30 @@ def test_save_pretrained_writes_a_checkpoint_and_says_that_it_is_no_more(tmp_pat
         transformers.ViTForImageClassification.from_pretrained(tmp_path / "plain")
 
 
+@pytest.mark.filterwarnings("ignore:save_pretrained")
+def test_a_trainer_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    data = [{"pixel_values": image.float(), "labels": index % 5} for index, image in enumerate(images(8))]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=2,
+        per_device_train_batch_size=4,
+        save_strategy="epoch",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+
+    def trained(checkpoint: str | None) -> dict[str, Tensor]:
+        model = compressed(make("ViTForImageClassification").float())
+        transformers.Trainer(model, arguments, train_dataset=data).train(resume_from_checkpoint=checkpoint)
+        return model.state_dict()
+
+    whole = trained(None)
+    torch.testing.assert_close(trained(str(tmp_path / "checkpoint-2")), whole)
+    assert not torch.equal(whole["classifier.weight"], make("ViTForImageClassification").float().classifier.weight)
+
+
 def test_names_of_classes_are_saved(tmp_path: Path) -> None:
     config = transformers.Dinov2Config(**SIZES, mlp_ratio=2, id2label={0: "cat", 1: "dog", 2: "eel"})
     small = compressed(transformers.Dinov2ForImageClassification(config))
