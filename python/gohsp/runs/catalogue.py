@@ -30,7 +30,7 @@ from gohsp.masks.mask import ModelMask
 from gohsp.models.registry import family_of, open_block, open_model
 from gohsp.serialization import plan_of
 
-LARGEST = 3e7
+LARGEST = 1e8
 """Parameters of a block; that of a larger one is not compared."""
 
 TRANSFORMERS = (
