@@ -171,7 +171,9 @@ def _by_blocks(model: nn.Module, blocks: list[nn.Module]) -> tuple[str, str]:
             reasons.append(str(error).removeprefix("block: cannot prune it: "))
     kinds = sorted({type(block).__name__ for block in blocks})
     if known:
-        return "blocks", f"{known} of {len(blocks)} blocks can be replaced"
+        return "blocks", "each block can be replaced" if known == len(
+            blocks
+        ) else f"{known} of {len(blocks)} blocks can be"
     return "no", (reasons or [f"blocks of another class: {', '.join(kinds)}"])[0]
 
 

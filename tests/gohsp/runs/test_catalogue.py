@@ -30,11 +30,12 @@ TAKEN = [
     ("transformers", "SiglipVisionModel"),
 ]
 OTHERS = [
-    ("timm", "pit_ti_224", "blocks", "12 of 12 blocks can be replaced"),
-    ("timm", "mobilevit_xxs", "blocks", "9 of 9 blocks can be replaced"),
+    ("timm", "pit_ti_224", "blocks", "each block can be replaced"),
+    ("timm", "mobilevit_xxs", "blocks", "each block can be replaced"),
     ("timm", "nest_tiny", "no", "blocks of another class: TransformerLayer"),
     ("torchvision", "swin_t", "no", "blocks of another class: SwinTransformerBlock"),
-    ("transformers", "CLIPModel", "blocks", "24 of 24 blocks can be replaced"),
+    ("transformers", "CLIPModel", "blocks", "each block can be replaced"),
+    ("transformers", "SiglipModel", "blocks", "24 of 25 blocks can be"),
     ("transformers", "BeitModel", "no", "blocks of another class: BeitLayer"),
 ]
 
