@@ -20,11 +20,11 @@ TESTS = Path(__file__).parent
 MUTATIONS = {
     "transformers: layer scale is left out": Mutation(
         "models/hf_vit.py", "    if not hasattr(layer, name):\n", "    if True:\n",
-        "models/test_adapters.py::test_compressed_plain_and_frozen_it_is_the_masked_one[Dinov2Model]",
+        "models/test_adapters.py::test_compressed_plain_and_frozen_it_is_the_masked_one",
     ),
     "transformers: recorders that hung on layers are thought to be there still": Mutation(
         "models/hf_vit.py", 'pop("_output_capturing_hooks_installed"', 'get("_output_capturing_hooks_installed"',
-        "models/test_hf_vit.py::test_hidden_states_are_those_of_the_masked_model[ViTModel]",
+        "models/test_hf_vit.py::test_hidden_states_are_those_of_the_masked_model",
     ),
     "transformers: a mask reaches the heads of the dense layer alone": Mutation(
         "models/hf_vit.py", "return attention_mask, False", "return None, False",
@@ -37,7 +37,7 @@ MUTATIONS = {
     ),
     "timm: a hybrid's images have the channels of its backbone's result": Mutation(
         "models/timm_vit.py", "for part in model.patch_embed.modules() if", "for part in [model.patch_embed.proj] if",
-        "models/test_adapters.py::test_costs_are_those_of_the_parameters_and_products[timm hybrid]",
+        "models/test_adapters.py::test_costs_are_those_of_the_parameters_and_products",
     ),
     "mask: q and k rows of a pruned head stay": Mutation(
         "masks/mask.py", "qk = (self.qk & self.heads[:, None]).flatten()", "qk = self.qk.flatten()",
