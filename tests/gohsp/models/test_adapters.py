@@ -96,6 +96,7 @@ def test_the_open_model_computes_what_the_model_does(name: str) -> None:
     assert opened.family.stream_shape(model) == (len(opened.blocks), *stream.shape[1:])
 
 
+@pytest.mark.slow
 @EACH
 def test_costs_are_those_of_the_parameters_and_products(name: str) -> None:
     model = make(name)
@@ -112,6 +113,7 @@ def test_costs_are_those_of_the_parameters_and_products(name: str) -> None:
     assert gohsp.count(model).macs == counter.get_total_flops() // 2
 
 
+@pytest.mark.slow
 @EACH
 def test_saved_and_loaded_copied_and_pickled_it_is_the_same(name: str, tmp_path: Path) -> None:
     small, x = compressed(make(name)), images()

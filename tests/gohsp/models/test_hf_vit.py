@@ -131,6 +131,7 @@ def test_save_pretrained_writes_a_checkpoint_and_says_that_it_is_no_more(tmp_pat
         transformers.ViTForImageClassification.from_pretrained(tmp_path / "plain")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:save_pretrained")
 def test_a_trainer_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
@@ -221,6 +222,7 @@ def test_what_cannot_be_pruned_exactly_is_refused_with_the_reason() -> None:
     _refused(Own(transformers.ViTConfig(**WIDE)), r"wanted ViTModel or .* \(not a subclass\), got .*Own")
 
 
+@pytest.mark.slow
 def test_the_refusal_says_which_part_to_give() -> None:
     text = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 24}
     model = transformers.CLIPModel(transformers.CLIPConfig(vision_config=WIDE, text_config=text))
