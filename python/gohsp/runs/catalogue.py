@@ -287,7 +287,11 @@ def document(entries: list[Entry], libraries: Mapping[str, str]) -> str:
         "torchvision, and at classes of transformers, that hold blocks of attention and MLP. What is taken was tried",
         "with random weights: one block of the model's own width (transformers: of a small one), a random mask over",
         f"all groups, compact and made plain (`densify`) against the masked dense model in float64. {looked}.",
-        *("", "- **yes**: everything from ranking to saving works on the model."),
+        *(
+            "",
+            "- **yes**: the class is taken. Counting, compressing, making plain and the plan of a save were tried;",
+        ),
+        "  ranking, pruning, training and freezing are tested on small models of each class, not on each name.",
         "- **blocks**: the class is not taken, but blocks of it can be replaced by compact ones, each with a mask of",
         "  its own (`gohsp.compress_block`), or run on the kernels unpruned (`gohsp.accelerate`).",
         *("- **no**: with the first reason.", ""),
