@@ -52,6 +52,10 @@ NATIVE = {
 
 SCHEMAS = {**PUBLIC, **NATIVE}
 
+# A public operator compares weights with what was packed, and packs: torch.compile must not put it into a CUDA graph,
+# which would go on with weights that are gone, and whose pool of memory must not hold what outlives it.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
 _FAKES: dict[str, Callable[..., Tensor]] = {}
 
 
@@ -140,7 +144,7 @@ def register(implementations: dict[str, Callable[..., Tensor]]) -> torch.library
     """Define every operator and its fake; give the public ones their implementation, the same for all devices."""
     library = torch.library.Library(NAMESPACE, "DEF")
     for name, schema in SCHEMAS.items():
-        library.define(name + schema)
+        library.define(name + schema, tags=_TAGS if name in PUBLIC else ())
         torch.library.register_fake(f"{NAMESPACE}::{name}", _of_one_kind(_FAKES[name]), lib=library)
     for name in PUBLIC:
         library.impl(name, implementations[name], "CompositeExplicitAutograd")

@@ -350,7 +350,7 @@ def packed_linear(linear: Linear, x: Tensor, _: int | None = None) -> Tensor:
     )
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.cache  # without a limit: a captured graph reads the table by its address
 def _head_table(qk_widths: tuple[int, ...], v_widths: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 [heads with V channels, 6], as in :class:`_Heads`, of qkv whose channels follow one another."""
     n_qk = sum(qk_widths)

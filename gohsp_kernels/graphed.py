@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch
-from ._cache import keeping
+from ._cache import keeping, read_on
 from ._stamp import Stamp
 
 CAPTURABLE = "cuda"  # type of the device that has graphs; PyTorch gives AMD's the same name
@@ -99,6 +99,7 @@ class _Graph:
             capture = torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local")
             with keeping() as self.packed, capture:
                 self.output: Tensor = model(self.input)
+            read_on(torch.cuda.current_stream(), self.packed)  # which packed on the other one
 
     def replay(self, x: Tensor) -> Tensor:
         self.input.copy_(x)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._cache import up_to_date
-from ._stamp import Stamp
+from ._cache import Entry, capturing, up_to_date
 from .descriptors import Descriptor, Sublayer
 
 
@@ -107,7 +106,7 @@ class PackedChain:
         self._sublayers = sublayers
         self._pack_one, self._run = pack, run
         self._tensors = [t for s in sublayers for t in s.tensors if t is not None]
-        self._entry: tuple[Stamp, list[Any]] | None = None
+        self._entry: Entry[list[Any]] | None = None
 
     def fits(self, x: Tensor) -> bool:
         """Whether it was made for such an ``x``."""
@@ -116,7 +115,10 @@ class PackedChain:
 
     def current(self) -> list[Any]:
         """The packed sublayers as their tensors are now."""
-        entry = self._entry = up_to_date(self._entry, self._tensors, (), self._pack)
+        before = self._entry
+        entry = up_to_date(before, self._tensors, (), self._pack)
+        if entry is not before and not capturing(self._tensors):
+            self._entry = entry
         return entry[1]
 
     def __call__(self, x: Tensor, num_queries: int) -> Tensor:
