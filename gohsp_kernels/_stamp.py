@@ -100,7 +100,7 @@ def _content(tensors: Sequence[Tensor]) -> _Reading:
 def _reading(device: torch.device, tensors: Sequence[Tensor]) -> _Reading:
     if device.type == "cpu" and (checksum := _native_checksum()):
         return _at_once(partial(checksum, _spans(tensors), len(tensors)), tensors)
-    if device.type == "cuda" and not torch.version.hip and _native.load_cuda():
+    if device.type == "cuda" and not torch.version.hip and not _native.cuda_missing(device.index):
         return _from_gpu(device, tensors)
     return _at_once(partial(_sums, tensors), tensors)
 

@@ -414,7 +414,11 @@ class CudaBackend:
         kind = request.device.type
         if kind != "cuda" or torch.version.hip:
             return f"runs on NVIDIA GPUs; got a tensor on {'hip' if kind == 'cuda' else kind}"
-        return _gpu.missing_device(request)
+        reason = _gpu.missing_device(request)
+        if reason or request.capability is not None:  # of a GPU that need not be there
+            return reason
+        index = request.device.index
+        return _native.cuda_missing(torch.cuda.current_device() if index is None else index)
 
     def only_named(self, request: Request) -> str:
         return _gpu.ON_CPU if request.device.type == "cpu" else ""
