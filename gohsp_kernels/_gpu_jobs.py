@@ -72,6 +72,7 @@ class Report:
 
     def __init__(self, path: Path, about: Row) -> None:
         self.path, self.about, self.rows = path, about, list[Row]()
+        self._told: set[object] = set()
         self._lock = threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         Path(f"{path}.jsonl").write_text(json.dumps({"about": about}) + "\n")
@@ -84,6 +85,9 @@ class Report:
                 file.write(json.dumps(row) + "\n")
             if row.get("ok") is False:
                 print("FAILED", json.dumps(row)[:500], flush=True)
+            elif "case" not in row and row.get("reason") not in self._told:  # of a whole process
+                self._told.add(row.get("reason"))
+                print("left out:", row.get("backend") or row["part"], row.get("reason"), flush=True)
 
     def finish_part(self, name: str, seconds: float) -> None:
         """Print a part's verdict, and write the report for people."""

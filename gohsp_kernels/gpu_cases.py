@@ -52,17 +52,17 @@ class Chain:
 
 Draw = Callable[[Maker], Call | Chain]
 
-HEADS_64 = [64, 24, 0, 40], [64, 40, 16, 8]
-FULL_HEADS = [64] * 4, [64] * 4
+RAGGED = [64, 24, 0, 40], [64, 40, 16, 8]
+RAGGED_SMALL = [16, 8, 0, 12], [16, 12, 8, 8]
 
 
 def _chain(
     m: Maker, batch: int, tokens: int, features: int, hidden: int, *keep: str, queries: int | None = None
 ) -> Chain:
     """Two blocks. What is not pruned leaves statistics for the next product; scattered columns leave none."""
-    calls = []
+    calls, widths = [], [min(64, features // 4)] * 4
     for _ in range(2):
-        calls.append(m.attention_sublayer(0, 0, features, *FULL_HEADS, *keep, scale=0.125))
+        calls.append(m.attention_sublayer(0, 0, features, widths, widths, *keep, scale=0.125))
         calls.append(m.mlp_sublayer((0,), features, hidden, *keep))
     return Chain(tuple(calls), m.normal(batch, tokens, features), queries)
 
@@ -74,12 +74,13 @@ def explicit_cases(small: bool = False) -> dict[str, Draw]:
     def add(name: str, make: Callable[..., Call | Chain], *arguments: Any, **more: Any) -> None:
         found[name] = lambda m: make(m, *arguments, **more)
 
-    tokens, features, hidden, slim = (19, 128, 96, 64) if small else (197, 384, 960, 192)
+    tokens, features, hidden, slim = (19, 64, 96, 64) if small else (197, 384, 960, 192)
+    ragged = RAGGED_SMALL if small else RAGGED
     for batch in (1,) if small else (1, 64, 8):
         for keep in (("all", "all"), ("chunks", "most"), ("single", "chunks"), ("chunks", "single")):
             name = f"{keep[0]} in, {keep[1]} out, batch {batch}"
             add(f"mlp, {name}", Maker.mlp_sublayer, (batch, tokens), features, hidden, *keep)
-            add(f"attention, {name}", Maker.attention_sublayer, batch, tokens, features, *HEADS_64, *keep, scale=0.125)
+            add(f"attention, {name}", Maker.attention_sublayer, batch, tokens, features, *ragged, *keep, scale=0.125)
             add(f"chain, {name}", _chain, batch, tokens, features, hidden, *keep)
         add(f"mlp, {slim} features, batch {batch}", Maker.mlp_sublayer, (batch, tokens), slim, 2 * slim)
         add(f"chain for a class token, batch {batch}", _chain, batch, tokens, features, hidden, "all", "all", queries=1)
@@ -93,13 +94,13 @@ def explicit_cases(small: bool = False) -> dict[str, Draw]:
                 batch,
                 tokens,
                 odd,
-                *HEADS_64,
+                *ragged,
                 *keep,
             )
     if not small:  # tiles between those of the batches above; many columns that are scattered
         add("linear, 5000 rows, 384 to 190, silu", Maker.linear, (5000,), 384, "all", 190, "all", "silu")
         add("mlp, batch 2", Maker.mlp_sublayer, (2, tokens), features, hidden)
-        add("attention, batch 2", Maker.attention_sublayer, 2, tokens, features, *HEADS_64, scale=0.125)
+        add("attention, batch 2", Maker.attention_sublayer, 2, tokens, features, *ragged, scale=0.125)
         add("chain of 768 features, single out, batch 64", _chain, 64, tokens, 768, hidden, "all", "single")
     _add_linear(add, small)
     _add_attention(add, small, tokens, features)

@@ -20,7 +20,7 @@ import gohsp
 import gohsp_kernels as gk
 from bench.gpu import paper_model
 from bench.harness import cases
-from gohsp_kernels import gpu_check
+from gohsp_kernels import gpu_check, graphed
 from gohsp_kernels.gpu_check import BATCHES, Case, Part, Row, Scope, error_of, first_line, gpu_backends, milliseconds
 
 Forward = Callable[[Tensor], Tensor]
@@ -34,6 +34,8 @@ CASES = [
     for model, (heads, neurons) in paper_model.PRESETS.items()
     for preset in (f"{heads}x{neurons}", "ragged")
 ]
+
+REHEARSED = [cases.Case("deit_tiny_patch16_224", "2x96", image_size=32)]
 
 
 def with_attention(model: nn.Module, fused: bool) -> nn.Module:
@@ -67,7 +69,12 @@ def contenders(
     for backend, support in gpu_backends(device, DTYPE):
         if support:
             yield f"gohsp {backend}", backend, lambda: plain(copy.deepcopy(work.compressed))
-            yield f"gohsp {backend} graph", backend, lambda: gohsp.GraphedModel(plain(copy.deepcopy(work.compressed)))
+            if device.type == graphed.CAPTURABLE:
+                yield (
+                    f"gohsp {backend} graph",
+                    backend,
+                    lambda: gohsp.GraphedModel(plain(copy.deepcopy(work.compressed))),
+                )
 
 
 @torch.no_grad()

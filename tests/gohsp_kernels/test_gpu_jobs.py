@@ -141,6 +141,13 @@ def test_so_many_at_a_time(report: Report) -> None:
     assert [row["ok"] for row in report.rows] == [True] * 4 and report.rows[-1]["case"] == "waits"
 
 
+def test_a_backend_that_cannot_run_is_told_once(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(3):
+        report.add({"part": "smoke", "backend": "cuda", "ok": None, "reason": "needs a driver for CUDA 13.0"})
+    report.add({"part": "smoke", "backend": "cuda", "case": "linear", "ok": None, "reason": "not here"})
+    assert capsys.readouterr().out == "left out: cuda needs a driver for CUDA 13.0\n"
+
+
 def test_the_report_for_people(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
     for row in (
         {"ok": True, "error": 1e-7},
