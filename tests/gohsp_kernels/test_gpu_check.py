@@ -139,27 +139,27 @@ def test_a_slice_of_the_explicit_cases_in_emulation(precision: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.interpreter
-def test_smoke_in_the_interpreter() -> None:
-    rows = rows_of("smoke", scope("triton", "float16"))
-    kinds = [row["case"].split(",")[0] for row in rows]
-    assert kinds == ["mlp", "attention", "chain", "linear", "heads to 64"] and all(row["ok"] for row in rows)
-
-
-@pytest.mark.slow
 def test_a_rehearsal_from_the_command_line(tmp_path: Path) -> None:
-    """A tiny slice of all that there is, through processes of its own."""
-    command = [sys.executable, "-m", "gohsp_kernels.gpu_check", "--device", "cpu", "--seconds", "100", "--at-once", "2"]
-    command += ["--folder", str(tmp_path), "--only", "smoke", "graphs", "--cases", "1", "--largest", "8"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    """Its first part, through processes of its own."""
+    command = [sys.executable, "-m", "gohsp_kernels.gpu_check", "--device", "cpu", "--seconds", "300", "--at-once", "2"]
+    run = subprocess.run(
+        [*command, "--folder", str(tmp_path), "--only", "smoke"], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     first, *rows = (json.loads(line) for line in (tmp_path / "CPU.jsonl").read_text().splitlines())
     assert first["about"]["torch"] == torch.__version__ and first["about"]["device"] == "CPU"
-    smoke = [row for row in rows if row["part"] == "smoke"]
-    judged = {row["backend"]: row["ok"] for row in smoke if row["ok"] is not None}
-    assert judged.get("triton") is True and all(row["ok"] is not False for row in rows)
-    assert {row["ok"] for row in rows if row["part"] == "graphs"} == {None}  # there are none without a GPU
+    kinds = {"mlp", "attention", "chain", "linear", "heads to 64"}
+    for backend in ("triton", "cuda"):
+        found = [row for row in rows if row["backend"] == backend]
+        if backend == "triton" or "case" in found[0]:  # the build may lack the emulation
+            assert {row["case"].split(",")[0] for row in found} == kinds and all(row["ok"] for row in found)
     assert "## smoke" in (tmp_path / "CPU.md").read_text()
+
+
+@pytest.mark.interpreter
+def test_without_a_gpu_there_are_no_graphs() -> None:
+    rows = rows_of("graphs", scope())
+    assert len(rows) == 2 and all(row["ok"] is None and "graphs" in row["reason"] for row in rows)
 
 
 @pytest.mark.slow
