@@ -64,6 +64,16 @@ def scaled(form: str, x: Tensor, weight: Tensor, group: int | None = None) -> Te
     return product * row_scale * column_scale.t()
 
 
+def scaled_by_group(form: str, x: Tensor, weight: Tensor) -> Tensor:
+    """The same where a row of ``x`` has a scale for every ``GROUP`` columns, as a tile that writes them can find it."""
+    columns, column_scale = rounded(weight, form)
+    result = x.new_zeros(x.shape[0], weight.shape[0])
+    for part, weights in zip(x.split(GROUP, 1), columns.split(GROUP, 1), strict=True):
+        rows, row_scale = rounded(part, form)
+        result += rows @ weights.t() * row_scale
+    return result * column_scale.t()
+
+
 def narrow(dtype: torch.dtype, x: Tensor, weight: Tensor) -> Tensor:
     """A product of operands in a dtype of 16 bits."""
     return x.to(dtype).double() @ weight.to(dtype).double().t()
@@ -75,6 +85,8 @@ FORMS: Mapping[str, tuple[Product, Product]] = {
     "bfloat16": (partial(narrow, torch.bfloat16),) * 2,
     "int8": (partial(scaled, "int8"), HALF),
     "fp8": (partial(scaled, "fp8"), HALF),
+    f"int8, scales of {GROUP} columns": (partial(scaled_by_group, "int8"), HALF),
+    f"fp8, scales of {GROUP} columns": (partial(scaled_by_group, "fp8"), HALF),
     f"fp8, added up in {BITS} bits": (partial(scaled, "fp8", group=2**30), HALF),
     f"fp8, {BITS} bits for {GROUP} of the depth": (partial(scaled, "fp8", group=GROUP), HALF),
 }

@@ -43,6 +43,18 @@ def test_sums_are_cut_where_they_have_more_bits() -> None:
     assert fp8.cut_sums(ones, weight, 128)[0, 0] == 2**15 + 4 * 28 + 12 * 31
 
 
+@pytest.mark.parametrize("form", ["fp8", "int8"])
+def test_a_group_of_columns_has_its_own_scale(form: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 300, dtype=torch.float64, generator=generator) for n in (4, 6))
+    one = fp8.scaled_by_group(form, x[:, :100], weight[:, :100])
+    assert torch.allclose(one, fp8.scaled(form, x[:, :100], weight[:, :100]), rtol=1e-12)
+    x[:, :128] *= 1e6  # beside which the others are nothing, but in groups of their own
+    weight[:, :128] = 0
+    found, truth = fp8.scaled_by_group(form, x, weight), x @ weight.t()
+    assert error(found, truth) < 0.05 < error(fp8.scaled(form, x, weight), truth)
+
+
 @pytest.mark.slow
 def test_all_products_of_a_model_are_taken() -> None:
     work = cases.load(cases.Case("deit_tiny_patch16_224", "2x96", image_size=32))
