@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import itertools
 import json
 import os
 import platform
@@ -453,12 +454,12 @@ def tuning(scope: Scope) -> Iterator[Case]:
 
 
 PARTS: dict[str, Part] = {
-    "smoke": Part(smoke, 8, precisions=HALF),
+    "smoke": Part(smoke, 12, precisions=HALF),
     "explicit": Part(explicit, 32, slices=(2, 3)),
-    "largest": Part(largest, 5, backends=("cuda",), precisions=HALF),
+    "largest": Part(largest, 4, backends=("cuda",), precisions=HALF),
     "sanitizer": Part(
         sanitized,
-        16,
+        13,
         backends=("cuda",),
         precisions=("float16", "float32"),
         slices=(3, 3),
@@ -542,7 +543,9 @@ def jobs(name: str, part: Part, scope: Scope) -> Iterator[Job]:
                         str(scope.largest),
                     ]
                     command = worker(part.module, *options)
-                    environment = {"TRITON_INTERPRET": "1"} if scope.device.type == "cpu" else {}
+                    environment = {"OMP_NUM_THREADS": "1"}  # there are as many processes as cores
+                    if scope.device.type == "cpu":
+                        environment["TRITON_INTERPRET"] = "1"
                     if tool:
                         # Without PyTorch's own pool each tensor is an allocation whose ends the tool knows.
                         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
@@ -583,6 +586,12 @@ def about(device: str) -> Row:
     return found
 
 
+def free_place(folder: Path, name: str) -> Path:
+    """Where no report is yet: a second run adds to what the first has found."""
+    places = (folder / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
+    return next(place for place in places if not Path(f"{place}.jsonl").exists())
+
+
 @contextmanager
 def stopped_by_signals(deadline: Deadline) -> Iterator[None]:
     """In the ``with`` block a signal to end brings the deadline forward: processes end, and the report is written."""
@@ -596,7 +605,7 @@ def stopped_by_signals(deadline: Deadline) -> Iterator[None]:
 
 def check(device: str, folder: Path, scope: Scope, parts: Mapping[str, Part], seconds: float, at_once: int) -> int:
     """Run parts and write the report; the exit code: 1 where something was wrong."""
-    report = Report(folder / "-".join(device.replace("/", " ").split()), about(device))
+    report = Report(free_place(folder, "-".join(device.replace("/", " ").split())), about(device))
     deadline, whole, past = Deadline(seconds), sum(part.share for part in parts.values()), 0.0
     with stopped_by_signals(deadline):
         for name, part in parts.items():
