@@ -141,7 +141,7 @@ def test_a_slice_of_the_explicit_cases_in_emulation(precision: str) -> None:
 @pytest.mark.slow
 def test_a_rehearsal_from_the_command_line(tmp_path: Path) -> None:
     """Its first part, through processes of its own."""
-    command = [sys.executable, "-m", "gohsp_kernels.gpu_check", "--device", "cpu", "--seconds", "300", "--at-once", "2"]
+    command = [sys.executable, "-m", "gohsp_kernels.gpu_check", "--device", "cpu", "--seconds", "900", "--at-once", "2"]
     run = subprocess.run(
         [*command, "--folder", str(tmp_path), "--only", "smoke"], cwd=ROOT, capture_output=True, text=True
     )

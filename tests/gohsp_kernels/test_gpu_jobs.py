@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,9 +47,9 @@ def report(tmp_path: Path) -> Report:
     return Report(tmp_path / "GPU", {"device": "GPU", "torch": "2.99"})
 
 
-def job(report: Report, what: str, seconds: float = 30) -> Job:
+def job(report: Report, what: str) -> Job:
     command = [sys.executable, "-c", WORKER, what, f"{report.path}.jsonl"]
-    return Job({"part": "explicit", "backend": what}, command, seconds=seconds)
+    return Job({"part": "explicit", "backend": what}, command)
 
 
 def starts(report: Report) -> list[str]:
@@ -78,7 +79,7 @@ def kept(report: Report) -> list[Any]:
 
 @pytest.mark.parametrize("what", ["right", "looks"])
 def test_rows_are_in_the_file_when_they_come(report: Report, what: str) -> None:
-    run_jobs([job(report, what)], 1, Deadline(60), 1, report)
+    run_jobs([job(report, what)], 1, Deadline(600), 1, report)
     assert outcomes(report) == [(f"case {i}", True) for i in range(3)] and starts(report) == ["0"]
     assert kept(report) == [{"about": report.about}, *report.rows]
     assert report.rows[0] == {"part": "explicit", "backend": what, "case": "case 0", "ok": True, "error": 1e-7}
@@ -94,36 +95,71 @@ def test_rows_are_in_the_file_when_they_come(report: Report, what: str) -> None:
     ],
 )
 def test_a_process_that_faults_is_gone_on_after(report: Report, what: str, reason: str) -> None:
-    run_jobs([job(report, what)], 1, Deadline(60), 1, report)
+    run_jobs([job(report, what)], 1, Deadline(600), 1, report)
     assert outcomes(report) == [("case 0", True), ("case 1", False), ("case 2", True)]
     assert report.rows[1]["reason"] == reason and starts(report) == ["0", "2"]
     assert report.wrong()
 
 
-def test_one_that_hangs_is_ended_with_all_that_it_started(report: Report) -> None:
-    run_jobs([job(report, "hangs", seconds=0.6)], 1, Deadline(60), 1, report)
+def child_of(report: Report) -> Path:
+    """Holds the number of what a worker that hangs has started."""
+    return Path(f"{report.path}.jsonl.child")
+
+
+def hangs(report: Report) -> bool:
+    child = child_of(report)
+    return child.exists() and bool(child.read_text())
+
+
+def test_one_that_hangs_is_ended_with_all_that_it_started(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that hurries until it is told."""
+    more = [0.0]
+
+    def monotonic() -> float:
+        more[0] += 100 * (hangs(report) and all(row["case"] != "case 1" for row in report.rows))
+        return time.monotonic() + more[0]
+
+    monkeypatch.setattr(_gpu_jobs, "time", SimpleNamespace(monotonic=monotonic))
+    run_jobs([job(report, "hangs")], 1, Deadline(1e6), 1, report)
     assert outcomes(report) == [("case 0", True), ("case 1", False), ("case 2", True)]
     assert report.rows[1]["reason"].startswith("not finished after ")
-    assert gone(int(Path(f"{report.path}.jsonl.child").read_text()))
+    assert gone(int(child_of(report).read_text()))
 
 
 def test_lack_of_time_is_no_fault_and_is_told(report: Report) -> None:
-    run_jobs([job(report, "hangs"), job(report, "right")], 1, Deadline(4), 0.5, report)
+    class UntilItHangs(Deadline):
+        looks = 0
+
+        def left(self, share: float = 1.0) -> float:
+            self.looks += hangs(report)  # the name of the case is on its way at the first
+            return -1.0 if self.looks > 5 else super().left(share)
+
+    run_jobs([job(report, "hangs"), job(report, "right")], 1, UntilItHangs(1e6), 0.5, report)
     assert outcomes(report) == [("case 0", True), ("case 1", None), ("from number 0 on", None)]
     assert report.rows[1]["reason"].startswith("stopped for lack of time after ")
     assert report.rows[2]["reason"] == "no time was left for it" and report.rows[2]["backend"] == "right"
-    assert gone(int(Path(f"{report.path}.jsonl.child").read_text())) and not report.wrong()
+    assert gone(int(child_of(report).read_text())) and not report.wrong()
+
+
+def test_a_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(_gpu_jobs, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    deadline = Deadline(50)
+    now[0] += 10
+    assert (deadline.left(), deadline.left(0.5), deadline.left(0.1)) == (40, 15, -5)
+    deadline.stop()
+    assert deadline.left() == 0
 
 
 def test_what_always_faults_is_left(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_gpu_jobs, "RESTARTS", 2)
-    run_jobs([job(report, "always")], 1, Deadline(60), 1, report)
+    run_jobs([job(report, "always")], 1, Deadline(600), 1, report)
     assert outcomes(report) == [("case 0", False), ("case 1", False), ("from number 2 on", None)]
     assert report.rows[-1]["reason"] == "left out after 2 faults"
 
 
 def test_one_that_does_not_start_is_wrong_once(report: Report) -> None:
-    run_jobs([job(report, "start")], 1, Deadline(60), 1, report)
+    run_jobs([job(report, "start")], 1, Deadline(600), 1, report)
     assert outcomes(report) == [("before the first case", False)] and starts(report) == ["0"]
     assert report.rows[0]["reason"] == "exit code 1: no module named torch"
 
@@ -137,7 +173,7 @@ def test_so_many_at_a_time(report: Report) -> None:
         "print(json.dumps({'case': 'waits', 'ok': True}), flush=True)\n"
     )
     first = Job({"part": "explicit"}, [sys.executable, "-c", waits, f"{report.path}.jsonl"])
-    run_jobs([first, job(report, "right")], 2, Deadline(60), 1, report)
+    run_jobs([first, job(report, "right")], 2, Deadline(600), 1, report)
     assert [row["ok"] for row in report.rows] == [True] * 4 and report.rows[-1]["case"] == "waits"
 
 
