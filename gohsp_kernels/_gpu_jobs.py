@@ -196,11 +196,10 @@ def _run_from(job: Job, first: int, deadline: Deadline, share: float, report: Re
                 if line is None:
                     patience = 10.0
                     break
-                if not line.startswith("{"):
+                row = _parsed(line)
+                if row is None:
                     noise.append(line)
-                    continue
-                row: Row = json.loads(line)
-                if "begins" in row:
+                elif "begins" in row:
                     case, number, began = row["begins"], row["number"], time.monotonic()
                 else:
                     report.add({**job.about, **row})
@@ -219,6 +218,15 @@ def _read(source: Any, lines: queue.Queue[str | None]) -> None:
     for line in source:
         lines.put(line)
     lines.put(None)
+
+
+def _parsed(line: str) -> Row | None:
+    """The row in a line; None for what a library has to say."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _end(process: subprocess.Popen[str], patience: float) -> None:

@@ -19,6 +19,7 @@ import functools
 import importlib
 import itertools
 import json
+import math
 import os
 import platform
 import shutil
@@ -490,6 +491,11 @@ def spoiled(device: torch.device) -> bool:
     return False
 
 
+def _in_json(row: Row) -> Row:
+    """A row without numbers that JSON does not have."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
 def work(part: Part, scope: Scope, part_of: tuple[int, int], first: int, say: Callable[[Row], object]) -> int:
     """Run every n-th case of a part from number ``first`` on, each named before it begins; the exit code."""
     if scope.backend:
@@ -508,7 +514,7 @@ def work(part: Part, scope: Scope, part_of: tuple[int, int], first: int, say: Ca
             found = {"ok": False, "reason": first_line(error)}
             fault = spoiled(scope.device)
         for row in found if isinstance(found, list) else [found]:
-            say({"case": name, **row, "s": round(time.perf_counter() - began, 2)})
+            say({"case": name, **_in_json(row), "s": round(time.perf_counter() - began, 2)})
         if fault:
             return SPOILED
     return 0

@@ -93,13 +93,15 @@ def test_a_process_ends_after_a_fault_that_spoils_it(
 
     def cases(scope: Scope) -> Iterator[gpu_check.Case]:
         yield "first", fails
-        yield "second", lambda: [{"ok": True}, {"ok": None}]
+        yield "second", lambda: [{"ok": False, "error": float("inf")}, {"ok": None}]
 
     monkeypatch.setattr(gpu_check, "spoiled", lambda device: lost)
     said: list[Row] = []
     assert gpu_check.work(Part(cases, 1), Scope(CPU), (0, 1), 0, said.append) == code
     assert said[1]["ok"] is False and said[1]["reason"] == "RuntimeError: CUDA error: an illegal memory access"
     assert sum("begins" in row for row in said) == count and len(said) == (2 if lost else 5)
+    assert lost or said[3]["error"] == "inf"
+    assert json.dumps(said, allow_nan=False)
 
 
 def test_a_gpu_that_gives_nothing_more_is_told_from_a_call_that_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ for i in range(first, 3):
             child = subprocess.Popen(["sleep", "60"]); open(report + ".child", "w").write(str(child.pid)); child.wait()
         if what == "looks":
             while "case 0" not in open(report).read(): time.sleep(0.01)
-    print("a library talks")
+    print("a library talks"), print("{it goes on"), print("3")
     say(case=f"case {i}", ok=True, error=1e-7)
 """
 
