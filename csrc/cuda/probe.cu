@@ -4,9 +4,6 @@
 
 namespace gohsp::cuda {
 
-// Compiled for the same GPUs as all others.
-__global__ void nothing() {}
-
 // Asks for what a launch would need: a driver that this runtime gets on with, and code for the GPU. A driver that is
 // older by a minor number often is good enough, so versions alone decide nothing.
 std::string missing(int device) {
@@ -18,7 +15,7 @@ std::string missing(int device) {
   cudaError_t error = cudaGetDevice(&before);
   if (error == cudaSuccess) error = cudaSetDevice(device);
   if (error == cudaSuccess) {
-    error = cudaFuncGetAttributes(&attributes, nothing);
+    error = cudaFuncGetAttributes(&attributes, any_kernel());
     cudaSetDevice(before);
   }
   cudaGetLastError();  // or the next call would find it

@@ -17,6 +17,9 @@ inline std::string reason_of(int driver, int runtime, const char* error) {
   return "has no code for this GPU" + said;
 }
 
+// One of the kernels, which are all compiled for the same GPUs.
+const void* any_kernel();
+
 // The reason for the GPU of this number, or the empty string.
 std::string missing(int device);
 
