@@ -175,7 +175,7 @@ def make_accelerator() -> Accelerator:
     try:
         from accelerate import Accelerator
     except ImportError as error:
-        raise ImportError("gohsp.train works on Accelerate; install it: pip install 'gohsp[train]'") from error
+        raise ImportError("gohsp.train works on Accelerate; install it: pip install accelerate") from error
     # Told nothing, Accelerate takes processes without a GPU for as many runs of one process each.
     return Accelerator(cpu=not torch.accelerator.is_available())
 

@@ -25,11 +25,11 @@ from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner, Result
 
 import gohsp
-from gohsp.cli import app
 from gohsp.files import alone
 from gohsp.recipe import ModelSource, read_recipe
 from gohsp.runs.directory import RunDirectory, open_model, read_scores
 from gohsp.runs.report import Row, draw, markdown
+from gohsp_command.cli import app
 
 Call = Callable[..., Result]
 NAME = "commands_vit_tiny"
