@@ -377,11 +377,12 @@ def report(
 
     **gohsp report dense run --out report.md --picture report.svg**
     """
+    from gohsp.progress import bar
     from gohsp.runs import report as pages
 
     console = Console()
-    with console.status("timing"):
-        rows = pages.collect(runs, rounds)
+    with bar("timing", rounds, console) as advance:
+        rows = pages.collect(runs, rounds, advance)
     console.print(pages.table(rows))
     if out is not None:
         with _at(out):

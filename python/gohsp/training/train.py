@@ -26,6 +26,7 @@ from gohsp.compress import compress
 from gohsp.files import alone
 from gohsp.masks.mask import ModelMask
 from gohsp.models.registry import family_of, is_compressed
+from gohsp.progress import training_bar
 from gohsp.pruning.prune import PruneResult
 from gohsp.recipe import Admm, Distillation, Fit
 from gohsp.serialization import digest_weights
@@ -96,7 +97,8 @@ def train(
         checkpoint_steps: Write a checkpoint after so many steps, besides those at the ends of epochs.
         workers: Processes that load images, for each training process.
         seed: Of everything that is drawn.
-        on_step: Called with (stage, steps done, steps in all, loss) after each step, in the first process.
+        on_step: Called with (stage, steps done, steps in all, loss) after each step, in the first process. By default a
+            bar shows them where stderr is a terminal.
 
     Raises:
         ImportError: Accelerate is not installed.
@@ -143,9 +145,11 @@ def train(
         directory=None if directory is None else Path(directory),
         checkpoint_steps=checkpoint_steps,
         workers=workers,
-        on_step=on_step if accelerator.is_main_process else None,
     )
-    with _alone_in(loop.directory, accelerator):
+    with (
+        training_bar(on_step if accelerator.is_main_process else None) as loop.on_step,
+        _alone_in(loop.directory, accelerator),
+    ):
         saved = loop.find_checkpoint()
         if admm is not None:
             if saved is None or saved.stage == "admm":

@@ -16,9 +16,10 @@ from torch import nn
 import gohsp_kernels as gk
 from gohsp.demo import measure, report, run
 from gohsp.demo.data import Images, load_digits, load_folder, split
+from gohsp.progress import each
 from gohsp.runs import img_focus
 from gohsp.runs.classifier import Classifier, fit_ridge, pool, top1
-from gohsp.runs.progress import Steps, each
+from gohsp.runs.progress import Steps
 
 CLASSES = ["circle", "square", "<b>&"]
 
