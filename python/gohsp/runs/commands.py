@@ -27,6 +27,7 @@ from gohsp.runs.directory import (
     HEAD_BATCH,
     RANKING,
     RunDirectory,
+    check_labelled,
     evaluation_of,
     find_scores,
     load_mask,
@@ -166,6 +167,7 @@ def train(work: Work) -> None:
         prune(work)
     state.wait_for_everyone()  # the first process prunes, for all
     model, images, origin = work.open()
+    check_labelled(images, "training")
     made_from = _check_training(work, origin)
     start = model if recipe.admm is not None else gohsp.load(run.pruned)
     while_pruning: dict[str, Any] = {}
@@ -229,6 +231,7 @@ def _is_of_this_pruning(run: RunDirectory, path: Path) -> bool:
 def evaluate(work: Work) -> None:
     """Measure top-1 of the run's trained model, else of its pruned, else of its dense one; write evaluation.json."""
     model, images, origin = work.open()
+    check_labelled(images, "top-1")
     found = _find_model(work, origin)
     if found is not None:
         model = gohsp.load(found)
