@@ -235,12 +235,10 @@ def test_files_that_hold_other_things_than_weights_are_refused(
 
 
 def test_models_in_folders_of_timm_are_opened(tmp_path: Path) -> None:
-    model = timm.create_model(NAME, num_classes=7)
-    config = {"architecture": NAME, "num_classes": 7, "pretrained_cfg": {"input_size": [3, 8, 8]}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    back = open_model(ModelSource(name=f"local-dir:{tmp_path}", pretrained=False))
-    assert back.num_classes == 7
+    model = timm.create_model("test_vit", num_classes=7)
+    timm.models.save_for_hf(model, tmp_path)
+    back = open_model(ModelSource(name=f"local-dir:{tmp_path}"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters(), strict=True))
 
 
 def test_a_folder_of_images_alone_is_enough_to_rank_and_to_prune(call: Call, tmp_path: Path) -> None:
