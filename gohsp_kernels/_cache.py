@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._stamp import Stamp, trusting
+from ._watchers import unrecorded
 
 Packed = TypeVar("Packed")
 
@@ -97,7 +98,9 @@ class PackedCache:
                 return pack()  # such a tensor keeps no version counter, so a change could not be seen
             constants = (*constants, *(t._version for t in tensors if t is not None))
         before: tuple[Stamp, Packed] | None = self._entries.get(key)
-        entry = up_to_date(before, tensors, constants, pack, self._by_content)
+        # Packed or not yet: the graphs of two traces are compared.
+        with unrecorded() if torch.jit.is_tracing() else nullcontext():
+            entry = up_to_date(before, tensors, constants, pack, self._by_content)
         if entry is not before:
             self._entries[key] = entry
         return entry[1]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import cpu, dispatch
 from ._autocast import autocast_dtype, run_in
+from ._flops import Macs, telling
+from ._watchers import is_counted
 from .descriptors import AttentionSublayer, MlpSublayer, Sublayer, wrong
 from .ops import attention_sublayer, check_queries, mlp_sublayer, run
 from .registry import BACKENDS, PackedChain, needs_grad
@@ -97,10 +100,11 @@ class SublayerChain:
             raise RuntimeError(f"backend 'cpu': {support.reason}")
         for sublayer in self._sublayers:
             sublayer.check(features)
+        costs = tuple(Macs.of(s) for s in self._sublayers)
         if weights == "float32":
-            return FrozenChain(features, tuple(cpu.packed(s, features) for s in self._sublayers))
+            return FrozenChain(features, tuple(cpu.packed(s, features) for s in self._sublayers), costs)
         # Not through the cache, which would hold what only the frozen chain needs.
-        return FrozenChain(features, tuple(cpu.pack_sublayer(s, features, weights) for s in self._sublayers))
+        return FrozenChain(features, tuple(cpu.pack_sublayer(s, features, weights) for s in self._sublayers), costs)
 
     def _on(self, backend: str, x: Tensor, queries: int) -> Tensor:
         packed = self._packed.get(backend)
@@ -125,10 +129,12 @@ class FrozenChain:
     Attributes:
         features: width of the residual stream.
         sublayers: packed.
+        costs: of each of them, for those who count.
     """
 
     features: int
     sublayers: tuple[cpu.PackedSublayer, ...]
+    costs: tuple[Macs, ...] = ()
 
     def __call__(self, x: Tensor, *, num_queries: int | None = None) -> Tensor:
         """Run the chain; arguments and result as :class:`SublayerChain`, x float32 on the CPU."""
@@ -136,7 +142,10 @@ class FrozenChain:
             wanted = f"float32 [batch, tokens, {self.features}] on the cpu"
             raise wrong("x", wanted, f"{x.dtype} {list(x.shape)} on {x.device}")
         queries = check_queries(num_queries, x.shape[1])
-        return cpu.run_packed(x, self.sublayers, queries) if self.sublayers else x[:, :queries]
+        if not self.sublayers:
+            return x[:, :queries]
+        with telling(self.costs, x) if is_counted() else nullcontext():
+            return cpu.run_packed(x, self.sublayers, queries)
 
 
 def descriptor(sublayer: partial[Tensor]) -> Any:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from contextlib import ContextDecorator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -104,20 +105,42 @@ def backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.floa
     return {name: _supported(name, request) for name in _in_order(request)}
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+class use_backend(ContextDecorator):
     """Run every call in the ``with`` block on the backend ``name``, or on the best one for ``"auto"``.
 
-    It holds for the calling thread. Threads that are started meanwhile follow the environment variable.
+    It holds for the calling thread. Threads that are started meanwhile follow the environment variable. Without a
+    ``with`` block, or a function that it decorates, it does nothing but warn.
 
     Raises:
         ValueError: for a backend that does not exist. One that exists but cannot run a call raises at that call.
     """
-    token = _selected.set(_check_name(name))
-    try:
-        yield
-    finally:
-        _selected.reset(token)
+
+    def __init__(self, name: str) -> None:
+        self._used = True  # where the name is refused there is nothing to warn of
+        self._name = _check_name(name)
+        self._used = False
+
+    def __enter__(self) -> None:
+        self._used = True
+        self._token = _selected.set(self._name)
+
+    def __exit__(self, *error: object) -> None:
+        _selected.reset(self._token)
+
+    def __call__(self, function: Any) -> Any:
+        self._used = True
+        return super().__call__(function)
+
+    def _recreate_cm(self) -> use_backend:  # for each call of a function that it decorates
+        return use_backend(self._name)
+
+    def __del__(self) -> None:
+        if not self._used:
+            warnings.warn(
+                f"use_backend({self._name!r}) did nothing: it holds in the block of a with statement. For a whole "
+                f"process set {ENVIRONMENT_VARIABLE}={self._name}",
+                stacklevel=2,
+            )
 
 
 def selected() -> str:

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ._cache import up_to_date
 from ._stamp import Stamp
+from ._watchers import is_counted, is_rewritten
 from .descriptors import Descriptor, Sublayer
 
 
@@ -65,9 +65,9 @@ class Backend(Protocol):
 
 
 def needs_grad(tensors: Iterable[object]) -> bool:
-    """Whether a call on these tensors must be differentiable, backwards or forwards."""
-    if forward_ad._current_level >= 0:
-        return True  # a tangent may be on any of them, whatever requires_grad says
+    """Whether a call on these tensors must be differentiable, backwards or forwards, or watched on its way."""
+    if is_rewritten() or is_counted():
+        return True
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 

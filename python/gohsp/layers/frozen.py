@@ -35,6 +35,7 @@ class FrozenEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return tokens [B, N, D] for images [B, C, height, width]; no gradient flows through it."""
+        _refuse_rewriting()
         if x.dim() != 4 or x.shape[1:] != (self.channels, *self.img_size) or x.dtype != torch.float32:
             wanted = [self.channels, *self.img_size]
             raise ValueError(f"x: wanted float32 images [B, {str(wanted)[1:]}, got {x.dtype} {list(x.shape)}")
@@ -58,6 +59,7 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product [..., out_features] for x [..., in_features]; no gradient flows through it."""
+        _refuse_rewriting()
         return self.packed(x.detach())
 
 
@@ -75,6 +77,7 @@ class FrozenBlock(nn.Module):
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
         """Return the block's output [B, num_queries or N, D] for x [B, N, D]; no gradient flows through it."""
+        _refuse_rewriting()
         return self.chain(x.detach(), num_queries=num_queries)
 
 
@@ -83,6 +86,18 @@ class FrozenBlocks(nn.Sequential):
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
         """Return the last block's output [B, num_queries or N, D] for x [B, N, D]; no gradient flows through it."""
-        blocks: list[Any] = list(self)
-        chain = gk.FrozenChain(blocks[0].chain.features, tuple(s for block in blocks for s in block.chain.sublayers))
+        _refuse_rewriting()
+        chains = [block.chain for block in list[Any](self)]
+        sublayers, costs = ([part for chain in chains for part in getattr(chain, of)] for of in ("sublayers", "costs"))
+        chain = gk.FrozenChain(chains[0].features, tuple(sublayers), tuple(costs))
+        if gk.is_counted():  # all tokens, as for every other model
+            return chain(x.detach())[:, :num_queries]
         return chain(x.detach(), num_queries=num_queries)
+
+
+def _refuse_rewriting() -> None:
+    if gk.is_rewritten():
+        raise RuntimeError(
+            "model: it is frozen, and torch.jit.trace, ONNX export, torch.func.vmap and forward-mode AD know nothing "
+            "of its kernels; wanted the model that it was made from, or gohsp.densify of that"
+        )
