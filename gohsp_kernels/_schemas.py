@@ -122,12 +122,16 @@ def _cpu_plan(columns: Tensor, features: int, scatter: bool) -> Tensor:
     return columns.new_empty(1 + features)
 
 
-def _of_one_kind(fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _checked(name: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``fake``, which refuses tensors on "meta" beside others: torch sends such a call here, not to the kernels, and
-    the result would be memory that nobody wrote."""
+    the result would be memory that nobody wrote. That of a native operator refuses ONNX export, which has no such."""
 
     @functools.wraps(fake)
     def checked(*arguments: Any) -> Tensor:
+        if name in NATIVE and torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                f"{name}: ONNX knows nothing of packed weights; export gohsp.densify of the model that is not frozen"
+            )
         found = {t.device.type for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)}
         if "meta" in found and len(found) > 1:
             raise RuntimeError(f"tensors: wanted all on one device; got some on {' and '.join(sorted(found))}")
@@ -141,7 +145,7 @@ def register(implementations: dict[str, Callable[..., Tensor]]) -> torch.library
     library = torch.library.Library(NAMESPACE, "DEF")
     for name, schema in SCHEMAS.items():
         library.define(name + schema)
-        torch.library.register_fake(f"{NAMESPACE}::{name}", _of_one_kind(_FAKES[name]), lib=library)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _checked(name, _FAKES[name]), lib=library)
     for name in PUBLIC:
         library.impl(name, implementations[name], "CompositeExplicitAutograd")
     return library

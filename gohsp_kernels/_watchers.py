@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.flop_counter import _FlopCounterMode
 
 
 def is_rewritten() -> bool:
@@ -37,7 +38,7 @@ def unrecorded() -> Iterator[None]:
 
 
 def is_counted() -> bool:
-    """Whether a dispatch mode that is not one of torch's tracers sees each operation, such as FlopCounterMode."""
+    """Whether torch's FlopCounterMode looks at each operation."""
     if torch.compiler.is_compiling():
         return False
-    return any(getattr(mode, "_mode_key", None) is None for mode in _get_current_dispatch_mode_stack())
+    return any(isinstance(mode, _FlopCounterMode) for mode in _get_current_dispatch_mode_stack())

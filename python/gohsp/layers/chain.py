@@ -46,7 +46,8 @@ class PrunedBlocks(nn.Sequential):
         blocks = list(self)
         for block in blocks[:-1]:
             x = block(x)
-        return blocks[-1](x, num_queries=num_queries)
+        last = blocks[-1]
+        return last(x, num_queries=num_queries) if isinstance(last, PrunedBlock) else last(x)[:, :num_queries]
 
 
 @cache
@@ -84,7 +85,7 @@ class _BlockChain:
 
     def __init__(self, blocks: PrunedBlocks) -> None:
         members: list[Any] = list(blocks)
-        self._as_made = all(block.is_as_made() for block in members)
+        self._as_made = all(isinstance(block, PrunedBlock) and block.is_as_made() for block in members)
         self._chain = gk.SublayerChain([s for block in members for s in block.sublayers()] if self._as_made else [])
         self._entries: list[tuple[dict[str, Any], str, Any]] = []
         self._sizes: list[tuple[dict[str, Any], int]] = []

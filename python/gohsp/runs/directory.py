@@ -102,6 +102,9 @@ class RunDirectory:
         """
         source = given or (self.recipe if self.recipe.is_file() else None)
         values = copy.deepcopy(read_yaml(source)) if source else {}
+        if source is None and (missing := [key for key in ("model.name", "data.source") if changes.get(key) is None]):
+            options = " and ".join(f"--{key.partition('.')[0]}" for key in missing)
+            raise ValueError(f"{self.directory} holds no run yet; wanted {options}, or a file (--recipe)")
         for key, value in changes.items():
             if value is not None:
                 _place(values, key.split("."), value)

@@ -24,7 +24,7 @@ from gohsp.files import cut, write_text
 from gohsp.masks.mask import ModelMask
 from gohsp.recipe import Fit
 from gohsp.training import checkpoint
-from gohsp.training.batches import BatchKeys, training_batches
+from gohsp.training.batches import BatchKeys, check_labels, training_batches
 from gohsp.training.checkpoint import Checkpoint
 from gohsp.training.evaluation import evaluate
 from gohsp.training.losses import Distilled, make_loss, make_mixup, watch
@@ -212,6 +212,7 @@ class Loop:
         half = self.fit.precision == "bf16"
 
         def update(step: int, images: Tensor, labels: Tensor) -> Tensor:
+            check_labels(labels, model.num_classes)
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             key = (STEP, self.seed, STAGES.index(stage.name), step, process)
             with seeded(*key, device=device), torch.autocast(device.type, torch.bfloat16, enabled=half):

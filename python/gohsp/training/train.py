@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from gohsp.arguments import check_callable, check_kind, check_path, check_sequence, check_whole
 from gohsp.compress import compress
@@ -167,7 +168,8 @@ def train(
 
 def _check_data(name: str, data: Any) -> None:
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, str | bytes | dict):
-        raise TypeError(f"{name}: wanted a map-style data set of (image, class), got {type(data).__name__}")
+        hint = "; pass its dataset" if isinstance(data, DataLoader) else ""
+        raise TypeError(f"{name}: wanted a map-style data set of (image, class), got {type(data).__name__}{hint}")
 
 
 def make_accelerator() -> Accelerator:

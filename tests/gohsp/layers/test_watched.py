@@ -142,6 +142,19 @@ def test_a_frozen_model_names_what_to_take_instead(
     assert error is not None, f"densify is not named: {caught.value}"
 
 
+def test_hooks_on_frozen_blocks_are_called(frozen: Any, images: Callable[..., Tensor]) -> None:
+    x, seen = batch(images), []
+    with torch.no_grad():
+        wanted = frozen(x)
+        handles = [block.register_forward_hook(lambda block, _, y: seen.append((block, y))) for block in frozen.blocks]
+        assert torch.equal(frozen(x), wanted)
+        assert [block for block, _ in seen] == list(frozen.blocks)
+        handles[0].remove()
+        handles[1].remove()
+        frozen.blocks[1].register_forward_hook(lambda *_: torch.zeros(3, 1, 64))
+        assert torch.equal(frozen(x), frozen.forward_head(frozen.norm(torch.zeros(3, 1, 64))))
+
+
 def test_gradients_in_evaluation_mode_are_told_of_once(
     compact: nn.Module, images: Callable[..., Tensor], caplog: pytest.LogCaptureFixture
 ) -> None:

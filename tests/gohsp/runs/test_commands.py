@@ -283,7 +283,9 @@ def test_help_teaches_by_an_example(call: Call, verb: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message", "status"),
     [
-        (("prune", "--data", "digits"), "options: model: Field required", 2),
+        (("prune", "--data", "digits"), "gohsp-run holds no run yet; wanted --model, or a file (--recipe)", 2),
+        (("train",), "gohsp-run holds no run yet; wanted --model and --data, or a file (--recipe)", 2),
+        (("rank", "--model", "resnet18", "--no-pretrained", "--data", "digits"), "timm.models.resnet.ResNet", 1),
         (("prune", "--recipe", "."), ".: wanted a file", 2),
         (("prune", "--recipe", "deep.yaml"), "deep.yaml: wanted YAML, but it is nested deeper than 20 levels", 2),
         (("prune", "--out", "file"), "file: File exists", 1),
