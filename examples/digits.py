@@ -37,9 +37,9 @@ def told(name: str, model: torch.nn.Module, size: Any) -> None:
 
 # 2. A dense model. Yours is trained already; this one is trained here, in some seconds.
 torch.manual_seed(0)
-options: dict[str, Any] = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10}
+options: dict[str, Any] = {"img_size": 8, "patch_size": 4, "in_chans": 1, "num_classes": 10}
 dense = timm.create_model("vit_tiny_patch16_224", embed_dim=64, depth=3, num_heads=4, **options)
-fit = gohsp.Fit(epochs=20, batch_size=64, lr=4e-3, warmup_epochs=1, smoothing=0, mixup=0, cutmix=0)
+fit = gohsp.Fit(epochs=7, batch_size=48, lr=4e-3, warmup_epochs=1, smoothing=0, mixup=0, cutmix=0)
 dense = gohsp.train(dense, train, fit=fit).model
 told("dense", dense, gohsp.count(dense))
 
@@ -51,7 +51,7 @@ told("pruned, not trained", small, gohsp.count(small))
 print(result.mask.summary(dense))
 
 # 4. Fine-tune what is left; the dense model teaches.
-fit = gohsp.Fit(epochs=3, batch_size=64, lr=1e-3, warmup_epochs=0, smoothing=0, mixup=0, cutmix=0)
+fit = gohsp.Fit(epochs=1, batch_size=48, lr=3e-4, warmup_epochs=0, smoothing=0, mixup=0, cutmix=0)
 small = gohsp.train(result, train, fit=fit, distill=gohsp.Distillation(), teacher=dense).model
 told("pruned and fine-tuned", small, gohsp.count(small))
 

@@ -41,11 +41,6 @@ def loader() -> Any:
     return torch.utils.data.DataLoader(data(0), batch_size=2)
 
 
-def adapted(model: nn.Module, layer: str) -> nn.Module:
-    peft = pytest.importorskip("peft")
-    return peft.inject_adapter_in_model(peft.LoraConfig(target_modules=[layer]), copy.deepcopy(model))
-
-
 MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "a name for a model": (lambda m: gohsp.prune("vit_tiny", [IMAGES]), TypeError, "model: wanted .* got builtins.str"),
     "a network without blocks": (
@@ -58,7 +53,6 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         TypeError,
         "model: wanted .*DataParallel",
     ),
-    "a compiled model": (lambda m: gohsp.compress(torch.compile(m.dense), m.mask), TypeError, "OptimizedModule"),
     "pruned twice": (lambda m: gohsp.prune(m.small, [IMAGES]), ValueError, "model: it is already compressed"),
     "saved before it was compressed": (
         lambda m: gohsp.save(m.dense, "x"),
@@ -88,11 +82,6 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
         r"x: wanted float32 images \[B, 3, 32, 32\], got torch.float16",
     ),
     "an unknown format": (lambda m: gohsp.freeze(m.small, "int4"), ValueError, "weights: wanted one of .* 'int4'"),
-    "adapters that were not merged": (
-        lambda m: gohsp.compress(adapted(m.dense, "qkv"), m.mask),
-        ValueError,
-        "attn.qkv is peft.* Adapters are merged first",
-    ),
     "a target without a kind": (
         lambda m: gohsp.prune(m.dense, [IMAGES], 0.5),
         TypeError,
