@@ -249,6 +249,26 @@ class TestReport:
             assert figure in page
         assert page.count('aria-label="head 1: 0 QK, 0 V"') == 2
 
+    def test_a_phone_gets_drawings_that_shrink_and_the_times(self):
+        page = report.render(fake_results())
+        drawings = re.findall(r'<figure>\s*<svg ([^>]*)>|</svg>\s*<svg (width="480"[^>]*)>', page)
+        assert len(drawings) == 3
+        for attributes in map("".join, drawings):
+            width, height = (re.search(rf'{name}="(\d+)"', attributes)[1] for name in ("width", "height"))
+            assert f'viewBox="0 0 {width} {height}"' in attributes
+        phone = page[page.index("@media (max-width: 640px)") :]
+        assert ".wide { display: none; }" in phone[: phone.index("@media print")]
+        wide = re.findall(r'<th class="wide">(\w+)', page)
+        assert wide == ["params", "MACs", "class", "logits"]
+        row = next(line for line in page.split("<tr") if line.startswith(' class="ours"'))
+        assert row.count('class="wide"') == len(wide) and row.count("<td>") == 6  # name, top-1, twice ms and times
+
+    def test_every_colour_has_one_for_the_dark(self):
+        light, dark = re.findall(r":root \{(.*?)\}", report.render(fake_results()), flags=re.DOTALL)
+        names = set(re.findall(r"(--\w+): #", light))
+        assert names == set(re.findall(r"(--\w+): #", dark)) and "--page" in names
+        assert set(re.findall(r"var\((--\w+)\)", report.render(fake_results()))) <= names
+
     def test_pruned_heads_are_marked(self):
         results = fake_results()
         marked = '<rect class="cut"'
