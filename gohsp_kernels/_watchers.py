@@ -18,10 +18,8 @@ def is_rewritten() -> bool:
     These are ``torch.jit.trace`` and ONNX export, which write them down for other runtimes, and ``torch.func.vmap`` and
     forward-mode AD, which need a rule for each.
     """
-    if torch.onnx.is_in_onnx_export():
-        return True
-    if torch.compiler.is_compiling():  # which has operators of ours in its graphs
-        return False
+    if torch.compiler.is_compiling():  # whose graphs have operators of ours, but for ONNX
+        return torch.onnx.is_in_onnx_export()
     level = forward_ad._current_level  # a tangent may be on any tensor then, whatever requires_grad says
     return level >= 0 or torch.jit.is_tracing() or torch._C._functorch.maybe_current_level() is not None
 
@@ -39,6 +37,6 @@ def unrecorded() -> Iterator[None]:
 
 def is_counted() -> bool:
     """Whether torch's FlopCounterMode looks at each operation."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
         return False
     return any(isinstance(mode, _FlopCounterMode) for mode in _get_current_dispatch_mode_stack())
