@@ -24,14 +24,16 @@ PUBLIC = {name: kind.schema() for name, kind in OPERATORS.items()}
 
 # Panels are the words of packed matrices, int32. A layout is int64 and begins with what gohsp_cpu_packing() said where
 # the panels were packed; elsewhere it is refused. csrc/torch/cpu_ops.cpp has the order of its other numbers.
-# widths is int64 [2, heads]: QK widths, then V widths. qk_norm is [4, head width]: weight and bias of q, then of k.
+# widths is int64 [2, heads]: QK widths, then V widths. words are int32 that hold floats, and numbers tell of what:
+# norms of q and k, [4, head width]: weight and bias of q, then of k; rotary positions, [2, tokens, pairs].
 NATIVE = {
     "cpu_pack": "(Tensor weight, Tensor? scales, Tensor? bias, int format) -> Tensor",
     "cpu_plan": "(Tensor columns, int features, bool scatter) -> Tensor",
     "cpu_embed": "(Tensor images, Tensor panels, Tensor layout, Tensor base, int[] patch) -> Tensor",
     "cpu_linear": "(Tensor x, Tensor panels, Tensor layout, int out_features) -> Tensor",
     "cpu_attention": (
-        "(Tensor qkv, Tensor widths, Tensor? qk_norm, float scale, float eps, int v_total, int num_queries) -> Tensor"
+        "(Tensor qkv, Tensor widths, Tensor words, int[] numbers, float scale, float eps, int v_total, "
+        "int num_queries) -> Tensor"
     ),
     "cpu_sublayers": ("(Tensor x, Tensor[] panels, Tensor[] layouts, float[] constants, int num_queries) -> Tensor"),
     # The packed tensors are those of cuda.Packed; heads is int32 [heads, 6], as in csrc/cuda/kernels.h.

@@ -49,6 +49,7 @@ class SublayerChain:
         self._last_attention = attentions[-1] if attentions else -1
         self._packed: dict[str, PackedChain] = {}
         self._widest = max((sublayer.widest_head for sublayer in self._sublayers), default=0)
+        self._parts = frozenset().union(*(sublayer.parts for sublayer in self._sublayers))
         self._tensors = [t for sublayer in self._sublayers for t in sublayer.tensors if t is not None]
 
     def __call__(self, x: Tensor, *, num_queries: int | None = None, backend: str | None = None) -> Tensor:
@@ -69,11 +70,15 @@ class SublayerChain:
         if x.dim() != 3:
             raise wrong("x", "3 dimensions (batch, tokens, features)", f"shape {list(x.shape)}")
         queries = check_queries(num_queries, x.shape[1])
+        for sublayer in self._sublayers:
+            sublayer.check_tokens(x.shape[1])
         if self._sublayers and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor):
             differentiable = needs_grad((x, *self._tensors))
             rows = x.shape[0] * x.shape[1]
             dtype = autocast_dtype(x)
-            chosen = dispatch.choose(backend, x.device, dtype or x.dtype, differentiable, self._widest, rows)
+            chosen = dispatch.choose(
+                backend, x.device, dtype or x.dtype, differentiable, self._widest, rows, parts=self._parts
+            )
             if not differentiable and chosen != "reference":
                 return run_in(dtype, partial(self._on, chosen), x, queries, residual=True)
         return self._one_by_one(x, queries, backend)

@@ -402,6 +402,7 @@ class CudaBackend:
 
     name = "cuda"
     operators = _RUN.keys()
+    parts: frozenset[str] = frozenset()
 
     def missing(self, request: Request) -> str:
         library = _native.load_cuda()

@@ -90,6 +90,8 @@ def can_run(
 def _missing(backend: str, request: Request) -> str:
     if request.operator and request.operator not in BACKENDS[backend].operators:
         return f"has no {request.operator}"
+    if unknown := request.parts.difference(BACKENDS[backend].parts):
+        return f"has no kernel for {' or '.join(sorted(unknown))}"
     return BACKENDS[backend].missing(request)
 
 
@@ -138,6 +140,7 @@ def choose(
     widest_head: int = 0,
     rows: int = 0,
     operator: str = "",
+    parts: frozenset[str] = frozenset(),
 ) -> str:
     """The backend that runs a call of an operator on ``rows`` rows of activations.
 
@@ -146,7 +149,7 @@ def choose(
         RuntimeError: if the named backend cannot run the call; the message is its reason.
     """
     wanted = selected() if backend is None else _check_name(backend)
-    request = Request(device, dtype, needs_grad, widest_head=widest_head, rows=rows, operator=operator)
+    request = Request(device, dtype, needs_grad, widest_head=widest_head, rows=rows, operator=operator, parts=parts)
     if wanted != "auto":
         if reason := _missing(wanted, request):
             raise RuntimeError(f"backend {wanted!r}: {reason}")

@@ -27,6 +27,7 @@ class Request(NamedTuple):
         weights: one of ``dispatch.WEIGHTS``.
         rows: of activations; 0 where it is not known.
         operator: name of the one that is called; empty for those that all backends have.
+        parts: what the call has beyond what every backend knows, some of ``descriptors.PARTS``.
     """
 
     device: torch.device
@@ -37,6 +38,7 @@ class Request(NamedTuple):
     weights: str = "float32"
     rows: int = 0
     operator: str = ""
+    parts: frozenset[str] = frozenset()
 
 
 class Backend(Protocol):
@@ -47,6 +49,10 @@ class Backend(Protocol):
     @property
     def operators(self) -> Collection[str]:
         """Names of those that it has."""
+
+    @property
+    def parts(self) -> Collection[str]:
+        """Those of ``descriptors.PARTS`` that it can run."""
 
     def missing(self, request: Request) -> str:
         """Why it cannot run such a call, or the empty string if it can."""
