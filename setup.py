@@ -154,7 +154,6 @@ class PlatformWheel(bdist_wheel):
 native = switch("GOHSP_NATIVE", "ON") == "ON"
 setup(
     packages=find_packages(include=["gohsp_kernels*"]) + find_packages("python"),
-    py_modules=["gohsp_command"],
     package_dir={"": "python", "gohsp_kernels": "gohsp_kernels"},
     ext_modules=[Extension("gohsp_kernels._native", sources=[])] if native else [],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels that execute heterogeneously pruned transformer sublayers. Tensors in, tensors out; knows no model."""
 
-from . import _native
+from . import _flops, _native
+from ._watchers import is_counted, is_rewritten
 from .activations import ACTIVATIONS
 from .chain import FrozenChain, SublayerChain
 from .cpu import pack_embedding, pack_linear
@@ -11,6 +12,7 @@ from .ops import attention_sublayer, mlp_sublayer, packed_linear, ragged_attenti
 
 # Operators of pickled and exported models are called without asking whether the library is there.
 _native.load()
+_flops.register()
 
 __all__ = [
     "ACTIVATIONS",
@@ -21,6 +23,8 @@ __all__ = [
     "attention_sublayer",
     "backends",
     "can_run",
+    "is_counted",
+    "is_rewritten",
     "mlp_sublayer",
     "pack_embedding",
     "pack_linear",

@@ -30,11 +30,7 @@ class Library:
 def load() -> Library:
     """Load the CPU library; the outcome, good or bad, is kept for the life of the process."""
     library = _open(CPU_LIBRARY, "a C++ compiler")
-    if not library:
-        return library
-    missing = ctypes.CDLL(str(library.path)).gohsp_cpu_missing
-    missing.restype = ctypes.c_char_p
-    reason = missing().decode()
+    reason = _missing(library, "gohsp_cpu_missing")
     return Library(None, reason) if reason else library
 
 
@@ -42,6 +38,27 @@ def load() -> Library:
 def load_cuda() -> Library:
     """Load the CUDA library, likewise. It needs a PyTorch with CUDA, but no GPU."""
     return _open(CUDA_LIBRARY, "nvcc")
+
+
+@functools.cache
+def cuda_missing(device: int) -> str:
+    """Why kernels of the CUDA library cannot run on the GPU of this number; empty where they can. Asked once.
+
+    Such as a driver that is older than the library's runtime, or a library that was compiled for other GPUs.
+    """
+    return _missing(load_cuda(), "gohsp_cuda_missing", device)
+
+
+def _missing(library: Library, name: str, *arguments: int) -> str:
+    """What the library's function of this name says is missing, or why there is no library."""
+    if library.path is None:
+        return library.reason
+    function = getattr(ctypes.CDLL(str(library.path)), name, None)
+    if function is None:
+        return f"the native library {library.path.name} is of another version; reinstall"
+    function.restype = ctypes.c_char_p
+    said: bytes = function(*arguments)
+    return said.decode()
 
 
 def _open(name: str, needs: str) -> Library:

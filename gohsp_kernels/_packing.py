@@ -48,6 +48,15 @@ def fold_layer_scale(weight: Tensor, bias: Tensor | None, layer_scale: Tensor | 
     return weight * scale[:, None], None if bias is None else bias * scale
 
 
+def fold_inner_norm(sublayer: AttentionSublayer | MlpSublayer, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """``weight`` and ``bias`` (float64) of the last matrix, fed by an inner norm without its affine part."""
+    if sublayer.inner_norm_bias is not None:
+        bias = bias + weight @ double(sublayer.inner_norm_bias)
+    if sublayer.inner_norm_weight is not None:
+        weight = weight * double(sublayer.inner_norm_weight)
+    return weight, bias
+
+
 def qk_norm_table(
     q_weight: Tensor | None, q_bias: Tensor | None, k_weight: Tensor | None, k_bias: Tensor | None
 ) -> Tensor | None:
@@ -76,31 +85,61 @@ class FoldedAttention:
 
 
 def fold_attention(sublayer: AttentionSublayer) -> FoldedAttention:
-    """Fold the constants of an attention sublayer."""
+    """Fold the constants of an attention sublayer.
+
+    The k bias cancels in the softmax unless a norm or rotary positions make something else of it token by token, and
+    the v bias passes to proj unless a norm lies between.
+    """
     n_qk, scale, has_norm = sum(sublayer.qk_widths), sublayer.scale, sublayer.q_norm_weight is not None
     qkv, constant = fold_norm(
         sublayer.qkv_weight, sublayer.qkv_bias, sublayer.norm_weight, sublayer.norm_bias, sublayer.in_cols
     )
     proj = double(sublayer.proj_weight)
-    v_constant = constant[2 * n_qk :].clone()
-    constant[2 * n_qk :] = 0
-    proj_constant = proj @ v_constant
-    if sublayer.proj_bias is not None:
-        proj_constant = double(sublayer.proj_bias) + proj_constant
+    proj_constant = proj.new_zeros(proj.shape[0]) if sublayer.proj_bias is None else double(sublayer.proj_bias)
+    if sublayer.inner_features > 0:
+        proj, proj_constant = fold_inner_norm(sublayer, proj, proj_constant)
+    else:
+        proj_constant = proj_constant + proj @ constant[2 * n_qk :]
+        constant[2 * n_qk :] = 0
     if not has_norm:
         qkv[:n_qk] *= scale
         constant[:n_qk] *= scale
-        constant[n_qk : 2 * n_qk] = 0
+        if sublayer.rope is None:
+            constant[n_qk : 2 * n_qk] = 0
     if sublayer.layer_scale is not None:
         factors = double(sublayer.layer_scale)
         proj, proj_constant = proj * factors[:, None], proj_constant * factors
     return FoldedAttention(qkv, constant, proj, proj_constant, scale if has_norm else 1.0)
 
 
-def fold_mlp(sublayer: MlpSublayer) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """fc1, its bias, fc2 and its bias, float64, with LayerNorm's affine part and layer scale folded in."""
-    fc2_constant = None if sublayer.fc2_bias is None else double(sublayer.fc2_bias)
-    return (
-        *fold_norm(sublayer.fc1_weight, sublayer.fc1_bias, sublayer.norm_weight, sublayer.norm_bias, sublayer.in_cols),
-        *fold_layer_scale(double(sublayer.fc2_weight), fc2_constant, sublayer.layer_scale),
+@dataclass(frozen=True)
+class FoldedMlp:
+    """The matrices of an MLP sublayer, float64, with all constants folded in that can be.
+
+    Attributes:
+        fc1, fc1_bias, gate, gate_bias, fc2, fc2_bias: They need no LayerNorm weights and no layer scale any more. The
+            gate is None where there is none, and fc2's bias where nothing is added.
+    """
+
+    fc1: Tensor
+    fc1_bias: Tensor
+    gate: Tensor | None
+    gate_bias: Tensor | None
+    fc2: Tensor
+    fc2_bias: Tensor | None
+
+
+def fold_mlp(sublayer: MlpSublayer) -> FoldedMlp:
+    """Fold the constants of an MLP sublayer."""
+    norm = sublayer.norm_weight, sublayer.norm_bias, sublayer.in_cols
+    gate: tuple[Tensor | None, Tensor | None] = None, None
+    if sublayer.gate_weight is not None:
+        gate = fold_norm(sublayer.gate_weight, sublayer.gate_bias, *norm)
+    fc2, fc2_bias = double(sublayer.fc2_weight), None if sublayer.fc2_bias is None else double(sublayer.fc2_bias)
+    if sublayer.inner_features > 0:
+        fc2, fc2_bias = fold_inner_norm(sublayer, fc2, fc2.new_zeros(fc2.shape[0]) if fc2_bias is None else fc2_bias)
+    return FoldedMlp(
+        *fold_norm(sublayer.fc1_weight, sublayer.fc1_bias, *norm),
+        *gate,
+        *fold_layer_scale(fc2, fc2_bias, sublayer.layer_scale),
     )

@@ -24,14 +24,16 @@ PUBLIC = {name: kind.schema() for name, kind in OPERATORS.items()}
 
 # Panels are the words of packed matrices, int32. A layout is int64 and begins with what gohsp_cpu_packing() said where
 # the panels were packed; elsewhere it is refused. csrc/torch/cpu_ops.cpp has the order of its other numbers.
-# widths is int64 [2, heads]: QK widths, then V widths. qk_norm is [4, head width]: weight and bias of q, then of k.
+# widths is int64 [2, heads]: QK widths, then V widths. words are int32 that hold floats, and numbers tell of what:
+# norms of q and k, [4, head width]: weight and bias of q, then of k; rotary positions, [2, tokens, pairs].
 NATIVE = {
     "cpu_pack": "(Tensor weight, Tensor? scales, Tensor? bias, int format) -> Tensor",
     "cpu_plan": "(Tensor columns, int features, bool scatter) -> Tensor",
     "cpu_embed": "(Tensor images, Tensor panels, Tensor layout, Tensor base, int[] patch) -> Tensor",
     "cpu_linear": "(Tensor x, Tensor panels, Tensor layout, int out_features) -> Tensor",
     "cpu_attention": (
-        "(Tensor qkv, Tensor widths, Tensor? qk_norm, float scale, float eps, int v_total, int num_queries) -> Tensor"
+        "(Tensor qkv, Tensor widths, Tensor words, int[] numbers, float scale, float eps, int v_total, "
+        "int num_queries) -> Tensor"
     ),
     "cpu_sublayers": ("(Tensor x, Tensor[] panels, Tensor[] layouts, float[] constants, int num_queries) -> Tensor"),
     # The packed tensors are those of cuda.Packed; heads is int32 [heads, 6], as in csrc/cuda/kernels.h.
@@ -51,6 +53,10 @@ NATIVE = {
 }
 
 SCHEMAS = {**PUBLIC, **NATIVE}
+
+# A public operator compares weights with what was packed, and packs: torch.compile must not put it into a CUDA graph,
+# which would go on with weights that are gone, and whose pool of memory must not hold what outlives it.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
 
 _FAKES: dict[str, Callable[..., Tensor]] = {}
 
@@ -122,12 +128,16 @@ def _cpu_plan(columns: Tensor, features: int, scatter: bool) -> Tensor:
     return columns.new_empty(1 + features)
 
 
-def _of_one_kind(fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _checked(name: str, fake: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``fake``, which refuses tensors on "meta" beside others: torch sends such a call here, not to the kernels, and
-    the result would be memory that nobody wrote."""
+    the result would be memory that nobody wrote. That of a native operator refuses ONNX export, which has no such."""
 
     @functools.wraps(fake)
     def checked(*arguments: Any) -> Tensor:
+        if name in NATIVE and torch.onnx.is_in_onnx_export():
+            raise RuntimeError(
+                f"{name}: ONNX knows nothing of packed weights; export gohsp.densify of the model that is not frozen"
+            )
         found = {t.device.type for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)}
         if "meta" in found and len(found) > 1:
             raise RuntimeError(f"tensors: wanted all on one device; got some on {' and '.join(sorted(found))}")
@@ -140,8 +150,8 @@ def register(implementations: dict[str, Callable[..., Tensor]]) -> torch.library
     """Define every operator and its fake; give the public ones their implementation, the same for all devices."""
     library = torch.library.Library(NAMESPACE, "DEF")
     for name, schema in SCHEMAS.items():
-        library.define(name + schema)
-        torch.library.register_fake(f"{NAMESPACE}::{name}", _of_one_kind(_FAKES[name]), lib=library)
+        library.define(name + schema, tags=_TAGS if name in PUBLIC else ())
+        torch.library.register_fake(f"{NAMESPACE}::{name}", _checked(name, _FAKES[name]), lib=library)
     for name in PUBLIC:
         library.impl(name, implementations[name], "CompositeExplicitAutograd")
     return library

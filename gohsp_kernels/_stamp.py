@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -44,25 +45,18 @@ class Stamp:
 
     def is_of(self, tensors: Sequence[Tensor | None], constants: tuple[object, ...] = ()) -> bool:
         """Whether these are the same tensors, in the same place and with the same content, and the same constants."""
-        look = self.looking(tensors, constants)
-        return look is not None and look()
-
-    def looking(
-        self, tensors: Sequence[Tensor | None], constants: tuple[object, ...] = ()
-    ) -> Callable[[], bool] | None:
-        """Begin to do what :meth:`is_of` does; the function that is returned waits for the outcome.
-
-        On a GPU the content is read in the order of the current stream, and what is launched meanwhile runs meanwhile.
-
-        Returns:
-            None where no more than a look at the places was needed to know that they are others.
-        """
         if constants != self.constants or _places(tensors) != self._places:
-            return None
-        if _trusting.get():
-            return lambda: True
+            return False
+        return _trusting.get() or self._content()() == self._sum
+
+    def begin(self) -> Callable[[Sequence[Tensor | None]], bool]:
+        """Begin to read what is in the places now; the function that is returned says whether tensors are still those.
+
+        On a GPU the content is read in the order of the current stream, so that what is launched afterwards runs while
+        the host looks at the tensors one by one.
+        """
         content = self._content()
-        return lambda: content() == self._sum
+        return lambda tensors: _places(tensors) == self._places and content() == self._sum
 
 
 @contextmanager
@@ -75,8 +69,14 @@ def trusting() -> Iterator[None]:
         _trusting.reset(token)
 
 
-def _places(tensors: Iterable[Tensor | None]) -> list[object]:
-    return [None if t is None else (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
+_dtype = attrgetter("dtype")
+
+
+def _places(tensors: Sequence[Tensor | None]) -> list[object]:
+    """Where tensors lie and how, by loops in C: a model has hundreds, and each call looks at all of them."""
+    there = [t for t in tensors if t is not None]
+    looked = (map(look, there) for look in (Tensor.data_ptr, Tensor.size, Tensor.stride, _dtype))
+    return [[t is None for t in tensors], *map(list, looked)]
 
 
 _Reading = Callable[[], Callable[[], object]]
@@ -100,7 +100,7 @@ def _content(tensors: Sequence[Tensor]) -> _Reading:
 def _reading(device: torch.device, tensors: Sequence[Tensor]) -> _Reading:
     if device.type == "cpu" and (checksum := _native_checksum()):
         return _at_once(partial(checksum, _spans(tensors), len(tensors)), tensors)
-    if device.type == "cuda" and not torch.version.hip and _native.load_cuda():
+    if device.type == "cuda" and not torch.version.hip and not _native.cuda_missing(device.index):
         return _from_gpu(device, tensors)
     return _at_once(partial(_sums, tensors), tensors)
 

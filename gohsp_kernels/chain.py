@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from . import cpu, dispatch
 from ._autocast import autocast_dtype, run_in
+from ._flops import Macs, telling
+from ._watchers import is_counted
 from .descriptors import AttentionSublayer, MlpSublayer, Sublayer, wrong
 from .ops import attention_sublayer, check_queries, mlp_sublayer, run
 from .registry import BACKENDS, PackedChain, needs_grad
@@ -49,6 +52,7 @@ class SublayerChain:
         self._last_attention = attentions[-1] if attentions else -1
         self._packed: dict[str, PackedChain] = {}
         self._widest = max((sublayer.widest_head for sublayer in self._sublayers), default=0)
+        self._parts = frozenset().union(*(sublayer.parts for sublayer in self._sublayers))
         self._tensors = [t for sublayer in self._sublayers for t in sublayer.tensors if t is not None]
 
     def __call__(self, x: Tensor, *, num_queries: int | None = None, backend: str | None = None) -> Tensor:
@@ -69,11 +73,15 @@ class SublayerChain:
         if x.dim() != 3:
             raise wrong("x", "3 dimensions (batch, tokens, features)", f"shape {list(x.shape)}")
         queries = check_queries(num_queries, x.shape[1])
+        for sublayer in self._sublayers:
+            sublayer.check_tokens(x.shape[1])
         if self._sublayers and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor):
             differentiable = needs_grad((x, *self._tensors))
             rows = x.shape[0] * x.shape[1]
             dtype = autocast_dtype(x)
-            chosen = dispatch.choose(backend, x.device, dtype or x.dtype, differentiable, self._widest, rows)
+            chosen = dispatch.choose(
+                backend, x.device, dtype or x.dtype, differentiable, self._widest, rows, parts=self._parts
+            )
             if not differentiable and chosen != "reference":
                 return run_in(dtype, partial(self._on, chosen), x, queries, residual=True)
         return self._one_by_one(x, queries, backend)
@@ -97,10 +105,11 @@ class SublayerChain:
             raise RuntimeError(f"backend 'cpu': {support.reason}")
         for sublayer in self._sublayers:
             sublayer.check(features)
+        costs = tuple(Macs.of(s) for s in self._sublayers)
         if weights == "float32":
-            return FrozenChain(features, tuple(cpu.packed(s, features) for s in self._sublayers))
+            return FrozenChain(features, tuple(cpu.packed(s, features) for s in self._sublayers), costs)
         # Not through the cache, which would hold what only the frozen chain needs.
-        return FrozenChain(features, tuple(cpu.pack_sublayer(s, features, weights) for s in self._sublayers))
+        return FrozenChain(features, tuple(cpu.pack_sublayer(s, features, weights) for s in self._sublayers), costs)
 
     def _on(self, backend: str, x: Tensor, queries: int) -> Tensor:
         packed = self._packed.get(backend)
@@ -125,10 +134,12 @@ class FrozenChain:
     Attributes:
         features: width of the residual stream.
         sublayers: packed.
+        costs: of each of them, for those who count.
     """
 
     features: int
     sublayers: tuple[cpu.PackedSublayer, ...]
+    costs: tuple[Macs, ...] = ()
 
     def __call__(self, x: Tensor, *, num_queries: int | None = None) -> Tensor:
         """Run the chain; arguments and result as :class:`SublayerChain`, x float32 on the CPU."""
@@ -136,7 +147,10 @@ class FrozenChain:
             wanted = f"float32 [batch, tokens, {self.features}] on the cpu"
             raise wrong("x", wanted, f"{x.dtype} {list(x.shape)} on {x.device}")
         queries = check_queries(num_queries, x.shape[1])
-        return cpu.run_packed(x, self.sublayers, queries) if self.sublayers else x[:, :queries]
+        if not self.sublayers:
+            return x[:, :queries]
+        with telling(self.costs, x) if is_counted() else nullcontext():
+            return cpu.run_packed(x, self.sublayers, queries)
 
 
 def descriptor(sublayer: partial[Tensor]) -> Any:

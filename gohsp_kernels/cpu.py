@@ -8,7 +8,9 @@ Exact algebra used here (LayerNorm statistics apart, every step is linear, so it
 the affine part of LayerNorm folds into the next matrix; the softmax scale folds into q; the k bias adds the same
 number to every score of a query and cancels in the softmax; the v bias passes through the softmax, whose rows sum to 1,
 and folds into the bias of proj; layer scale folds into proj and fc2. With qk-norm q and k are renormalised after their
-bias, so there the k bias and the q scale stay where they are.
+bias, so there the k bias and the q scale stay where they are. Rotary positions turn the k bias with its token, so it
+stays; a norm in front of proj keeps the v bias, and its own affine part folds into proj, as that of one in front of fc2
+does into fc2.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import Tensor
 from . import _native, reference
 from ._cache import PackedCache
 from ._packing import fold_attention, fold_mlp, qk_norm_table
-from .descriptors import Attention, AttentionSublayer, Descriptor, Linear, MlpSublayer, Sublayer
+from .descriptors import PARTS, Attention, AttentionSublayer, Descriptor, Linear, MlpSublayer, Sublayer
 from .formats import FORMATS
 from .registry import PackedChain, Request, register
 
@@ -198,38 +200,84 @@ class PackedSublayer:
             norms.
         layout: int64, :func:`packing`, kind and sizes, then widths and plans of kept columns;
             csrc/torch/cpu_ops.cpp reads it in this order.
-        constants: eps, eps of the q and k norms, softmax scale.
+        constants: eps, eps of the q and k norms, softmax scale, eps of the inner norm.
     """
 
     panels: Tensor
     layout: Tensor
-    constants: tuple[float, float, float]
+    constants: tuple[float, float, float, float]
 
 
 def _widths(qk_widths: Sequence[int], v_widths: Sequence[int]) -> Tensor:
     return torch.tensor([list(qk_widths), list(v_widths)], dtype=torch.int64, device="cpu").reshape(2, len(qk_widths))
 
 
+def _norm_kind(norm: str) -> int:
+    return int(norm == "rms")
+
+
+def _halves_first(widths: Sequence[int]) -> Tensor:
+    """The q or k channels of heads whose pairs are neighbours, in the order in which they are halves of their head."""
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    order = [start + c for start, width in zip(starts, widths, strict=True) for c in _halves(width)]
+    return torch.tensor(order, dtype=torch.int64, device="cpu")
+
+
+def _halves(width: int) -> list[int]:
+    return [*range(0, width, 2), *range(1, width, 2)]
+
+
+def _angles(heads: Attention) -> Tensor:
+    """The table of rotary positions as the kernels read it: float32 [2, tokens, pairs] of one head if all are alike."""
+    assert heads.rope is not None
+    table = heads.rope.detach().to(torch.float32)
+    if len(set(heads.qk_widths)) != 1:
+        return table.contiguous()
+    by_head = table.unflatten(-1, (len(heads.qk_widths), -1))
+    alike = bool((by_head == by_head[:, :, :1]).all())
+    return (by_head[:, :, 0] if alike else table).contiguous()
+
+
+def _attention_words(heads: Attention) -> tuple[list[Tensor], list[int]]:
+    """What attention itself adds to panels and layout: norms of q and k, rotary positions."""
+    qk_norm = qk_norm_table(*heads.norms) if heads.qk_widths else None
+    panels, tokens, pairs = [], 0, 0
+    if qk_norm is not None:
+        if heads.rope is not None and heads.rope_pairs == "neighbours":
+            qk_norm = qk_norm[:, _halves(qk_norm.shape[1])]
+        panels.append(qk_norm.flatten().view(torch.int32))
+    if heads.rope is not None and sum(heads.qk_widths) > 0:
+        angles = _angles(heads)
+        _, tokens, pairs = angles.shape
+        panels.append(angles.flatten().view(torch.int32))
+    return panels, [int(qk_norm is not None), _norm_kind(heads.norm), tokens, pairs]
+
+
 def pack_attention(sublayer: AttentionSublayer, features: int, weights: str = "float32") -> PackedSublayer:
     """Fold the constants of an attention sublayer and pack its matrices in the format of a name."""
     qk_widths, v_widths = sublayer.qk_widths, sublayer.v_widths
-    qk_norm = qk_norm_table(*sublayer.norms) if qk_widths else None
     folded = fold_attention(sublayer)
-    panels = [_panels(folded.qkv[rows], folded.qkv_bias[rows], weights) for rows in _qkv_rows(sum(qk_widths))]
+    qkv, bias = folded.qkv, folded.qkv_bias
+    if sublayer.rope is not None and sublayer.rope_pairs == "neighbours":
+        order, n_qk = _halves_first(qk_widths), sum(qk_widths)
+        rows = torch.cat([order, order + n_qk, torch.arange(2 * n_qk, len(qkv), device="cpu")])
+        qkv, bias = qkv[rows], bias[rows]
+    panels = [_panels(qkv[rows], bias[rows], weights) for rows in _qkv_rows(sum(qk_widths))]
     panels.append(_panels(folded.proj, folded.proj_bias, weights))
-    if qk_norm is not None:
-        panels.append(qk_norm.flatten().view(torch.int32))
+    more, numbers = _attention_words(sublayer.attention)
     layout = _layout(
         weights,
         _native.numbers("sublayers")["attention"],
         features,
         len(qk_widths),
-        int(qk_norm is not None),
+        *numbers,
+        sublayer.inner_features,
         _plan(sublayer.in_cols, features),
         _plan(sublayer.out_cols, features, scatter=True),
         _widths(qk_widths, v_widths).flatten(),
     )
-    return PackedSublayer(torch.cat(panels), layout, (sublayer.eps, sublayer.qk_eps, folded.scale))
+    constants = sublayer.eps, sublayer.qk_eps, folded.scale, sublayer.inner_eps
+    return PackedSublayer(torch.cat([*panels, *more]), layout, constants)
 
 
 def _qkv_rows(n_qk: int) -> tuple[slice, slice, slice]:
@@ -238,19 +286,24 @@ def _qkv_rows(n_qk: int) -> tuple[slice, slice, slice]:
 
 
 def pack_mlp(sublayer: MlpSublayer, features: int, weights: str = "float32") -> PackedSublayer:
-    """Fold the constants of an MLP sublayer and pack its two matrices in the format of a name."""
-    fc1, fc1_constant, fc2, fc2_constant = fold_mlp(sublayer)
+    """Fold the constants of an MLP sublayer and pack its matrices in the format of a name."""
+    mlp = fold_mlp(sublayer)
     layout = _layout(
         weights,
         _native.numbers("sublayers")["mlp"],
         features,
-        fc1.shape[0],
+        mlp.fc1.shape[0],
         _native.numbers("activations")[sublayer.activation],
+        int(mlp.gate is not None),
+        _norm_kind(sublayer.norm),
+        sublayer.inner_features,
         _plan(sublayer.in_cols, features),
         _plan(sublayer.out_cols, features, scatter=True),
     )
-    panels = torch.cat([_panels(fc1, fc1_constant, weights), _panels(fc2, fc2_constant, weights)])
-    return PackedSublayer(panels, layout, (sublayer.eps, 0.0, 1.0))
+    panels = [_panels(mlp.fc1, mlp.fc1_bias, weights), _panels(mlp.fc2, mlp.fc2_bias, weights)]
+    if mlp.gate is not None:
+        panels.append(_panels(mlp.gate, mlp.gate_bias, weights))
+    return PackedSublayer(torch.cat(panels), layout, (sublayer.eps, 0.0, 1.0, sublayer.inner_eps))
 
 
 def pack_sublayer(sublayer: Sublayer, features: int, weights: str = "float32") -> PackedSublayer:
@@ -296,10 +349,17 @@ def packed_linear(linear: Linear, x: Tensor, _: int | None = None) -> Tensor:
 
 def ragged_attention(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor:
     """See :func:`gohsp_kernels.ragged_attention`."""
+    if heads.rope is not None and heads.rope_pairs == "neighbours":
+        order, n_qk = _halves_first(heads.qk_widths), sum(heads.qk_widths)
+        columns = torch.cat([order, order + n_qk, torch.arange(2 * n_qk, qkv.shape[-1], device="cpu")])
+        qkv = qkv.index_select(-1, columns)
+    words, numbers = _attention_words(heads)
+    nothing = torch.empty(0, dtype=torch.int32, device="cpu")
     return torch.ops.gohsp_kernels.cpu_attention(
         qkv,
         _widths(heads.qk_widths, heads.v_widths),
-        qk_norm_table(*heads.norms),
+        torch.cat([nothing, *words]),
+        numbers,
         heads.scale,
         heads.eps,
         sum(heads.v_widths),
@@ -332,6 +392,7 @@ class CpuBackend:
 
     name = "cpu"
     operators = _RUN.keys()
+    parts = PARTS
 
     def missing(self, request: Request) -> str:
         native = _native.load()

@@ -350,7 +350,7 @@ def packed_linear(linear: Linear, x: Tensor, _: int | None = None) -> Tensor:
     )
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.cache  # without a limit: a captured graph reads the table by its address
 def _head_table(qk_widths: tuple[int, ...], v_widths: tuple[int, ...], device: torch.device) -> Tensor:
     """int32 [heads with V channels, 6], as in :class:`_Heads`, of qkv whose channels follow one another."""
     n_qk = sum(qk_widths)
@@ -402,6 +402,7 @@ class CudaBackend:
 
     name = "cuda"
     operators = _RUN.keys()
+    parts: frozenset[str] = frozenset()
 
     def missing(self, request: Request) -> str:
         library = _native.load_cuda()
@@ -414,7 +415,11 @@ class CudaBackend:
         kind = request.device.type
         if kind != "cuda" or torch.version.hip:
             return f"runs on NVIDIA GPUs; got a tensor on {'hip' if kind == 'cuda' else kind}"
-        return _gpu.missing_device(request)
+        reason = _gpu.missing_device(request)
+        if reason or request.capability is not None:  # of a GPU that need not be there
+            return reason
+        index = request.device.index
+        return _native.cuda_missing(torch.cuda.current_device() if index is None else index)
 
     def only_named(self, request: Request) -> str:
         return _gpu.ON_CPU if request.device.type == "cpu" else ""

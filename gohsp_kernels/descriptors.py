@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, TypeVar
@@ -42,6 +42,8 @@ class Descriptor:
         tensor_names, constant_names: of the fields, in the order of the schema: tensors first.
         key_name: of the first tensor that is never None.
         needed_names: of the fields without a default.
+        added_names: of the fields that came after programs had been exported; they stand last in the schema, with their
+            defaults.
     """
 
     name: ClassVar[str]
@@ -52,6 +54,7 @@ class Descriptor:
     constant_names: ClassVar[tuple[str, ...]]
     key_name: ClassVar[str]
     needed_names: ClassVar[frozenset[str]]
+    added_names: ClassVar[tuple[str, ...]]
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -74,6 +77,11 @@ class Descriptor:
         """Most channels that a head has; 0 without heads."""
         return 0
 
+    @property
+    def parts(self) -> frozenset[str]:
+        """What the call has beyond what every backend knows, some of :data:`PARTS`."""
+        return frozenset()
+
     def check(self, features: int) -> None:
         """Compare all arguments with each other, columns included.
 
@@ -91,14 +99,27 @@ class Descriptor:
             if type(value) is not float and not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
                 raise TypeError(f"{name}: wanted a number; got {type(value).__name__}")
 
+    def check_tokens(self, tokens: int) -> None:
+        """Compare what belongs to tokens with how many there are.
+
+        Raises:
+            ValueError: they differ.
+        """
+
     def shape_of_result(self, shape: Sequence[int], num_queries: int | None) -> tuple[int, ...]:
         """The shape that activations of a shape become."""
         raise NotImplementedError
 
     def flat(self, num_queries: int | None = None) -> tuple[Any, ...]:
         """All arguments behind the activations, in the order of the schema."""
-        queries = (num_queries,) if self.attends else ()
-        return (*self.tensors, *self.constants, *queries)
+        values = {name: getattr(self, name) for name in (*self.tensor_names, *self.constant_names)}
+        return tuple([values.get(name, num_queries) for name in self.flat_names()])
+
+    @classmethod
+    def flat_names(cls) -> tuple[str, ...]:
+        """Names of what :meth:`flat` gives."""
+        first = [name for name in (*cls.tensor_names, *cls.constant_names) if name not in cls.added_names]
+        return (*first, *(("num_queries",) if cls.attends else ()), *cls.added_names)
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Any:
@@ -108,16 +129,25 @@ class Descriptor:
     @classmethod
     def from_flat(cls, flat: Sequence[Any]) -> tuple[Any, int | None]:
         """The descriptor, and the number of queries, of what :meth:`flat` gives."""
-        names = (*cls.tensor_names, *cls.constant_names)
-        return cls.of(dict(zip(names, flat, strict=False))), flat[-1] if cls.attends else None
+        arguments = dict(zip(cls.flat_names(), flat, strict=False))  # torch leaves out defaults at the end
+        num_queries = arguments.pop("num_queries", None)
+        return cls.of(arguments), num_queries
 
     @classmethod
     def schema(cls) -> str:
         """The operator's schema as torch wants it."""
         types = _types(cls)
         arguments = [f"Tensor {cls.activations}"]
-        arguments += [f"{_SCHEMA_TYPES[types[name]]} {name}" for name in (*cls.tensor_names, *cls.constant_names)]
-        return f"({', '.join([*arguments, 'int num_queries'] if cls.attends else arguments)}) -> Tensor"
+        for name in cls.flat_names():
+            default = f"={_in_schema(cls, name)}" if name in cls.added_names else ""
+            arguments.append(f"{_SCHEMA_TYPES[types.get(name, 'int')]} {name}{default}")
+        return f"({', '.join(arguments)}) -> Tensor"
+
+
+def _in_schema(kind: Any, name: str) -> str:
+    """The default of a field as a schema has it."""
+    default = getattr(kind, name)
+    return f'"{default}"' if isinstance(default, str) else str(default)
 
 
 def _types(kind: Any) -> dict[str, str]:
@@ -125,13 +155,19 @@ def _types(kind: Any) -> dict[str, str]:
     return {field.name: str(field.type) for field in dataclasses.fields(kind)}
 
 
+ROTARY, GATED, INNER_NORM, RMS_NORM = "rotary positions", "a gated MLP", "an inner norm", "RMSNorm"
+PARTS = frozenset((ROTARY, GATED, INNER_NORM, RMS_NORM))
+"""What a sublayer may have that a backend need not know; see :attr:`Descriptor.parts`."""
+
 OPERATORS: dict[str, type[Descriptor]] = {}
 """The kinds of descriptor by the name of the operator."""
 
 Kind = TypeVar("Kind", bound=type[Descriptor])
 
 
-def _operator(name: str, *, activations: str = "x", residual: bool, attends: bool) -> Callable[[Kind], Kind]:
+def _operator(
+    name: str, *, activations: str = "x", residual: bool, attends: bool, added: tuple[str, ...] = ()
+) -> Callable[[Kind], Kind]:
     """Complete a descriptor by what follows from its fields, and enter it in the list."""
 
     def complete(kind: Kind) -> Kind:
@@ -141,6 +177,7 @@ def _operator(name: str, *, activations: str = "x", residual: bool, attends: boo
         kind.constant_names = tuple(n for n in types if n not in kind.tensor_names)
         kind.key_name = next((n for n, t in types.items() if t == "Tensor"), "")
         fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+        kind.added_names = added
         kind.needed_names = frozenset(field.name for field in fields if field.default is dataclasses.MISSING)
         OPERATORS[name] = kind
         return kind
@@ -177,8 +214,19 @@ class Linear(Descriptor):
 class _Heads(Descriptor):
     """What attention and the sublayer around it ask of their heads."""
 
+    rope: Tensor | None = None
     qk_widths: tuple[int, ...]
     v_widths: tuple[int, ...]
+    rope_pairs: str = "halves"
+    norm: str = "layer"
+
+    @property
+    def parts(self) -> frozenset[str]:
+        return _named({ROTARY: self.rope is not None, RMS_NORM: self.norm == "rms"})
+
+    def check_tokens(self, tokens: int) -> None:
+        if self.rope is not None and self.rope.shape[1] != tokens:
+            raise wrong("rope", f"angles for {tokens} tokens, as x has", f"shape {list(self.rope.shape)}")
 
     @property
     def channels(self) -> int:
@@ -204,6 +252,16 @@ class _Heads(Descriptor):
         if any(width < 0 for width in (*qk_widths, *v_widths)):
             raise wrong("qk_widths, v_widths", "no negative width", f"{list(qk_widths)}, {list(v_widths)}")
 
+        _check_one_of("norm", self.norm, NORM_KINDS)
+        _check_one_of("rope_pairs", self.rope_pairs, ROPE_PAIRS)
+        if self.rope is None:
+            return
+        if any(width % 2 for width in qk_widths):
+            raise wrong("qk_widths", "even widths, as rope turns pairs of channels", list(qk_widths))
+        check_tensor("rope", self.rope)
+        tokens = self.rope.shape[1] if self.rope.dim() > 1 else 0
+        _check_weight("rope", self.rope, 2, tokens, sum(qk_widths) // 2)
+
     def _check_norms(self) -> None:
         q_weight, q_bias, k_weight, k_bias = norms = self.norms
         if q_weight is None and q_bias is None and k_weight is None and k_bias is None:
@@ -217,14 +275,23 @@ class _Heads(Descriptor):
                 _check_shape(argument, tensor, self.qk_widths[0])
 
 
+INNER_NORM_ARGUMENTS = ("inner_norm_weight", "inner_norm_bias", "inner_features", "inner_eps")
+"""Names of what makes a norm in front of a sublayer's last matrix."""
+
+NORM_KINDS = ("layer", "rms")
+"""Norms: LayerNorm, or RMSNorm, which takes no mean."""
+
+ROPE_PAIRS = ("halves", "neighbours")
+"""Which channels of a head of width w are turned together: c and c + w / 2, or 2 c and 2 c + 1."""
+
 NORMS = ("q_norm_weight", "q_norm_bias", "k_norm_weight", "k_norm_bias")
 """Names of the norms on q and k, which all heads share."""
 
 
-@_operator("ragged_attention", activations="qkv", residual=False, attends=True)
+@_operator("ragged_attention", activations="qkv", residual=False, attends=True, added=("rope", "rope_pairs", "norm"))
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Attention(_Heads):
-    """See :func:`gohsp_kernels.ragged_attention`; ``eps`` is that of the norms on q and k."""
+    """See :func:`gohsp_kernels.ragged_attention`; ``eps`` and ``norm`` are those of the norms on q and k."""
 
     q_norm_weight: Tensor | None = None
     q_norm_bias: Tensor | None = None
@@ -253,7 +320,9 @@ class Attention(_Heads):
         return (shape[0], num_queries, sum(self.v_widths))
 
 
-@_operator("attention_sublayer", residual=True, attends=True)
+@_operator(
+    "attention_sublayer", residual=True, attends=True, added=("rope", "rope_pairs", "norm", *INNER_NORM_ARGUMENTS)
+)
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AttentionSublayer(_Heads):
     """See :func:`gohsp_kernels.attention_sublayer`."""
@@ -271,19 +340,28 @@ class AttentionSublayer(_Heads):
     q_norm_bias: Tensor | None = None
     k_norm_weight: Tensor | None = None
     k_norm_bias: Tensor | None = None
+    inner_norm_weight: Tensor | None = None
+    inner_norm_bias: Tensor | None = None
     scale: float
     eps: float = 1e-6
     qk_eps: float = 1e-6
+    inner_features: int = 0
+    inner_eps: float = 1e-6
 
     @property
     def attention(self) -> Attention:
         """The attention inside."""
-        norms = dict(zip(NORMS, self.norms, strict=True))
-        return Attention(qk_widths=self.qk_widths, v_widths=self.v_widths, scale=self.scale, eps=self.qk_eps, **norms)
+        same = ("rope", "qk_widths", "v_widths", "rope_pairs", "norm", "scale", *NORMS)
+        return Attention(eps=self.qk_eps, **{name: getattr(self, name) for name in same})
+
+    @property
+    def parts(self) -> frozenset[str]:
+        return super().parts | _named({INNER_NORM: self.inner_features > 0})
 
     def check(self, features: int) -> None:
         self._check_heads()
-        self._check_factors("scale", "eps", "qk_eps")
+        self._check_factors("scale", "eps", "qk_eps", "inner_eps")
+        _check_inner_norm(self, sum(self.v_widths))
         _check_shape("norm_weight", self.norm_weight, features)
         _check_shape("norm_bias", self.norm_bias, features)
         _check_weight("qkv_weight", self.qkv_weight, self.channels, _kept("in_cols", self.in_cols, features))
@@ -299,7 +377,9 @@ class AttentionSublayer(_Heads):
         return (shape[0], num_queries, shape[2])
 
 
-@_operator("mlp_sublayer", residual=True, attends=False)
+@_operator(
+    "mlp_sublayer", residual=True, attends=False, added=("gate_weight", "gate_bias", "norm", *INNER_NORM_ARGUMENTS)
+)
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MlpSublayer(Descriptor):
     """See :func:`gohsp_kernels.mlp_sublayer`."""
@@ -313,18 +393,36 @@ class MlpSublayer(Descriptor):
     layer_scale: Tensor | None = None
     in_cols: Tensor | None = None
     out_cols: Tensor | None = None
+    gate_weight: Tensor | None = None
+    gate_bias: Tensor | None = None
+    inner_norm_weight: Tensor | None = None
+    inner_norm_bias: Tensor | None = None
     activation: str = "gelu"
+    norm: str = "layer"
     eps: float = 1e-6
+    inner_features: int = 0
+    inner_eps: float = 1e-6
+
+    @property
+    def parts(self) -> frozenset[str]:
+        found = {GATED: self.gate_weight is not None, INNER_NORM: self.inner_features > 0}
+        return _named({**found, RMS_NORM: self.norm == "rms"})
 
     def check(self, features: int) -> None:
         _check_activation(self.activation)
-        self._check_factors("eps")
+        _check_one_of("norm", self.norm, NORM_KINDS)
+        self._check_factors("eps", "inner_eps")
         check_tensor("fc1_weight", self.fc1_weight)
         hidden = self.fc1_weight.shape[0] if self.fc1_weight.dim() else 0
         _check_shape("norm_weight", self.norm_weight, features)
         _check_shape("norm_bias", self.norm_bias, features)
         _check_weight("fc1_weight", self.fc1_weight, hidden, _kept("in_cols", self.in_cols, features))
         _check_shape("fc1_bias", self.fc1_bias, hidden)
+        if self.gate_weight is None and self.gate_bias is not None:
+            raise wrong("gate_weight", "a weight beside gate_bias", None)
+        _check_shape("gate_weight", self.gate_weight, *self.fc1_weight.shape)
+        _check_shape("gate_bias", self.gate_bias, hidden)
+        _check_inner_norm(self, hidden)
         outputs = _kept("out_cols", self.out_cols, features)
         _check_weight("fc2_weight", self.fc2_weight, outputs, hidden)
         _check_shape("fc2_bias", self.fc2_bias, outputs)
@@ -391,9 +489,32 @@ def _check_weight(argument: str, tensor: Tensor, *shape: int) -> None:
         raise wrong(argument, f"shape {list(shape)}", f"shape {list(tensor.shape)}")
 
 
+def _named(found: Mapping[str, bool]) -> frozenset[str]:
+    return frozenset(name for name, is_there in found.items() if is_there)
+
+
+def _check_inner_norm(sublayer: AttentionSublayer | MlpSublayer, width: int) -> None:
+    """Compare the norm before the last matrix with the ``width`` features that are left of it."""
+    check_number("inner_features", sublayer.inner_features)
+    affine = {name: getattr(sublayer, name) for name in ("inner_norm_weight", "inner_norm_bias")}
+    if sublayer.inner_features == 0:
+        for name, tensor in affine.items():
+            if tensor is not None:
+                raise wrong("inner_features", f"the features that the norm of {name} is over", 0)
+        return
+    if sublayer.inner_features < width:
+        raise wrong("inner_features", f"0 for no norm, or at least {width}", sublayer.inner_features)
+    for name, tensor in affine.items():
+        _check_shape(name, tensor, width)
+
+
+def _check_one_of(argument: str, value: str, choices: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise wrong(argument, f"one of {', '.join(choices)}", repr(value))
+
+
 def _check_activation(activation: str) -> None:
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise wrong("activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+    _check_one_of("activation", activation, ACTIVATIONS)
 
 
 _widths_needed = PackedCache(by_content=False)

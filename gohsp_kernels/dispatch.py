@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from contextlib import ContextDecorator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -90,6 +91,8 @@ def can_run(
 def _missing(backend: str, request: Request) -> str:
     if request.operator and request.operator not in BACKENDS[backend].operators:
         return f"has no {request.operator}"
+    if unknown := request.parts.difference(BACKENDS[backend].parts):
+        return f"has no kernel for {' or '.join(sorted(unknown))}"
     return BACKENDS[backend].missing(request)
 
 
@@ -104,20 +107,42 @@ def backends(device: torch.device | str = "cpu", dtype: torch.dtype = torch.floa
     return {name: _supported(name, request) for name in _in_order(request)}
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+class use_backend(ContextDecorator):
     """Run every call in the ``with`` block on the backend ``name``, or on the best one for ``"auto"``.
 
-    It holds for the calling thread. Threads that are started meanwhile follow the environment variable.
+    It holds for the calling thread. Threads that are started meanwhile follow the environment variable. Without a
+    ``with`` block, or a function that it decorates, it does nothing but warn.
 
     Raises:
         ValueError: for a backend that does not exist. One that exists but cannot run a call raises at that call.
     """
-    token = _selected.set(_check_name(name))
-    try:
-        yield
-    finally:
-        _selected.reset(token)
+
+    def __init__(self, name: str) -> None:
+        self._used = True  # where the name is refused there is nothing to warn of
+        self._name = _check_name(name)
+        self._used = False
+
+    def __enter__(self) -> None:
+        self._used = True
+        self._token = _selected.set(self._name)
+
+    def __exit__(self, *error: object) -> None:
+        _selected.reset(self._token)
+
+    def __call__(self, function: Any) -> Any:
+        self._used = True
+        return super().__call__(function)
+
+    def _recreate_cm(self) -> use_backend:  # for each call of a function that it decorates
+        return use_backend(self._name)
+
+    def __del__(self) -> None:
+        if not self._used:
+            warnings.warn(
+                f"use_backend({self._name!r}) did nothing: it holds in the block of a with statement. For a whole "
+                f"process set {ENVIRONMENT_VARIABLE}={self._name}",
+                stacklevel=2,
+            )
 
 
 def selected() -> str:
@@ -138,6 +163,7 @@ def choose(
     widest_head: int = 0,
     rows: int = 0,
     operator: str = "",
+    parts: frozenset[str] = frozenset(),
 ) -> str:
     """The backend that runs a call of an operator on ``rows`` rows of activations.
 
@@ -146,7 +172,7 @@ def choose(
         RuntimeError: if the named backend cannot run the call; the message is its reason.
     """
     wanted = selected() if backend is None else _check_name(backend)
-    request = Request(device, dtype, needs_grad, widest_head=widest_head, rows=rows, operator=operator)
+    request = Request(device, dtype, needs_grad, widest_head=widest_head, rows=rows, operator=operator, parts=parts)
     if wanted != "auto":
         if reason := _missing(wanted, request):
             raise RuntimeError(f"backend {wanted!r}: {reason}")

@@ -87,10 +87,12 @@ class WeightFormat:
                 :func:`gohsp_kernels.cpu.reference_attention`.
         """
         linear = partial(self.linear, levels=levels)
-        plain: dict[str, Any] = {"norm_weight": None, "norm_bias": None, "layer_scale": None}
+        gone = ("norm_weight", "norm_bias", "layer_scale", "inner_norm_weight", "inner_norm_bias")
+        plain: dict[str, Any] = dict.fromkeys(gone)
         if isinstance(sublayer, MlpSublayer):
-            fc1, fc1_bias, fc2, fc2_bias = fold_mlp(sublayer)
-            plain |= {"fc1_weight": fc1, "fc1_bias": fc1_bias, "fc2_weight": fc2, "fc2_bias": fc2_bias}
+            mlp = fold_mlp(sublayer)
+            plain |= {"fc1_weight": mlp.fc1, "fc1_bias": mlp.fc1_bias, "fc2_weight": mlp.fc2, "fc2_bias": mlp.fc2_bias}
+            plain |= {"gate_weight": mlp.gate, "gate_bias": mlp.gate_bias}
             return reference.mlp_sublayer(replace(sublayer, **plain), x, None, linear)
         folded = fold_attention(sublayer)
         plain |= {"qkv_weight": folded.qkv, "qkv_bias": folded.qkv_bias, "scale": folded.scale}

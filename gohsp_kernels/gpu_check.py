@@ -1,24 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of the GPU backends on the GPU at hand: ``python -m gohsp_kernels.gpu_check``.
+"""Checks of the GPU backends on the GPU at hand: ``python -m gohsp_kernels.gpu_check --seconds 500 --folder FOLDER``.
 
-In parts, each in a process of its own: a kernel that faults takes the context of its process with it and one that hangs
-is killed, and the other parts go on. Writes ``gpu-report/<device>.json`` and ``.md``. Where there is no GPU it says so
-and claims nothing. ``make gpu-check`` adds whole models (``python -m bench.gpu_check``), which this package knows none
+In parts, of which each has a share of the seconds, what is worth most first; docs/gpu-check.md goes through them. Cases
+run in processes of their own, many at a time (:mod:`gohsp_kernels._gpu_jobs`), and each row is in
+``FOLDER/DEVICE.jsonl`` as soon as it is known. Needs torch, Triton and numpy alone, no network, and no build where the
+libraries are there. ``make gpu-check`` adds whole models (``python -m bench.gpu_check``), which this package knows none
 of.
 
-A row of a report has ``ok``: whether a result was right, or None where nothing was judged; then ``reason`` says why.
+``--device cpu`` rehearses it: the CUDA kernels in emulation, Triton's in its interpreter, few and small cases.
+
+A row has ``ok``: whether a result was right, or None where nothing was judged; then ``reason`` says why.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
+import itertools
 import json
+import math
 import os
+import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,33 +36,57 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import descriptors, dispatch, ops, testing
+from . import _gpu, _native, descriptors, dispatch, gpu_cases, graphed, ops
+from ._gpu_jobs import SPOILED, Deadline, Job, Report, Row, run_jobs, worker
+from ._gpu_timing import captured, figures, race, wake
+from .cuda import CudaBackend
+from .gpu_cases import error_of, explicit_cases, judge
 from .graphed import GraphedModel
+from .registry import BACKENDS, Request
 from .testing import PRECISIONS, Call, Maker, poisoned
 
 OPERATORS = tuple(descriptors.OPERATORS)
+BATCHES = (1, 64, 8)
+TOKENS, FEATURES, HEADS, WIDTH, HIDDEN = 197, 384, 4, 64, 960
+"""DeiT-Small cut to 4 heads and 960 neurons a block, at 224 pixels."""
 
-Row = dict[str, Any]
+HALF = ("float16",)
 
-SANITIZERS = ("memcheck", "racecheck")
-BATCHES = (1, 8, 64)
+Case = tuple[str, Callable[[], "Row | list[Row]"]]
 
 
 @dataclass(frozen=True)
 class Scope:
-    """On what, and how much, a part works.
+    """On what, and how much, a process works.
 
     Attributes:
-        device: a GPU; or the CPU, whose backends are then Triton's interpreter alone.
-        cases: random calls of each operator in each precision.
-        largest: number of features, tokens or neurons in them.
+        device: a GPU; or the CPU for a rehearsal.
+        backend: "cuda" or "triton"; empty where a part takes both.
+        precision: one of ``PRECISIONS``.
+        cases: random calls of each operator.
+        largest: number of features, tokens or neurons in them; below ``TOKENS`` all cases are small.
     """
 
     device: torch.device
+    backend: str = ""
+    precision: str = "float16"
     cases: int = 12
     largest: int = 512
+
+    @property
+    def small(self) -> bool:
+        return self.largest < TOKENS
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return PRECISIONS[self.precision][0]
+
+    @property
+    def limit(self) -> float:
+        return PRECISIONS[self.precision][1]
 
 
 @dataclass(frozen=True)
@@ -62,19 +94,25 @@ class Part:
     """One part of the check.
 
     Attributes:
-        rows: what it finds, row by row.
-        judges: whether it is about right and wrong, so that not to finish is to fail; else it measures.
-        minutes: after which it is stopped.
+        cases: names of its cases, and how each gives a row or several.
+        share: of the time, beside those of the others. What is left over goes to the parts after it.
+        backends, precisions: for which there are processes of their own.
+        slices: processes among which the cases of one of those are divided: of "cuda", then of others.
+        together: whether they may run at the same time.
+        tools: of compute-sanitizer, under each of which all is run.
+        seconds: after so many a case counts as hanging; Triton compiles in them.
         module: to run with ``python -m``.
     """
 
-    rows: Callable[[Scope], Iterator[Row]]
-    judges: bool = True
-    minutes: int = 60
+    cases: Callable[[Scope], Iterator[Case]]
+    share: float
+    backends: tuple[str, ...] = ("cuda", "triton")
+    precisions: tuple[str, ...] = ("float16", "bfloat16", "float32", "float32 as tf32")
+    slices: tuple[int, int] = (1, 1)
+    together: bool = True
+    tools: tuple[str, ...] = ()
+    seconds: float = 90
     module: str = "gohsp_kernels.gpu_check"
-
-
-error_of = partial(testing.error, floor=1.0)
 
 
 @contextmanager
@@ -91,110 +129,95 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def gpu_backends(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dispatch.Support]]:
-    """What gohsp_kernels offers for GPUs; on the CPU that is Triton's interpreter alone."""
-    skipped = ("cpu", "reference") if device.type != "cpu" else ("cpu", "reference", "cuda")
+    """What gohsp_kernels offers for GPUs."""
     for name, support in dispatch.backends(device, dtype).items():
-        if name not in skipped:
+        if name not in ("cpu", "reference"):
             yield name, support
 
 
-ELEMENT = 12
-"""An element may be off by so many times the limit of its precision, in units of its row's root mean square."""
+class Emulated(CudaBackend):
+    """The CUDA kernels as the module of the tests has them, for tensors on the CPU."""
+
+    def missing(self, request: Request) -> str:
+        if request.device.type != "cpu":
+            return super().missing(request)
+        return _gpu.missing_numbers(request) or ("has no backward" if request.needs_grad else "")
 
 
-def explicit_cases(scope: Scope) -> Iterator[tuple[str, Call]]:
-    """Name and call of what reaches every tile, form of input and way out of the GPU kernels.
-
-    At the size of real models, or where ``scope.largest`` is below 197 at some of it.
-    """
-    maker, small = Maker(7), scope.largest < 197
-    tokens = 37 if small else 197
-    for batch in (1,) if small else (1, 8, 64):
-        for keep in (("all", "all"), ("chunks", "most"), ("single", "chunks")):
-            name = f"384 features, {keep[0]} in, {keep[1]} out, batch {batch}"
-            yield f"mlp, {name}", maker.mlp_sublayer((batch, tokens), 384, 960, *keep)
-            widths = [64, 24, 0, 40], [64, 40, 16, 8]
-            yield f"attention, {name}", maker.attention_sublayer(batch, tokens, 384, *widths, *keep, scale=0.125)
-        yield f"mlp, 192 features, batch {batch}", maker.mlp_sublayer((batch, tokens), 192, 384)
-        one = maker.attention_sublayer(batch, tokens, 384, [64] * 4, [64] * 4, scale=0.125, num_queries=1)
-        yield f"class token, batch {batch}", one
-    sizes = ((197, 384, 768), (16900, 416, 520), (2049, 149, 137), (1, 768, 1000), (65, 40, 65), (25216, 768, 2304))
-    for rows, inputs, outputs in sizes[2:5] if small else sizes:
-        rows = min(rows, 130) if small else rows
-        for form, activation in (("all", "identity"), ("chunks", "gelu"), ("single", "silu")):
-            name = f"linear, {rows} rows, {inputs} to {outputs}, {form} in, {activation}"
-            written = "most" if form == "chunks" else "all"
-            yield name, maker.linear((rows,), inputs, form, outputs, written, activation)
-    for count in (1, 16, 63, 65, tokens) if small else (1, 16, 63, 64, 65, 197, 577, 1025):
-        for name, qk, v in (
-            ("heads to 64", [64, 16, 40, 0], [64, 8, 24, 48]),
-            ("heads to 128", [128, 72, 8], [96, 128, 8]),
-            ("odd heads", [63, 3, 7], [5, 33, 64]),
-        ):
-            yield f"{name}, {count} tokens", maker.attention(2, count, qk, v, scale=0.125)
-    if not small:
-        yield "more blocks than 65535", maker.attention(9000, 17, [64] * 8, [64] * 8, scale=0.125)
+def rehearse() -> None:
+    """Let the CUDA backend take tensors on the CPU, as far as this build has the emulation."""
+    try:
+        importlib.import_module("gohsp_kernels._checks_cuda")
+    except ImportError:
+        return
+    BACKENDS["cuda"] = Emulated()
 
 
-@torch.no_grad()
-def judge_case(call: Call, backend: str, limit: float) -> Row:
-    """A call against the reference in float64, as a whole and element by element, once more, and with x transposed."""
-    result, again = call.run(backend), call.run(backend)
-    strided = call.with_x(call.x.transpose(-1, -2).contiguous().transpose(-1, -2)).run(backend)
-    truth = call.truth()
-    error, element = error_of(result, truth), testing.worst_element(result, truth)
-    same = torch.equal(result, again) and torch.equal(result, strided)
-    ok = error <= limit and element <= ELEMENT * limit and same
-    return {"ok": ok, "error": error, "element": element, "same": same}
+# --- right or wrong --------------------------------------------------------------------------------------------------
+def judged(scope: Scope, draw: gpu_cases.Draw, seed: int) -> Row:
+    """A case of :mod:`gohsp_kernels.gpu_cases` on fresh numbers; new tensors begin as NaN."""
+    with tf32(scope.precision.endswith("tf32")), poisoned():
+        return judge(draw(Maker(seed)).to(scope.dtype, scope.device), scope.backend, scope.limit)
 
 
-def explicit(scope: Scope) -> Iterator[Row]:
-    """Calls that reach every tile and form, each judged; ends at the first fault, after which nothing can be run."""
-    for precision, (dtype, limit) in PRECISIONS.items():
-        for backend, support in gpu_backends(scope.device, dtype):
-            for name, call in explicit_cases(scope) if support else ():
-                row: Row = {"backend": backend, "precision": precision, "case": name}
-                try:
-                    with tf32(precision.endswith("tf32")), poisoned():
-                        found = judge_case(call.to(dtype, scope.device), backend, limit)
-                except RuntimeError as error:
-                    yield {**row, "ok": False, "reason": first_line(error)}
-                    if "CUDA error" in str(error):
-                        return
-                    continue
-                yield {**row, **found}
+def _explicit(cases: Mapping[str, gpu_cases.Draw], scope: Scope) -> Iterator[Case]:
+    for seed, (name, draw) in enumerate(cases.items()):
+        yield name, partial(judged, scope, draw, seed)
 
 
-def every_case(scope: Scope, needs_grad: bool, measure: Callable[..., float]) -> Iterator[Row]:
-    """Worst of what ``measure(call, backend)`` gives, for every backend, precision and operator."""
-    for precision, (dtype, limit) in PRECISIONS.items():
-        for backend, _ in gpu_backends(scope.device, dtype):
-            for operator in OPERATORS:
-                row: Row = {"backend": backend, "precision": precision, "operator": operator}
-                errors: dict[int, float] = {}
-                reason = ""
-                try:
-                    for seed in range(scope.cases):
-                        call = Maker(seed, scope.largest).ragged(operator).to(dtype, scope.device)
-                        support = dispatch.can_run(
-                            backend,
-                            scope.device,
-                            dtype,
-                            needs_grad=needs_grad,
-                            widest_head=call.operator.widest_head,
-                        )
-                        if support:
-                            with tf32(precision.endswith("tf32")):
-                                errors[seed] = measure(call, backend)
-                        reason = reason or support.reason
-                except Exception as error:
-                    yield {**row, "ok": False, "cases": len(errors), "reason": first_line(error)}
-                    continue
-                found: Row = {"ok": None, "cases": len(errors), "reason": reason}
-                if errors:
-                    worst = max(errors, key=lambda seed: errors[seed])
-                    found |= {"ok": errors[worst] <= limit, "error": errors[worst], "limit": limit, "worst_seed": worst}
-                yield {**row, **found}
+def explicit(scope: Scope) -> Iterator[Case]:
+    """Calls that reach every tile, form of input and way out."""
+    return _explicit(explicit_cases(scope.small), scope)
+
+
+def smoke(scope: Scope) -> Iterator[Case]:
+    """The first of each kind: a verdict within half a minute."""
+    found, kinds = {}, set()
+    for name, draw in explicit_cases(scope.small).items():
+        kind = name.split(",")[0]
+        if kind not in kinds and kind in ("mlp", "attention", "chain", "linear", "heads to 64"):
+            found[name] = draw
+            kinds.add(kind)
+    return _explicit(found, scope)
+
+
+def largest(scope: Scope) -> Iterator[Case]:
+    """What needs numbers of 64 bits."""
+    if not scope.small:
+        yield from _explicit(gpu_cases.LARGEST, scope)
+
+
+def sanitized(scope: Scope) -> Iterator[Case]:
+    """The explicit cases but for the slowest."""
+    slow = ("25216 rows", "more blocks", "batch 64")
+    cases = {name: draw for name, draw in explicit_cases(scope.small).items() if not any(s in name for s in slow)}
+    return _explicit(cases, scope)
+
+
+def numerics(scope: Scope) -> Iterator[Case]:
+    """Every operator on random heterogeneous calls, against the reference in float64, and twice the same."""
+    for seed in range(scope.cases):
+        for operator in OPERATORS:
+            yield f"{operator}, seed {seed}", partial(measured, scope, operator, seed, False)
+
+
+def gradients(scope: Scope) -> Iterator[Case]:
+    """The same of the gradients, on a third of the calls. Chains of operations are longer, limits the same."""
+    for seed in range(-(-scope.cases // 3)):
+        for operator in OPERATORS:
+            yield f"{operator}, seed {seed}", partial(measured, scope, operator, seed, True)
+
+
+def measured(scope: Scope, operator: str, seed: int, needs_grad: bool) -> Row:
+    """Error of a random call, or of its gradients, against the limit of the precision."""
+    call = Maker(seed, scope.largest).ragged(operator).to(scope.dtype, scope.device)
+    widest = call.operator.widest_head
+    support = dispatch.can_run(scope.backend, scope.device, scope.dtype, needs_grad=needs_grad, widest_head=widest)
+    if not support:
+        return {"ok": None, "reason": support.reason}
+    with tf32(scope.precision.endswith("tf32")):
+        error = (gradient_error if needs_grad else forward_error)(call, scope.backend)
+    return {"ok": error <= scope.limit, "error": error}
 
 
 @torch.no_grad()
@@ -220,36 +243,17 @@ def gradient_error(call: Call, backend: str) -> float:
     return error_of(gradients(call, backend), truth)
 
 
-def numerics(scope: Scope) -> Iterator[Row]:
-    """Every operator on random heterogeneous calls, against the reference in float64, and twice the same."""
-    return every_case(scope, False, forward_error)
-
-
-def gradients(scope: Scope) -> Iterator[Row]:
-    """The same of the gradients, on a third of the calls. Chains are longer, limits the same."""
-    smaller = Scope(scope.device, -(-scope.cases // 3), scope.largest)
-    return every_case(smaller, True, gradient_error)
-
-
-def opcheck(scope: Scope) -> Iterator[Row]:
+def opcheck(scope: Scope) -> Iterator[Case]:
     """torch.library.opcheck: schema, fake tensors, autograd registration, tracing with dynamic shapes."""
-    for backend, support in gpu_backends(scope.device, torch.float16):
-        for operator in OPERATORS:
-            row: Row = {"backend": backend, "operator": operator}
-            if not support:
-                yield {**row, "ok": None, "reason": support.reason}
-                continue
-            call = Maker(1, scope.largest).ragged(operator).to(torch.float16, scope.device)
-            try:
-                with dispatch.use_backend(backend):
-                    torch.library.opcheck(getattr(torch.ops.gohsp_kernels, operator).default, call.flat())
-                yield {**row, "ok": True}
-            except Exception as error:
-                yield {**row, "ok": False, "reason": first_line(error)}
 
+    def check(operator: str) -> Row:
+        call = Maker(1, scope.largest).ragged(operator).to(scope.dtype, scope.device)
+        with dispatch.use_backend(scope.backend):
+            torch.library.opcheck(getattr(torch.ops.gohsp_kernels, operator).default, call.flat())
+        return {"ok": True}
 
-def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+    for operator in OPERATORS:
+        yield operator, partial(check, operator)
 
 
 class Sublayer(nn.Module):
@@ -257,83 +261,52 @@ class Sublayer(nn.Module):
 
     def __init__(self, operator: str, features: int) -> None:
         super().__init__()
-        maker, heads, width, hidden = Maker(0), 4, min(64, features), 5 * features // 2
-        norm, scale, middle = (maker.normal(features), maker.normal(features)), maker.normal(features), heads * width
+        maker, width, hidden = Maker(0), min(WIDTH, features), 5 * features // 2
+        norm, scale, middle = (maker.normal(features), maker.normal(features)), maker.normal(features), HEADS * width
         if operator == "mlp_sublayer":
             outer, inner = (hidden, features), (features, hidden)
             constants: tuple[Any, ...] = (scale, None, None, "gelu", 1e-6)
         else:
             outer, inner = (3 * middle, features), (features, middle)
-            widths = (width,) * heads
+            widths = (width,) * HEADS
             constants = (scale, *(None,) * 6, widths, widths, width**-0.5, 1e-6, 1e-6)
         self.operator = operator
         layers = maker.weight(*outer), maker.normal(outer[0]), maker.weight(*inner), maker.normal(inner[0])
         self.constants = constants[1:]
         self.weights = nn.ParameterList(nn.Parameter(t, requires_grad=False) for t in (*norm, *layers, scale))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, backend: str | None = None) -> Tensor:
         queries = (x.shape[1],) if self.operator == "attention_sublayer" else ()
-        result: Tensor = ops.call(self.operator, (x, *self.weights, *self.constants, *queries), None)
+        result: Tensor = ops.call(self.operator, (x, *self.weights, *self.constants, *queries), backend)
         return result
 
 
 def sizes(scope: Scope) -> tuple[int, int]:
     """Tokens and features of DeiT-Small, or fewer."""
-    return min(197, scope.largest), min(384, scope.largest)
+    return min(TOKENS, scope.largest), min(FEATURES, scope.largest)
 
 
-def graphs(scope: Scope) -> Iterator[Row]:
-    """Both sublayers captured in a CUDA graph: on new input, bit for bit what a call outside gives."""
-    tokens, features = sizes(scope)
-    for precision, (dtype, _) in PRECISIONS.items():
-        for backend, support in gpu_backends(scope.device, dtype):
-            for operator in OPERATORS[2:]:
-                row: Row = {"backend": backend, "precision": precision, "operator": operator}
-                if not support:
-                    yield {**row, "ok": None, "reason": support.reason}
-                    continue
-                model = Sublayer(operator, features).to(scope.device, dtype).eval()
-                images = [Maker(i).normal(1, tokens, features).to(scope.device, dtype) for i in (1, 2)]
-                try:
-                    with dispatch.use_backend(backend), tf32(precision.endswith("tf32")), torch.no_grad():
-                        graphed = GraphedModel(model)
-                        equal = [torch.equal(graphed(x), model(x)) for x in images]
-                    yield {**row, "ok": all(equal)}
-                except Exception as error:
-                    yield {**row, "ok": False, "reason": first_line(error)}
+def graphs(scope: Scope) -> Iterator[Case]:
+    """Both sublayers in a CUDA graph: bit for bit what a call outside gives, on other input and with other weights."""
+
+    def check(operator: str) -> Row:
+        if scope.device.type != graphed.CAPTURABLE:
+            return {"ok": None, "reason": f"only {graphed.CAPTURABLE} has graphs"}
+        tokens, features = sizes(scope)
+        model = Sublayer(operator, features).to(scope.device, scope.dtype).eval()
+        images = [Maker(i).normal(1, tokens, features).to(scope.device, scope.dtype) for i in (1, 2)]
+        with dispatch.use_backend(scope.backend), tf32(scope.precision.endswith("tf32")), torch.no_grad():
+            fast = GraphedModel(model)
+            equal = [torch.equal(fast(x), model(x)) for x in images]
+            model.weights[2].data.mul_(2)
+            equal.append(torch.equal(fast(images[0]), model(images[0])))
+        return {"ok": all(equal)}
+
+    for operator in OPERATORS[2:]:
+        yield operator, partial(check, operator)
 
 
-def sanitizer(scope: Scope) -> Iterator[Row]:
-    """The numerics again, one call of each operator, under NVIDIA's compute-sanitizer."""
-    program = shutil.which("compute-sanitizer")
-    if program is None:
-        yield {"ok": None, "reason": "there is no compute-sanitizer on the PATH"}
-        return
-    for tool in SANITIZERS:
-        with tempfile.TemporaryDirectory() as folder:
-            once = Scope(scope.device, 1, scope.largest)
-            prefix = (program, "--tool", tool, "--error-exitcode", "86")
-            # Without PyTorch's own pool each tensor is an allocation whose ends the tool knows.
-            process = start_child(PARTS["numerics"], "numerics", once, Path(folder) / "rows", prefix, caching=False)
-        lines = [line for line in process.stdout.splitlines() if line.startswith("=========")]
-        ok = process.returncode == 0
-        yield {"tool": tool, "ok": ok, "reason": "" if ok else " ".join(lines[:6]) or process.stderr[-300:]}
-
-
-def tuning(scope: Scope) -> Iterator[Row]:
-    """Tiles of the Triton kernels at the shapes of DeiT, into the user's cache, where later parts find them."""
-    support = dispatch.can_run("triton", scope.device, torch.float16)
-    if not support:
-        yield {"ok": None, "reason": support.reason}
-        return
-    from . import tune
-
-    lines: list[str] = []
-    tune.tune(list(tune.shapes()), scope.device, write=lines.append)
-    for line in lines:
-        yield {"ok": None, "result": line}
-
-
+# --- speed -----------------------------------------------------------------------------------------------------------
 def milliseconds(run: Callable[[], object], device: torch.device, rounds: int = 50) -> float:
     """Median time of a call after some that are not counted; on a GPU by its own clock."""
     times = []
@@ -352,70 +325,249 @@ def milliseconds(run: Callable[[], object], device: torch.device, rounds: int = 
     return statistics.median(times[5:])
 
 
-def speed(scope: Scope) -> Iterator[Row]:
-    """Both sublayers of the pruned DeiT-Small beside the reference, each replayed from a CUDA graph."""
+def raced(runs: Mapping[str, Callable[[], Tensor]], truth: Tensor, device: torch.device, calls: int) -> list[Row]:
+    """A row for each contender: times in turn, from CUDA graphs, and the error. Without a GPU nobody's clock."""
+    replays: dict[str, Callable[[], object]] = {}
+    rows: dict[str, Row] = {}
+    for name, run in runs.items():
+        try:
+            if device.type == "cuda":
+                replays[name], result = captured(run, calls)
+                replays[name]()
+            else:
+                result = run()
+        except Exception as error:
+            rows[name] = {"contender": name, "ok": None, "reason": first_line(error)}
+            continue
+        rows[name] = {"contender": name, "ok": None, "error": error_of(result, truth)}
+    for name, times in race(replays, 15, 3).items() if replays else ():
+        rows[name].update(figures(times, calls))
+    return list(rows.values())
+
+
+def ceilings(scope: Scope) -> list[Row]:
+    """The rates of the GPU itself: copies, a large product, and one node of a graph to the next."""
+    device = scope.device
+    if device.type != "cuda":
+        return [{"ok": None, "reason": "a GPU has them"}]
+    wake(device)
+    big, one = torch.empty(2**30, dtype=torch.uint8, device=device), torch.zeros(1, device=device)
+    other, square = torch.empty_like(big), torch.randn(8192, 8192, device=device, dtype=torch.float16)
+    nodes, _ = captured(lambda: one.add_(1), 100)
+    runs = {"copy": lambda: other.copy_(big), "product": lambda: square @ square, "nodes": nodes}
+    us = {name: figures(found)["us"] for name, found in race(runs, 10, 3).items()}
+    return [
+        {"contender": "copy, TB/s", "ok": None, "value": round(2 * 2**30 / us["copy"] / 1e6, 3)},
+        {"contender": "matmul, TFLOP/s", "ok": None, "value": round(2 * 8192**3 / us["product"] / 1e6, 1)},
+        {"contender": "a node of a graph, us", "ok": None, "value": round(us["nodes"] / 100, 2)},
+    ]
+
+
+def speed(scope: Scope, batches: Sequence[int] = BATCHES) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+    """Ceilings; sublayers beside the reference, eager and compiled; products beside cuBLAS, attention beside SDPA."""
+    yield "ceilings", partial(ceilings, scope)
     tokens, features = sizes(scope)
-    for dtype in (torch.float16, torch.bfloat16):
-        backends = dict(gpu_backends(scope.device, dtype))
+    for batch in batches:
         for operator in OPERATORS[2:]:
-            for batch in BATCHES:
-                model = Sublayer(operator, features).to(scope.device, dtype).eval()
-                x = Maker(1).normal(batch, tokens, features).to(scope.device, dtype)
-                row: Row = {"operator": operator, "precision": str(dtype).removeprefix("torch."), "batch": batch}
-                for backend in (*(name for name, support in backends.items() if support), "reference"):
-                    with dispatch.use_backend(backend):
-                        graphed = GraphedModel(model)
-                        row[f"{backend}_ms"] = milliseconds(partial(graphed, x), scope.device)
-                yield {**row, "ok": None}
+            yield f"{operator}, batch {batch}", partial(_race_sublayer, scope, operator, batch, tokens, features)
+        for inputs, outputs, activation in products(features):
+            name = f"linear, {batch * tokens} rows, {inputs} to {outputs}, {activation}"
+            yield name, partial(_race_linear, scope, batch * tokens, inputs, outputs, activation)
+        yield f"attention, batch {batch}", partial(_race_attention, scope, batch, tokens)
+
+
+def products(features: int) -> Iterator[tuple[int, int, str]]:
+    """Inputs, outputs and activation of the linear layers of the cut DeiT-Small."""
+    middle, hidden = HEADS * min(WIDTH, features), 5 * features // 2
+    yield features, 3 * middle, "identity"
+    yield features, hidden, "gelu"
+    yield hidden, features, "identity"
+    yield middle, features, "identity"
+
+
+def _able(scope: Scope) -> list[str]:
+    return [name for name, support in gpu_backends(scope.device, scope.dtype) if support]
+
+
+def _calls(batch: int) -> int:
+    return 20 if batch < 64 else 5
+
+
+@torch.no_grad()
+def _race_sublayer(scope: Scope, operator: str, batch: int, tokens: int, features: int) -> list[Row]:
+    model = Sublayer(operator, features).to(scope.device, scope.dtype).eval()
+    x = Maker(1).normal(batch, tokens, features).to(scope.device, scope.dtype)
+    truth = Sublayer(operator, features).to(scope.device, torch.float64)(x.double(), "reference")
+    runs: dict[str, Callable[[], Tensor]] = {name: partial(model, x, name) for name in _able(scope)}
+    runs["PyTorch"] = partial(model, x, "reference")
+    if scope.device.type == "cuda":
+        compiled = torch.compile(lambda x: model(x, "reference"), dynamic=False)
+        runs["torch.compile"] = partial(compiled, x)
+    return raced(runs, truth, scope.device, _calls(batch))
+
+
+@torch.no_grad()
+def _race_linear(scope: Scope, rows: int, inputs: int, outputs: int, activation: str) -> list[Row]:
+    call = Maker(1).linear((rows,), inputs, None, outputs, None, activation).to(scope.dtype, scope.device)
+    weight, bias = call.tensors()[1:]
+    runs: dict[str, Callable[[], Tensor]] = {name: partial(call.run, name) for name in _able(scope)}
+    found = raced(
+        {**runs, "cuBLAS, no activation": partial(F.linear, call.x, weight, bias)}, call.truth(), scope.device, 5
+    )
+    return [{**row, "error": None} if row["contender"].startswith("cuBLAS") else row for row in found]
+
+
+@torch.no_grad()
+def _race_attention(scope: Scope, batch: int, tokens: int) -> list[Row]:
+    width = [WIDTH] * HEADS
+    call = Maker(1).attention(batch, tokens, width, width, scale=WIDTH**-0.5).to(scope.dtype, scope.device)
+    q, k, v = call.x.view(batch, tokens, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4)
+
+    def sdpa() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    runs: dict[str, Callable[[], Tensor]] = {name: partial(call.run, name) for name in _able(scope)}
+    return raced({**runs, "SDPA": sdpa}, call.truth(), scope.device, _calls(batch))
+
+
+def tuning(scope: Scope) -> Iterator[Case]:
+    """Tiles of the Triton kernels at the shapes of the cut DeiT-Small, into the user's cache."""
+    from . import tune
+
+    def check(key: str, shape: tune.Shape) -> Row:
+        if scope.device.type != "cuda":
+            return {"ok": None, "reason": "only a GPU can be measured"}
+        lines: list[str] = []
+        tune.tune([shape], scope.device, [scope.dtype], write=lines.append)
+        return {"ok": None, "result": " ".join(lines)}
+
+    found: dict[str, tune.Shape] = {}
+    for batch in BATCHES:
+        for inputs, outputs, activation in products(FEATURES):
+            shape: tune.Shape = tune.LinearShape(
+                batch * TOKENS, inputs, outputs, activation == "gelu" or outputs > 2 * inputs
+            )
+            found.setdefault(shape.key(scope.dtype), shape)
+        shape = tune.AttentionShape(batch, TOKENS, HEADS, WIDTH)
+        found.setdefault(shape.key(scope.dtype), shape)
+    for key, shape in found.items():
+        yield key, partial(check, key, shape)
 
 
 PARTS: dict[str, Part] = {
-    "explicit": Part(explicit, minutes=30),
-    "numerics": Part(numerics),
-    "opcheck": Part(opcheck, minutes=20),
-    "gradients": Part(gradients),
-    "graphs": Part(graphs, minutes=20),
-    "sanitizer": Part(sanitizer, minutes=180),
-    "tuning": Part(tuning, judges=False, minutes=180),
-    "speed": Part(speed, judges=False, minutes=20),
+    "smoke": Part(smoke, 12, precisions=HALF),
+    "explicit": Part(explicit, 32, slices=(2, 3)),
+    "largest": Part(largest, 4, backends=("cuda",), precisions=HALF),
+    "sanitizer": Part(
+        sanitized,
+        13,
+        backends=("cuda",),
+        precisions=("float16", "float32"),
+        slices=(3, 3),
+        tools=("memcheck", "racecheck"),
+    ),
+    "speed": Part(speed, 16, backends=("",), precisions=HALF, together=False),
+    "graphs": Part(graphs, 4),
+    "gradients": Part(gradients, 7, backends=("triton",)),
+    "opcheck": Part(opcheck, 3, precisions=HALF),
+    "numerics": Part(numerics, 6, slices=(1, 2)),
+    "tuning": Part(tuning, 3, backends=("triton",), precisions=HALF, together=False),
 }
 
 
-def start_child(
-    part: Part, name: str, scope: Scope, out: Path, prefix: Sequence[str] = (), caching: bool = True
-) -> subprocess.CompletedProcess[str]:
-    """Run a part in a process, whose rows go to ``out``, one JSON object a line.
-
-    Raises:
-        subprocess.TimeoutExpired: if it took longer than the part may.
-    """
-    command = [*prefix, sys.executable, "-m", part.module, "--part", name, "--out", str(out)]
-    command += ["--device", str(scope.device), "--cases", str(scope.cases), "--largest", str(scope.largest)]
-    environment = os.environ if caching else {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60 * part.minutes)
+# --- one process -----------------------------------------------------------------------------------------------------
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
-def run_part(part: Part, name: str, scope: Scope) -> Row:
-    """A part's rows, those before a fault included, and the fault."""
-    started, error = time.perf_counter(), ""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "rows"
-        try:
-            process = start_child(part, name, scope, out)
-            if process.returncode != 0:
-                error = f"exit code {process.returncode}: {process.stderr.strip()[-1500:]}"
-        except subprocess.TimeoutExpired:
-            error = f"not finished after {part.minutes} minutes"
-        rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    return {"rows": rows, "error": error, "seconds": round(time.perf_counter() - started, 1)}
-
-
-def verdict(part: Part, result: Row) -> bool | None:
-    """False if a row is wrong or a part that judges did not finish; None if nothing was judged."""
-    judged = [row["ok"] for row in result["rows"] if row.get("ok") is not None]
-    if False in judged or (result["error"] and part.judges):
+def spoiled(device: torch.device) -> bool:
+    """Whether the GPU gives nothing more to this process, as after a fault of a kernel."""
+    if device.type != "cuda":
         return False
-    return True if judged else None
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _in_json(row: Row) -> Row:
+    """A row without numbers that JSON does not have."""
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def work(part: Part, scope: Scope, part_of: tuple[int, int], first: int, say: Callable[[Row], object]) -> int:
+    """Run every n-th case of a part from number ``first`` on, each named before it begins; the exit code."""
+    if scope.backend:
+        support = dispatch.can_run(scope.backend, scope.device, scope.dtype)
+        if not support:
+            say({"ok": None, "reason": support.reason})
+            return 0
+    for number, (name, run) in enumerate(part.cases(scope)):
+        if number < first or number % part_of[1] != part_of[0]:
+            continue
+        say({"begins": name, "number": number})
+        began, fault = time.perf_counter(), False
+        try:
+            found = run()
+        except Exception as error:
+            found = {"ok": False, "reason": first_line(error)}
+            fault = spoiled(scope.device)
+        for row in found if isinstance(found, list) else [found]:
+            say({"case": name, **_in_json(row), "s": round(time.perf_counter() - began, 2)})
+        if fault:
+            return SPOILED
+    return 0
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+def jobs(name: str, part: Part, scope: Scope) -> Iterator[Job]:
+    """The processes of a part, those that say most first."""
+    sanitizer = shutil.which("compute-sanitizer")
+    for tool in part.tools or ("",):
+        for precision in part.precisions:
+            for backend in part.backends:
+                count = part.slices[0 if backend == "cuda" else 1]
+                for i in range(count):
+                    about = {"part": name, "backend": backend, "precision": precision, "tool": tool}
+                    options = [
+                        "--part",
+                        name,
+                        "--backend",
+                        backend,
+                        "--precision",
+                        precision,
+                        "--slice",
+                        f"{i}/{count}",
+                    ]
+                    options += [
+                        "--device",
+                        str(scope.device),
+                        "--cases",
+                        str(scope.cases),
+                        "--largest",
+                        str(scope.largest),
+                    ]
+                    command = worker(part.module, *options)
+                    environment = {"OMP_NUM_THREADS": "1"}  # there are as many processes as cores
+                    if scope.device.type == "cpu":
+                        environment["TRITON_INTERPRET"] = "1"
+                    if tool:
+                        # Without PyTorch's own pool each tensor is an allocation whose ends the tool knows.
+                        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+                        command = [*_sanitizing(sanitizer or "compute-sanitizer", tool), *command]
+                    yield Job({key: value for key, value in about.items() if value}, command, environment, part.seconds)
+
+
+@functools.cache
+def _sanitizing(program: str, tool: str) -> tuple[str, ...]:
+    """The beginning of a command line; only our kernels are looked at where the tool can choose."""
+    try:
+        known = subprocess.run([program, "--help"], capture_output=True, text=True, timeout=20).stdout
+    except OSError:
+        known = ""
+    only = ("--kernel-regex", "kns=gohsp") if "--kernel-regex" in known else ()
+    return program, "--tool", tool, "--error-exitcode", "86", *only
 
 
 def names_of_gpus() -> list[str]:
@@ -425,88 +577,96 @@ def names_of_gpus() -> list[str]:
 
 def about(device: str) -> Row:
     """What a figure depends on besides the code."""
-    found: Row = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
+    found: Row = {"device": device, "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("triton", "numpy"):
+        try:
+            found[name] = importlib.import_module(name).__version__
+        except ImportError:
+            found[name] = "missing"
+    found |= {"cuda": torch.version.cuda, "hip": torch.version.hip}
+    library = _native.load_cuda()
+    found["library"] = library.reason or "loads"
     if torch.cuda.is_available():
         found["compute_capability"] = ".".join(map(str, torch.cuda.get_device_capability()))
+        found["library"] = _native.cuda_missing(torch.cuda.current_device()) or "runs"
     return found
 
 
-def _cell(value: Any) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
-    return text.replace("|", "/").replace("\n", " ")
+def free_place(folder: Path, name: str) -> Path:
+    """Where no report is yet: a second run adds to what the first has found."""
+    places = (folder / (name if i == 1 else f"{name}-{i}") for i in itertools.count(1))
+    return next(place for place in places if not Path(f"{place}.jsonl").exists())
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table, a column for each key that one of them has."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [keys, ["---"] * len(keys), *([_cell(row.get(key)) for key in keys] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+@contextmanager
+def stopped_by_signals(deadline: Deadline) -> Iterator[None]:
+    """In the ``with`` block a signal to end brings the deadline forward: processes end, and the report is written."""
+    before = {number: signal.signal(number, lambda *_: deadline.stop()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def markdown(report: Row) -> str:
-    """The report for people."""
-    words = {True: "right", False: "FAILED", None: "nothing judged"}
-    summary = [
-        {"part": name, "verdict": words[part["ok"]], "rows": len(part["rows"]), "seconds": part["seconds"]}
-        for name, part in report["parts"].items()
-    ]
-    about = ", ".join(f"{key} {value}" for key, value in report.items() if key not in ("parts", "device") and value)
-    text = f"# {report['device']}\n\n{about}\n\n{table(summary)}\n"
-    for name, part in report["parts"].items():
-        text += f"\n## {name}\n\n"
-        text += f"Did not finish:\n\n```\n{part['error']}\n```\n\n" if part["error"] else ""
-        text += f"{table(part['rows'])}\n" if part["rows"] else "No row.\n"
-    return text
-
-
-def write(path: Path, text: str) -> None:
-    """Write beside the place, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
-
-
-def check(
-    gpus: Sequence[str],
-    folder: Path,
-    scope: Scope,
-    parts: Mapping[str, Part],
-    run: Callable[[Part, str, Scope], Row] = run_part,
-) -> int:
-    """Run ``parts`` on the first of ``gpus`` and write the report after each; the exit code: 1 where one failed."""
-    if not gpus:
-        print("no GPU here: nothing was checked, and nothing is claimed")
-        return 0
-    report: Row = {**about(gpus[0]), "parts": {}}
-    path = folder / "-".join(gpus[0].replace("/", " ").split())
-    for name, part in parts.items():
-        result = run(part, name, scope)
-        report["parts"][name] = {"ok": verdict(part, result), **result}
-        write(path.with_name(path.name + ".json"), json.dumps(report, indent=1) + "\n")
-        write(path.with_name(path.name + ".md"), markdown(report))
-        print(f"{name}: {report['parts'][name]['ok']}  {result['error'].splitlines()[-1] if result['error'] else ''}")
-    print(f"written to {path}.json and .md")
-    return 1 if any(part["ok"] is False for part in report["parts"].values()) else 0
+def check(device: str, folder: Path, scope: Scope, parts: Mapping[str, Part], seconds: float, at_once: int) -> int:
+    """Run parts and write the report; the exit code: 1 where something was wrong."""
+    report = Report(free_place(folder, "-".join(device.replace("/", " ").split())), about(device))
+    deadline, whole, past = Deadline(seconds), sum(part.share for part in parts.values()), 0.0
+    with stopped_by_signals(deadline):
+        for name, part in parts.items():
+            past += part.share
+            began = time.monotonic()
+            if part.tools and shutil.which("compute-sanitizer") is None:
+                report.add({"part": name, "ok": None, "reason": "there is no compute-sanitizer on the PATH"})
+            else:
+                run_jobs(list(jobs(name, part, scope)), at_once if part.together else 1, deadline, past / whole, report)
+            report.finish_part(name, time.monotonic() - began)
+    print(f"written to {report.path}.jsonl and .md")
+    return 1 if report.wrong() else 0
 
 
 def main(arguments: Sequence[str] | None = None, parts: Mapping[str, Part] = PARTS) -> int:
     """The command line of ``parts``; the exit code."""
     parser = argparse.ArgumentParser(description="Checks the GPU backends on the first GPU and writes a report.")
-    parser.add_argument("--folder", type=Path, default=Path("gpu-report"), help="of the reports")
-    parser.add_argument("--part", choices=list(parts), help="only this one, here in this process")
-    parser.add_argument("--out", type=Path, help="file for the rows of --part; by default they are printed")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--cases", type=int, default=Scope.cases, help="random calls of each kind")
-    parser.add_argument("--largest", type=int, default=Scope.largest, help="size in them")
+    parser.add_argument("--seconds", type=float, default=500, help="that all of it may take")
+    parser.add_argument("--folder", type=Path, default=Path("gpu-report"), help="of the report")
+    parser.add_argument("--only", nargs="+", choices=list(parts), help="these parts, which then share the seconds")
+    parser.add_argument("--device", type=torch.device, help="cuda; or cpu for a rehearsal")
+    parser.add_argument("--at-once", type=int, default=max(1, min(12, (os.cpu_count() or 1) - 2)), help="processes")
+    parser.add_argument("--cases", type=int, help="random calls of each operator")
+    parser.add_argument("--largest", type=int, help="size in them")
+    inner = parser.add_argument_group("one process of it, whose rows are printed")
+    inner.add_argument("--part", choices=list(parts))
+    inner.add_argument("--backend", default="")
+    inner.add_argument("--precision", default="float16", choices=list(PRECISIONS))
+    inner.add_argument("--slice", default="0/1")
+    inner.add_argument("--first", type=int, default=0)
     options = parser.parse_args(arguments)
-    scope = Scope(options.device, options.cases, options.largest)
-    if options.part is None:
-        return check(names_of_gpus(), options.folder, scope, parts)
-    with options.out.open("w") if options.out else sys.stdout as out:
-        for row in parts[options.part].rows(scope):
-            print(json.dumps(row), file=out, flush=True)
-    return 0
+    device = options.device or torch.device("cuda")
+    small = device.type == "cpu"
+    scope = Scope(
+        device,
+        options.backend,
+        options.precision,
+        options.cases or (2 if small else 12),
+        options.largest or (24 if small else 512),
+    )
+    if small:
+        rehearse()
+    if options.part is not None:
+        i, count = map(int, options.slice.split("/"))
+
+        def say(row: Row) -> None:
+            print(json.dumps(row), flush=True)
+
+        return work(parts[options.part], scope, (i, count), options.first, say)
+    names = ["CPU"] if small else names_of_gpus()
+    if not names:
+        print("no GPU here: nothing was checked, and nothing is claimed")
+        return 0
+    chosen = {name: part for name, part in parts.items() if name in (options.only or parts)}
+    return check(names[0], options.folder, scope, chosen, options.seconds, options.at_once)
 
 
 if __name__ == "__main__":

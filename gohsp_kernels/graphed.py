@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dispatch
-from ._cache import keeping
+from ._cache import keeping, read_on
 from ._stamp import Stamp
 
 CAPTURABLE = "cuda"  # type of the device that has graphs; PyTorch gives AMD's the same name
@@ -57,25 +57,26 @@ class GraphedModel:
         if x.device.type != CAPTURABLE:
             raise ValueError(f"x: wanted a tensor on {CAPTURABLE}, as only a GPU has graphs; got one on {x.device}")
         key = (x.shape, x.dtype, x.device, dispatch.selected())
-        tensors = [tensor for table in self._tables for tensor in table.values()]
         captured = self._graphs.get(key)
         if captured is not None:
-            looking = captured[0].looking(tensors)
-            if looking is not None:
-                # Replayed before it is known whether the weights are still these: it writes to buffers of its own.
-                result = captured[1].replay(x)
-                if looking():
-                    return result
-                del result
-            del captured, self._graphs[key]  # before the next one asks for its memory
+            # Replayed before it is known whether the weights are still these: it writes to buffers of its own and reads
+            # memory that the stamp and the graph hold. So the host looks at the weights while the GPU works.
+            same = captured[0].begin()
+            result = captured[1].replay(x)
+            if same(self._tensors()):
+                return result
+            del result, same, captured, self._graphs[key]  # before the next one asks for its memory
         elif len(self._graphs) >= self.max_shapes:
             known = ", ".join(str(list(shape)) for shape, *_ in self._graphs)
             raise RuntimeError(
                 f"x: wanted one of at most max_shapes={self.max_shapes} shapes, those captured being {known}; "
                 f"got {list(x.shape)} {x.dtype}. Pad the batch, or raise max_shapes"
             )
-        _, graph = self._graphs[key] = (Stamp(tensors), _Graph(self.model, x))
+        _, graph = self._graphs[key] = (Stamp(self._tensors()), _Graph(self.model, x))
         return graph.replay(x)
+
+    def _tensors(self) -> list[Tensor | None]:
+        return [tensor for table in self._tables for tensor in table.values()]
 
 
 class _Graph:
@@ -99,6 +100,7 @@ class _Graph:
             capture = torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local")
             with keeping() as self.packed, capture:
                 self.output: Tensor = model(self.input)
+            read_on(torch.cuda.current_stream(), self.packed)  # which packed on the other one
 
     def replay(self, x: Tensor) -> Tensor:
         self.input.copy_(x)

@@ -44,7 +44,8 @@ def _rows(x: Tensor) -> int:
 
 
 def _chosen(operator: Descriptor, backend: str | None, x: Tensor, dtype: torch.dtype, differentiable: bool) -> str:
-    return dispatch.choose(backend, x.device, dtype, differentiable, operator.widest_head, _rows(x), operator.name)
+    heads, rows = operator.widest_head, _rows(x)
+    return dispatch.choose(backend, x.device, dtype, differentiable, heads, rows, operator.name, operator.parts)
 
 
 def _on_reference(dtype: torch.dtype | None, operator: Descriptor, x: Tensor, num_queries: int | None) -> Tensor:
@@ -97,6 +98,7 @@ def _graph_node(kind: type[Descriptor]) -> Callable[..., Tensor]:
             raise wrong(kind.activations, "3 dimensions" if kind.attends else "at least 1", f"shape {list(x.shape)}")
         if kind.attends:
             check_queries(num_queries, x.shape[1])
+            operator.check_tokens(x.shape[1])
         # Not all could be checked while the call was traced, when nothing was in its columns yet.
         operator.check(x.shape[-1])
         check_devices(x, operator.tensors)
@@ -198,6 +200,9 @@ def ragged_attention(
     q_norm_bias: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
     k_norm_bias: Tensor | None = None,
+    rope: Tensor | None = None,
+    rope_pairs: str = "halves",
+    norm: str = "layer",
     eps: float = 1e-6,
     num_queries: int | None = None,
     backend: str | None = None,
@@ -210,6 +215,12 @@ def ragged_attention(
         v_widths: V channels of each head.
         scale: factor on the scores; for a pruned head that of its original width.
         q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias: [head width], LayerNorm on q and k of each head.
+        rope: [2, tokens, sum(qk_widths) // 2], rotary positions: cosine and sine of the angle by which each pair of
+            channels of q, and of k, is turned behind its norm; the pairs of a head stand side by side, heads in their
+            order. Tokens without a position have cosine 1 and sine 0. All QK widths are even.
+        rope_pairs: "halves", where channels c and c + w / 2 of a head of w are a pair, or "neighbours", where 2 c and
+            2 c + 1 are.
+        norm: "layer", or "rms" where the norms on q and k are RMSNorms.
         eps: of those norms.
         num_queries: compute the first so many tokens only.
         backend: name of a backend; None for the selected one.
@@ -229,12 +240,16 @@ def ragged_attention(
         q_norm_bias=q_norm_bias,
         k_norm_weight=k_norm_weight,
         k_norm_bias=k_norm_bias,
+        rope=rope,
         qk_widths=tuple(qk_widths),
         v_widths=tuple(v_widths),
+        rope_pairs=rope_pairs,
+        norm=norm,
         scale=scale,
         eps=eps,
     )
     heads.check_input(qkv)
+    heads.check_tokens(qkv.shape[1])
     return run(heads, qkv, backend, check_queries(num_queries, qkv.shape[1]))
 
 
@@ -257,8 +272,15 @@ def attention_sublayer(
     q_norm_bias: Tensor | None = None,
     k_norm_weight: Tensor | None = None,
     k_norm_bias: Tensor | None = None,
+    rope: Tensor | None = None,
+    rope_pairs: str = "halves",
+    norm: str = "layer",
+    inner_norm_weight: Tensor | None = None,
+    inner_norm_bias: Tensor | None = None,
+    inner_features: int = 0,
     eps: float = 1e-6,
     qk_eps: float = 1e-6,
+    inner_eps: float = 1e-6,
     num_queries: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -278,7 +300,13 @@ def attention_sublayer(
         layer_scale: [outputs] or None.
         in_cols, out_cols: features that are read, and that are written.
         q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias: [head width], norms on q and k, with ``qk_eps``.
-        eps: of the LayerNorm on ``x``.
+        rope, rope_pairs: as in :func:`ragged_attention`.
+        norm: "layer", or "rms" where all norms here are RMSNorms, which take no mean.
+        inner_norm_weight, inner_norm_bias: [sum(v_widths)], affine part of a norm on the outputs of all heads in front
+            of proj, with ``inner_eps``.
+        inner_features: what that norm divides by: the channels of all heads of the dense layer, as those that were
+            pruned are zeros in it; 0 for no such norm.
+        eps: of the norm on ``x``.
         num_queries: give the first so many tokens only; all tokens are still attended to.
         backend: name of a backend; None for the selected one.
 
@@ -306,13 +334,21 @@ def attention_sublayer(
         q_norm_bias=q_norm_bias,
         k_norm_weight=k_norm_weight,
         k_norm_bias=k_norm_bias,
+        inner_norm_weight=inner_norm_weight,
+        inner_norm_bias=inner_norm_bias,
+        rope=rope,
         qk_widths=tuple(qk_widths),
         v_widths=tuple(v_widths),
+        rope_pairs=rope_pairs,
+        norm=norm,
         scale=scale,
         eps=eps,
         qk_eps=qk_eps,
+        inner_features=inner_features,
+        inner_eps=inner_eps,
     )
     sublayer.check(x.shape[2])
+    sublayer.check_tokens(x.shape[1])
     return run(sublayer, x, backend, check_queries(num_queries, x.shape[1]))
 
 
@@ -329,10 +365,19 @@ def mlp_sublayer(
     layer_scale: Tensor | None = None,
     in_cols: Tensor | None = None,
     out_cols: Tensor | None = None,
+    gate_weight: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    norm: str = "layer",
+    inner_norm_weight: Tensor | None = None,
+    inner_norm_bias: Tensor | None = None,
+    inner_features: int = 0,
     eps: float = 1e-6,
+    inner_eps: float = 1e-6,
     backend: str | None = None,
 ) -> Tensor:
     """``x + layer_scale * fc2(activation(fc1(LayerNorm(x))))`` with neurons and columns left out.
+
+    A gated MLP multiplies neuron by neuron: ``activation(gate(...)) * fc1(...)``.
 
     Args:
         x: [..., features], float.
@@ -344,7 +389,12 @@ def mlp_sublayer(
         activation: identity, gelu (exact), gelu_tanh, relu, silu or quick_gelu.
         layer_scale: [outputs] or None.
         in_cols, out_cols: features that are read after the norm, and that are written.
-        eps: of the LayerNorm.
+        gate_weight, gate_bias: [hidden, inputs] and [hidden], of a gated MLP (with silu, SwiGLU), or None.
+        norm: "layer", or "rms" where all norms here are RMSNorms, which take no mean.
+        inner_norm_weight, inner_norm_bias: [hidden], affine part of a norm on the hidden neurons, with ``inner_eps``.
+        inner_features: what that norm divides by: the hidden neurons of the dense layer, as those that were pruned are
+            zeros in it; 0 for no such norm.
+        eps: of the norm on ``x``.
         backend: name of a backend; None for the selected one.
 
     Returns:
@@ -367,8 +417,15 @@ def mlp_sublayer(
         layer_scale=layer_scale,
         in_cols=in_cols,
         out_cols=out_cols,
+        gate_weight=gate_weight,
+        gate_bias=gate_bias,
+        inner_norm_weight=inner_norm_weight,
+        inner_norm_bias=inner_norm_bias,
         activation=activation,
+        norm=norm,
         eps=eps,
+        inner_features=inner_features,
+        inner_eps=inner_eps,
     )
     sublayer.check(x.shape[-1])
     return run(sublayer, x, backend)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .activations import ACTIVATIONS
-from .descriptors import Attention, AttentionSublayer, Descriptor, Linear, MlpSublayer, Sublayer
+from .descriptors import PARTS, Attention, AttentionSublayer, Descriptor, Linear, MlpSublayer, Sublayer
 from .registry import PackedChain, Request, register
 
 LinearLayer = Callable[[Tensor, Tensor, Any], Tensor]
@@ -112,8 +112,65 @@ def bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (y if bias is None else y + bias.double()).to(x.dtype)
 
 
-def _norm_channels(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    return x if weight is None else F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+def _normalised(kind: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last dimension of x, or RMSNorm, which takes no mean."""
+    if kind == "layer":
+        return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    y = F.rms_norm(x, x.shape[-1:], weight, eps)
+    return y if bias is None else y + bias
+
+
+def normalised_part(
+    kind: str, x: Tensor, features: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """A norm over ``features``, of which those that x [..., n] does not have were pruned and are zeros.
+
+    Args:
+        kind: one of ``descriptors.NORM_KINDS``.
+        x: float.
+        features: at least n.
+        weight, bias: [n] or None.
+        eps: of the norm.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = wide.sum(-1, keepdim=True) / features if kind == "layer" else wide.new_zeros(())
+    squares = (wide - mean).square().sum(-1, keepdim=True) + (features - x.shape[-1]) * mean.square()
+    y = (wide - mean) * (squares / features + eps).rsqrt()
+    if weight is not None:
+        y = y * weight
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def _normalised_inside(sublayer: Sublayer, x: Tensor) -> Tensor:
+    """What the last matrix of a sublayer reads."""
+    if sublayer.inner_features == 0:
+        return x
+    affine = sublayer.inner_norm_weight, sublayer.inner_norm_bias
+    return normalised_part(sublayer.norm, x, sublayer.inner_features, *affine, sublayer.inner_eps)
+
+
+def _finished(heads: Attention, x: Tensor, which: str, angles: Tensor | None) -> Tensor:
+    """q or k [..., tokens, width] of heads of one width, normalised and turned by angles [2, ..., tokens, pairs]."""
+    weight, bias = getattr(heads, f"{which}_norm_weight"), getattr(heads, f"{which}_norm_bias")
+    if weight is not None:
+        x = _normalised(heads.norm, x, weight, bias, heads.eps)
+    return x if angles is None else turned(x, angles, heads.rope_pairs)
+
+
+def turned(x: Tensor, angles: Tensor, pairs: str) -> Tensor:
+    """Pairs of the channels of x [..., tokens, width], turned by angles.
+
+    Args:
+        x: float.
+        angles: [2, ..., tokens, width // 2], cosines and sines, which broadcast against x.
+        pairs: one of ``descriptors.ROPE_PAIRS``.
+    """
+    cos, sin = angles.unbind()  # only the result is rounded to the precision of x
+    if pairs == "halves":
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
 def _same_width_heads(
@@ -156,8 +213,10 @@ def ragged_attention(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor:
         if qk == 0 or width == 0:
             out = _mean_of_values(values, num_queries)
         else:
-            queries = _norm_channels(_heads(q, qk_starts, qk), heads.q_norm_weight, heads.q_norm_bias, heads.eps)
-            keys = _norm_channels(_heads(k, qk_starts, qk), heads.k_norm_weight, heads.k_norm_bias, heads.eps)
+            angles = None if heads.rope is None else _heads(heads.rope, [s // 2 for s in qk_starts], qk // 2)
+            of_queries = None if angles is None else angles[:, :, :num_queries]
+            queries = _finished(heads, _heads(q, qk_starts, qk), "q", of_queries)
+            keys = _finished(heads, _heads(k, qk_starts, qk), "k", angles)
             out = _attend(queries, keys, values, heads.scale)
         for head, head_out in zip(ids, out.unbind(1), strict=True):
             outputs[head] = head_out
@@ -185,14 +244,17 @@ def bf16_attention(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor:
     n_qk, n_v = sum(heads.qk_widths), sum(heads.v_widths)
     q, k, v = qkv.split([n_qk, n_qk, n_v], dim=-1)
     outputs = [qkv.new_zeros(qkv.shape[0], num_queries, 0)]
-    for queries, keys, values in zip(
+    halves = [width // 2 for width in heads.qk_widths]
+    turns = [None] * len(halves) if heads.rope is None else heads.rope.split(halves, -1)
+    for queries, keys, values, angles in zip(
         q[:, :num_queries].split(list(heads.qk_widths), -1),
         k.split(list(heads.qk_widths), -1),
         v.split(list(heads.v_widths), -1),
+        turns,
         strict=True,
     ):
-        queries = _norm_channels(queries, heads.q_norm_weight, heads.q_norm_bias, heads.eps) * heads.scale
-        keys = _norm_channels(keys, heads.k_norm_weight, heads.k_norm_bias, heads.eps)
+        queries = _finished(heads, queries, "q", None if angles is None else angles[:, :num_queries]) * heads.scale
+        keys = _finished(heads, keys, "k", angles)
         scores = _in_bf16(queries) @ _in_bf16(keys).mT
         shares = (scores - scores.amax(-1, keepdim=True)).exp()
         outputs.append((_in_bf16(shares) @ _in_bf16(values) / shares.sum(-1, keepdim=True)).to(qkv.dtype))
@@ -214,20 +276,26 @@ def attention_sublayer(
 ) -> Tensor:
     """LayerNorm, attention, layer scale, residual. See :func:`gohsp_kernels.attention_sublayer`."""
     qkv = linear(_normed(sublayer, x), sublayer.qkv_weight, sublayer.qkv_bias)
-    y = linear(attention(sublayer.attention, qkv, num_queries), sublayer.proj_weight, sublayer.proj_bias)
+    heads = _normalised_inside(sublayer, attention(sublayer.attention, qkv, num_queries))
+    y = linear(heads, sublayer.proj_weight, sublayer.proj_bias)
     return _residual_add(x[:, :num_queries], y, sublayer.layer_scale, sublayer.out_cols)
 
 
 def mlp_sublayer(sublayer: MlpSublayer, x: Tensor, _: int | None = None, linear: LinearLayer = F.linear) -> Tensor:
     """LayerNorm, MLP, layer scale, residual. See :func:`gohsp_kernels.mlp_sublayer`."""
-    hidden = ACTIVATIONS[sublayer.activation](linear(_normed(sublayer, x), sublayer.fc1_weight, sublayer.fc1_bias))
-    y = linear(hidden, sublayer.fc2_weight, sublayer.fc2_bias)
+    normed = _normed(sublayer, x)
+    hidden = linear(normed, sublayer.fc1_weight, sublayer.fc1_bias)
+    if sublayer.gate_weight is None:
+        hidden = ACTIVATIONS[sublayer.activation](hidden)
+    else:
+        hidden = ACTIVATIONS[sublayer.activation](linear(normed, sublayer.gate_weight, sublayer.gate_bias)) * hidden
+    y = linear(_normalised_inside(sublayer, hidden), sublayer.fc2_weight, sublayer.fc2_bias)
     return _residual_add(x, y, sublayer.layer_scale, sublayer.out_cols)
 
 
 def _normed(sublayer: Sublayer, x: Tensor) -> Tensor:
     """What the first matrix of a sublayer reads."""
-    normed = F.layer_norm(x, x.shape[-1:], sublayer.norm_weight, sublayer.norm_bias, sublayer.eps)
+    normed = _normalised(sublayer.norm, x, sublayer.norm_weight, sublayer.norm_bias, sublayer.eps)
     return gather_columns(normed, sublayer.in_cols)
 
 
@@ -244,6 +312,7 @@ class ReferenceBackend:
 
     name = "reference"
     operators = _RUN.keys()
+    parts = PARTS
 
     def missing(self, request: Request) -> str:
         return ""

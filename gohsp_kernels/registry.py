@@ -8,10 +8,9 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ._cache import up_to_date
-from ._stamp import Stamp
+from ._cache import Entry, capturing, up_to_date
+from ._watchers import is_counted, is_rewritten
 from .descriptors import Descriptor, Sublayer
 
 
@@ -27,6 +26,7 @@ class Request(NamedTuple):
         weights: one of ``dispatch.WEIGHTS``.
         rows: of activations; 0 where it is not known.
         operator: name of the one that is called; empty for those that all backends have.
+        parts: what the call has beyond what every backend knows, some of ``descriptors.PARTS``.
     """
 
     device: torch.device
@@ -37,6 +37,7 @@ class Request(NamedTuple):
     weights: str = "float32"
     rows: int = 0
     operator: str = ""
+    parts: frozenset[str] = frozenset()
 
 
 class Backend(Protocol):
@@ -47,6 +48,10 @@ class Backend(Protocol):
     @property
     def operators(self) -> Collection[str]:
         """Names of those that it has."""
+
+    @property
+    def parts(self) -> Collection[str]:
+        """Those of ``descriptors.PARTS`` that it can run."""
 
     def missing(self, request: Request) -> str:
         """Why it cannot run such a call, or the empty string if it can."""
@@ -65,9 +70,9 @@ class Backend(Protocol):
 
 
 def needs_grad(tensors: Iterable[object]) -> bool:
-    """Whether a call on these tensors must be differentiable, backwards or forwards."""
-    if forward_ad._current_level >= 0:
-        return True  # a tangent may be on any of them, whatever requires_grad says
+    """Whether a call on these tensors must be differentiable, backwards or forwards, or watched on its way."""
+    if is_rewritten() or is_counted():
+        return True
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
@@ -107,7 +112,7 @@ class PackedChain:
         self._sublayers = sublayers
         self._pack_one, self._run = pack, run
         self._tensors = [t for s in sublayers for t in s.tensors if t is not None]
-        self._entry: tuple[Stamp, list[Any]] | None = None
+        self._entry: Entry[list[Any]] | None = None
 
     def fits(self, x: Tensor) -> bool:
         """Whether it was made for such an ``x``."""
@@ -116,7 +121,10 @@ class PackedChain:
 
     def current(self) -> list[Any]:
         """The packed sublayers as their tensors are now."""
-        entry = self._entry = up_to_date(self._entry, self._tensors, (), self._pack)
+        before = self._entry
+        entry = up_to_date(before, self._tensors, (), self._pack)
+        if entry is not before and not capturing(self._tensors):
+            self._entry = entry
         return entry[1]
 
     def __call__(self, x: Tensor, num_queries: int) -> Tensor:

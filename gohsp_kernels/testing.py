@@ -139,6 +139,20 @@ class Maker:
         """Norms on q and k of heads of ``width`` QK channels, as keyword arguments."""
         return {name: self.normal(width) for name in NORMS}
 
+    def rope(self, tokens: int, qk_widths: list[int]) -> Tensor:
+        """Rotary positions of so many tokens, others for each head and pair of channels."""
+        angles = 3 * self.normal(tokens, sum(qk_widths) // 2)
+        return torch.stack((angles.cos(), angles.sin()))
+
+    def inner_norm(self, width: int, features: int, **more: Any) -> dict[str, Any]:
+        """A norm over ``features`` in front of the last matrix, ``width`` of which are kept, as keyword arguments."""
+        affine = {"inner_norm_weight": self.normal(width), "inner_norm_bias": self.normal(width)}
+        return {**affine, "inner_features": features, "inner_eps": 0.1, **more}
+
+    def gate(self, hidden: int, inputs: int) -> dict[str, Any]:
+        """The gate of an MLP, as keyword arguments."""
+        return {"gate_weight": self.weight(hidden, inputs), "gate_bias": self.normal(hidden)}
+
     def linear(
         self, leading: tuple[int, ...], features: int, kept_in: Kept, out: int, kept_out: Kept, activation: str
     ) -> Call:
@@ -292,6 +306,13 @@ EDGES: Mapping[str, Callable[[Maker], Call]] = {
         2, 20, [5, 5], [8, 3], eps=0.5, **_weights_only(m.qk_norm(5))
     ),
     "ragged_attention, norms without a head": lambda m: m.attention(1, 3, [], [], **m.qk_norm(4)),
+    "ragged_attention, rotary positions": lambda m: m.attention(
+        2, 131, [8, 0, 72, 34], [8, 3, 5, 16], rope=m.rope(131, [8, 0, 72, 34])
+    ),
+    "ragged_attention, rotary positions of neighbours behind norms": lambda m: m.attention(
+        2, 21, [6, 6], [8, 3], rope=m.rope(21, [6, 6]), rope_pairs="neighbours", norm="rms", **m.qk_norm(6)
+    ),
+    "ragged_attention, rotary positions without a channel": lambda m: m.attention(1, 3, [0], [4], rope=m.rope(3, [0])),
     "attention_sublayer, no head": lambda m: m.attention_sublayer(2, 7, 16, [], []),
     "attention_sublayer, a head without QK channels": lambda m: m.attention_sublayer(2, 7, 16, [0, 4], [4, 4]),
     "attention_sublayer, a head without V channels": lambda m: m.attention_sublayer(2, 7, 16, [4, 4], [0, 4]),
@@ -315,6 +336,27 @@ EDGES: Mapping[str, Callable[[Maker], Call]] = {
     "attention_sublayer, no bias, norm or scale": lambda m: m.attention_sublayer(
         2, 7, 16, [4, 4], [4, 4], **_BARE_ATTENTION
     ),
+    "attention_sublayer, rotary positions, one for all heads": lambda m: m.attention_sublayer(
+        2, 20, 16, [36, 36], [8, 3], rope=m.rope(20, [36]).repeat(1, 1, 2)
+    ),
+    "attention_sublayer, rotary positions of every head": lambda m: m.attention_sublayer(
+        2, 20, 16, [6, 12, 2], [8, 3, 5], 9, 11, rope=m.rope(20, [6, 12, 2]), rope_pairs="neighbours", num_queries=3
+    ),
+    "attention_sublayer, rotary positions behind norms": lambda m: m.attention_sublayer(
+        2, 20, 16, [6, 6], [8, 3], qk_eps=0.5, rope=m.rope(20, [6, 6]), rope_pairs="neighbours", **m.qk_norm(6)
+    ),
+    "attention_sublayer, no token and rotary positions": lambda m: m.attention_sublayer(
+        2, 0, 16, [4], [4], rope=m.rope(0, [4])
+    ),
+    "attention_sublayer, an inner norm": lambda m: m.attention_sublayer(
+        2, 20, 61, [5, 8], [7, 12], 37, 29, **m.inner_norm(19, 24)
+    ),
+    "attention_sublayer, an inner norm over what has no channel": lambda m: m.attention_sublayer(
+        2, 7, 16, [4], [0], **m.inner_norm(0, 8)
+    ),
+    "attention_sublayer, RMSNorm everywhere": lambda m: m.attention_sublayer(
+        2, 20, 16, [5, 5], [8, 3], 9, None, norm="rms", qk_eps=0.5, **m.qk_norm(5), **m.inner_norm(11, 16)
+    ),
     "mlp_sublayer, one feature": lambda m: m.mlp_sublayer((2, 7), 1, 3),
     "mlp_sublayer, no hidden neuron": lambda m: m.mlp_sublayer((2, 7), 16, 0),
     "mlp_sublayer, no input column": lambda m: m.mlp_sublayer((2, 7), 16, 12, 0),
@@ -325,6 +367,21 @@ EDGES: Mapping[str, Callable[[Maker], Call]] = {
     "mlp_sublayer, leading dimensions": lambda m: m.mlp_sublayer((2, 3, 2, 5), 16, 12),
     "mlp_sublayer, a single row": lambda m: m.mlp_sublayer((), 16, 12),
     "mlp_sublayer, an eps that matters": lambda m: m.mlp_sublayer((2, 7), 16, 12, eps=0.5),
+    "mlp_sublayer, a gate": lambda m: m.mlp_sublayer((2, 9), 61, 33, 37, 29, activation="silu", **m.gate(33, 37)),
+    "mlp_sublayer, a gate without biases": lambda m: m.mlp_sublayer(
+        (2, 9), 16, 33, activation="silu", **{**m.gate(33, 16), "gate_bias": None, "fc1_bias": None}
+    ),
+    "mlp_sublayer, a gate and no hidden neuron": lambda m: m.mlp_sublayer((2, 7), 16, 0, **m.gate(0, 16)),
+    "mlp_sublayer, an inner norm": lambda m: m.mlp_sublayer((2, 9), 61, 33, 37, 29, **m.inner_norm(33, 48)),
+    "mlp_sublayer, an inner norm over pruned neurons alone": lambda m: m.mlp_sublayer(
+        (2, 7), 16, 0, **m.inner_norm(0, 8)
+    ),
+    "mlp_sublayer, a gate and an inner norm without affine part": lambda m: m.mlp_sublayer(
+        (2, 9), 16, 33, activation="silu", inner_features=33, **m.gate(33, 16)
+    ),
+    "mlp_sublayer, RMSNorm everywhere": lambda m: m.mlp_sublayer(
+        (2, 9), 61, 33, 37, 29, norm="rms", norm_bias=None, **m.inner_norm(33, 40)
+    ),
     "mlp_sublayer, no bias, norm or scale": lambda m: m.mlp_sublayer((2, 7), 16, 12, **_BARE_MLP),
 }
 """Awkward calls that every backend has to get right, by operator and name; a maker draws one when it is needed."""

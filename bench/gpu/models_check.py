@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ import gohsp
 import gohsp_kernels as gk
 from bench.gpu import paper_model
 from bench.harness import cases
-from gohsp_kernels import gpu_check
-from gohsp_kernels.gpu_check import BATCHES, Part, Row, Scope, error_of, first_line, gpu_backends, milliseconds
+from gohsp_kernels import gpu_check, graphed
+from gohsp_kernels.gpu_check import BATCHES, Case, Part, Row, Scope, error_of, first_line, gpu_backends, milliseconds
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -33,6 +34,8 @@ CASES = [
     for model, (heads, neurons) in paper_model.PRESETS.items()
     for preset in (f"{heads}x{neurons}", "ragged")
 ]
+
+REHEARSED = [cases.Case("deit_tiny_patch16_224", "2x96", image_size=32)]
 
 
 def with_attention(model: nn.Module, fused: bool) -> nn.Module:
@@ -66,7 +69,12 @@ def contenders(
     for backend, support in gpu_backends(device, DTYPE):
         if support:
             yield f"gohsp {backend}", backend, lambda: plain(copy.deepcopy(work.compressed))
-            yield f"gohsp {backend} graph", backend, lambda: gohsp.GraphedModel(plain(copy.deepcopy(work.compressed)))
+            if device.type == graphed.CAPTURABLE:
+                yield (
+                    f"gohsp {backend} graph",
+                    backend,
+                    lambda: gohsp.GraphedModel(plain(copy.deepcopy(work.compressed))),
+                )
 
 
 @torch.no_grad()
@@ -83,23 +91,39 @@ def measured(make: Callable[[], Forward], backend: str, images: Tensor, truth: T
     return {"ms": ms, "images/s": len(images) / ms * 1e3, "error": error, "ok": ok}
 
 
-def models(scope: Scope, todo: Sequence[cases.Case] = tuple(CASES), batches: Sequence[int] = BATCHES) -> Iterator[Row]:
-    """A row for each model, mask, batch and contender."""
+def workload(case: cases.Case, device: torch.device, images: int) -> tuple[cases.Workload, Tensor, dict[str, Tensor]]:
+    """What runs, on which images, and the logits of the dense and the masked model in float64."""
+    work = cases.load(case)
+    x = work.images(images).to(device, DTYPE)
+    truths: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for kind, model in (("dense", copy.deepcopy(work.dense).double()), ("masked", work.masked_in_double())):
+            truths[kind] = model.to(device)(x[:COMPARED].double())
+    return work, x, truths
+
+
+def models(scope: Scope, todo: Sequence[cases.Case] = tuple(CASES), batches: Sequence[int] = BATCHES) -> Iterator[Case]:
+    """A case for each model, mask, batch and contender."""
+
+    def run(row: Row, make: Callable[[], Forward], backend: str, images: Tensor, truth: Tensor) -> Row:
+        return {**row, **measured(make, backend, images, truth, scope.device)}
+
     for case in todo:
-        work = cases.load(case)
-        images = work.images(max(batches)).to(scope.device, DTYPE)
-        truths: dict[str, Tensor] = {}
-        with torch.no_grad():
-            for kind, model in (("dense", copy.deepcopy(work.dense).double()), ("masked", work.masked_in_double())):
-                truths[kind] = model.to(scope.device)(images[:COMPARED].double())
+        work, images, truths = workload(case, scope.device, max(batches))
         for batch in batches:
             for name, backend, make in contenders(work, scope.device, dense=case.preset != "ragged"):
                 truth = truths["dense" if name.startswith("dense") else "masked"][:batch]
                 row: Row = {"model": case.model, "mask": case.preset, "batch": batch, "contender": name}
-                yield {**row, **measured(make, backend, images[:batch], truth, scope.device)}
+                text = f"{case.model} {case.preset}, batch {batch}, {name}"
+                yield text, partial(run, row, make, backend, images[:batch], truth)
 
 
-PARTS = {**gpu_check.PARTS, "models": Part(models, judges=False, minutes=480, module="bench.gpu_check")}
+PARTS = {
+    **gpu_check.PARTS,
+    "models": Part(
+        models, 25, backends=("",), precisions=gpu_check.HALF, together=False, module="bench.gpu_check", seconds=300
+    ),
+}
 
 
 def main() -> int:

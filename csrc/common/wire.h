@@ -36,6 +36,8 @@ enum class SublayerKind : int64_t { GOHSP_SUBLAYERS(GOHSP_ENUMERATOR) };
 
 // Constants of each sublayer, beside its layout: eps, eps of the q and k norms, softmax scale.
 constexpr int64_t kConstants = 3;
+// The same on the CPU, where the eps of the inner norm follows.
+constexpr int64_t kCpuConstants = 4;
 
 namespace cuda {
 enum class InputForm : int64_t { GOHSP_CUDA_INPUTS(GOHSP_ENUMERATOR) };

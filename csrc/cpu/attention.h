@@ -130,17 +130,44 @@ inline void attend_in_pairs(const Heads& heads, const HeadBuffers& from, int64_t
   }
 }
 
-// LayerNorm over the channels of each head of one row, in place; weight and bias are shared by the heads.
+// The norm over the channels of each head of one row, in place; weight and bias are shared by the heads.
 inline void normalise_heads(const Heads& heads, const float* weight, const float* bias, float* row) {
   for (int64_t h = 0; h < heads.count; ++h) {
     const int64_t width = heads.qk_widths[h];
     float mean = 0.0f, variance = 0.0f;
-    for (int64_t c = 0; c < width; ++c) mean += row[c];
+    if (heads.norm == Norm::layer)
+      for (int64_t c = 0; c < width; ++c) mean += row[c];
     mean /= static_cast<float>(width);
     for (int64_t c = 0; c < width; ++c) variance += (row[c] - mean) * (row[c] - mean);
     const float scale = 1.0f / __builtin_sqrtf(variance / static_cast<float>(width) + heads.qk_eps);
     for (int64_t c = 0; c < width; ++c) row[c] = (row[c] - mean) * scale * weight[c] + bias[c];
     row += width;
+  }
+}
+
+// Turns the pairs of channels of one row, in place, by the angles of its token.
+inline void turn_heads(const Heads& heads, int64_t token, float* row) {
+  const Rope& rope = heads.rope;
+  const float* cos = rope.angles + token * rope.pairs;
+  const float* sin = cos + rope.tokens * rope.pairs;
+  int64_t pair = 0;
+  for (int64_t h = 0; h < heads.count; ++h) {
+    const int64_t half = heads.qk_widths[h] / 2;
+    if (pair == rope.pairs) pair = 0;  // the angles of one head are those of all
+    float *a = row, *b = row + half;
+    const int64_t whole = half / W * W;
+    for (int64_t c = 0; c < whole; c += W) {
+      const Vec x = load(a + c), y = load(b + c), u = load(cos + pair + c), v = load(sin + pair + c);
+      store(a + c, x * u - y * v);
+      store(b + c, y * u + x * v);
+    }
+    for (int64_t c = whole; c < half; ++c) {
+      const float x = a[c], y = b[c], u = cos[pair + c], v = sin[pair + c];
+      a[c] = x * u - y * v;
+      b[c] = y * u + x * v;
+    }
+    row += 2 * half;
+    pair += half;
   }
 }
 
@@ -150,6 +177,7 @@ inline void finish_queries(const Heads& heads, const HeadBuffers& into, int64_t 
   for (int64_t i = r0; i < r0 + rows; ++i) {
     float* q = into.q + i * into.ldq;
     if (heads.qk_norm != nullptr) normalise_heads(heads, heads.qk_norm, heads.qk_norm + width, q);
+    if (heads.rope.angles != nullptr) turn_heads(heads, i, q);
     if (heads.scale != 1.0f)
       for (int64_t c = 0; c < channels; ++c) q[c] *= heads.scale;
   }
@@ -160,9 +188,11 @@ inline void finish_queries(const Heads& heads, const HeadBuffers& into, int64_t 
 inline void finish_keys(const Heads& heads, const HeadBuffers& into, int64_t r0, int64_t rows, int64_t channels,
                         float* keys, int64_t ld_keys) {
   const int64_t width = heads.count > 0 ? heads.qk_widths[0] : 0;
-  if (heads.qk_norm != nullptr)
-    for (int64_t i = 0; i < rows; ++i)
-      normalise_heads(heads, heads.qk_norm + 2 * width, heads.qk_norm + 3 * width, keys + i * ld_keys);
+  for (int64_t i = 0; i < rows; ++i) {
+    float* k = keys + i * ld_keys;
+    if (heads.qk_norm != nullptr) normalise_heads(heads, heads.qk_norm + 2 * width, heads.qk_norm + 3 * width, k);
+    if (heads.rope.angles != nullptr) turn_heads(heads, r0 + i, k);
+  }
   transpose(keys, ld_keys, rows, channels, into.k_t + r0, into.ldk);
 }
 

@@ -10,7 +10,7 @@
 namespace gohsp {
 
 // Raise this when packed weights or columns are arranged in another way than before.
-constexpr uint64_t kPackingVersion = 3;
+constexpr uint64_t kPackingVersion = 4;
 
 // A number for the arrangement of weights of this format, and of columns, that the kernels of this name read (FNV-1a of
 // name, format and version). Packed layouts begin with it. Not negative.
@@ -48,29 +48,52 @@ struct Columns {
   const void* plan;  // by KernelTable::plan; nullptr: all are kept
 };
 
+enum class Norm : int64_t { layer, rms };
+
+// Rotary positions: channels c and c + w / 2 of a head of w channels are turned together, token by token.
+struct Rope {
+  const float* angles = nullptr;  // [2, tokens, pairs], cosines and sines; nullptr: none
+  int64_t tokens = 0;
+  int64_t pairs = 0;  // of all heads, or of one where all have the same angles
+};
+
 struct Heads {
   int64_t count;
   const int64_t* qk_widths;  // [count]
   const int64_t* v_widths;   // [count]
   const float* qk_norm;      // [4, head width]: weight and bias for q, then for k; nullptr: none
   float qk_eps;
-  float scale;  // applied to q here; 1 where the weights hold it already
+  float scale;              // applied to q here; 1 where the weights hold it already
+  Norm norm = Norm::layer;  // of q and k
+  Rope rope = {};
 };
 
-// norm (affine part folded away), gather, q | k | v, softmax attention, proj, scatter, residual.
+// A norm in front of the last matrix of a sublayer (affine part folded away).
+struct InnerNorm {
+  int64_t features = 0;  // what it divides by, those included that were pruned, which are zeros; 0: none
+  float eps = 0.0f;
+};
+
+// norm (affine part folded away), gather, q | k | v, softmax attention, inner norm, proj, scatter, residual.
 struct Attention {
   Matrix q, k, v, proj;
   Heads heads;
   Columns in, out;
   float eps;
+  Norm norm = Norm::layer;
+  InnerNorm inner = {};
 };
 
-// norm (affine part folded away), gather, fc1, activation, fc2, scatter, residual.
+// norm (affine part folded away), gather, fc1, activation, inner norm, fc2, scatter, residual. A gate takes fc1's place in
+// front of the activation, and what that gives is multiplied by what fc1 gives.
 struct Mlp {
   Matrix fc1, fc2;
   Columns in, out;
   Activation activation;
   float eps;
+  Norm norm = Norm::layer;
+  InnerNorm inner = {};
+  Matrix gate = {};  // without panels: none
 };
 
 // One of the two is set.

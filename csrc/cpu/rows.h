@@ -68,19 +68,24 @@ inline Vec expand_vector(const float* y, const ColumnVector& plan) {
   return bits_as_float(float_as_bits(spread) & load_ints(plan.mask));
 }
 
-// y = (x - mean) / sqrt(variance + eps), in two passes over a row that stays in L1. y may overrun by one vector.
-inline void normalise_row(const float* x, int64_t features, float eps, float* y) {
-  const int64_t whole = features / W * W, rest = features - whole;
-  Vec sum = load_first(x + whole, rest);
-  for (int64_t j = 0; j < whole; j += W) sum += load(x + j);
-  const float mean = sum_lanes(sum) / static_cast<float>(features);
+// y = (x - mean) / sqrt(variance + eps), in two passes over a row that stays in L1; an RMSNorm has a mean of 0. The row
+// has `features`, of which those behind x[count] are zeros. y may be x, and may overrun by one vector.
+inline void normalise_row(Norm norm, const float* x, int64_t count, int64_t features, float eps, float* y) {
+  const int64_t whole = count / W * W, rest = count - whole;
+  float mean = 0.0f;
+  if (norm == Norm::layer) {
+    Vec sum = load_first(x + whole, rest);
+    for (int64_t j = 0; j < whole; j += W) sum += load(x + j);
+    mean = sum_lanes(sum) / static_cast<float>(features);
+  }
   Vec squares = {};
   for (int64_t j = 0; j < rest; ++j) squares[j] = (x[whole + j] - mean) * (x[whole + j] - mean);
   for (int64_t j = 0; j < whole; j += W) {
     const Vec d = load(x + j) - mean;
     squares += d * d;
   }
-  const float scale = 1.0f / __builtin_sqrtf(sum_lanes(squares) / static_cast<float>(features) + eps);
+  const float zeros = static_cast<float>(features - count) * mean * mean;
+  const float scale = 1.0f / __builtin_sqrtf((sum_lanes(squares) + zeros) / static_cast<float>(features) + eps);
   for (int64_t j = 0; j < whole; j += W) store(y + j, (load(x + j) - mean) * scale);
   if (rest > 0) store(y + whole, (load_first(x + whole, rest) - mean) * scale);
 }
@@ -120,7 +125,18 @@ inline void store_product(const Lhs& a, int64_t rows, const Matrix& w, Activatio
   });
 }
 
-// The same, rounded for weights of a format that rounds tiles.
+// y *= a W^T + b.
+inline void multiply_by_product(const Lhs& a, int64_t rows, const Matrix& w, float* y, int64_t ldy) {
+  multiply(a, rows, w, [=](int64_t r, int64_t count, int64_t n, int64_t columns, float* c) {
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t j = 0; j < columns; j += W) {
+        float* to = y + (r + i) * ldy + n + j;
+        store(to, load(to) * load(c + i * N + j));
+      }
+  });
+}
+
+// The product of store_product, rounded for weights of a format that rounds tiles.
 inline void store_rounded(const Lhs& a, int64_t rows, const Matrix& w, Activation activation, Format format,
                           const RoundedRows& to) {
   multiply(a, rows, w, [&](int64_t r, int64_t count, int64_t n, int64_t columns, float* c) {

@@ -222,21 +222,26 @@ class Chain {
   }
 
   // Normalised, gathered rows, as the left side of a product with weights of the format of w.
-  Lhs normalise(const float* x, int64_t rows, float eps, const Columns& in, const Matrix& w,
+  Lhs normalise(const float* x, int64_t rows, Norm norm, float eps, const Columns& in, const Matrix& w,
                 const Scratch& scratch) const {
     const bool rounded = w.format != Format::float32;
     const ColumnVector* gather = plan_of(in);
     for (int64_t i = 0; i < rows; ++i) {
       float* to = scratch.normed + (rounded ? 0 : i * ld_in_);
-      normalise_row(x + i * shape_.features, shape_.features, eps, gather == nullptr ? to : scratch.row);
+      normalise_row(norm, x + i * shape_.features, shape_.features, shape_.features, eps,
+                    gather == nullptr ? to : scratch.row);
       if (gather != nullptr) compress_row(scratch.row, shape_.features, gather, to);
       if (rounded) round_row(w.format, to, w.k, scratch.rounded, i);
     }
     return rounded ? Lhs(scratch.rounded) : Lhs(scratch.normed, ld_in_);
   }
 
-  // scratch.inner, as the left side of a product with w.
-  Lhs inner(int64_t rows, const Matrix& w, const Scratch& scratch) const {
+  // scratch.inner, normalised where there is a norm, as the left side of a product with w.
+  Lhs inner(int64_t rows, Norm norm, const InnerNorm& of, const Matrix& w, const Scratch& scratch) const {
+    for (int64_t i = 0; i < rows && of.features > 0; ++i) {
+      float* row = scratch.inner + i * ld_inner_;
+      normalise_row(norm, row, w.k, of.features, of.eps, row);
+    }
     if (w.format == Format::float32) return Lhs(scratch.inner, ld_inner_);
     for (int64_t i = 0; i < rows; ++i) round_row(w.format, scratch.inner + i * ld_inner_, w.k, scratch.rounded, i);
     return Lhs(scratch.rounded);
@@ -245,7 +250,7 @@ class Chain {
   void project_rows(int64_t layer, const HeadBuffers& into, int64_t r0, int64_t rows, bool only_queries_wanted,
                     const float* x, const Scratch& scratch) const {
     const Attention& a = *layers_[layer].attention;
-    const Lhs normed = normalise(x, rows, a.eps, a.in, a.q, scratch);
+    const Lhs normed = normalise(x, rows, a.norm, a.eps, a.in, a.q, scratch);
     const int64_t query_rows = only_queries_wanted ? max(0, min(rows, shape_.queries - r0)) : rows;
     store_product(normed, query_rows, a.q, Activation::identity, into.q + r0 * into.ldq, into.ldq);
     store_product(normed, rows, a.k, Activation::identity, scratch.inner, ld_inner_);
@@ -262,18 +267,21 @@ class Chain {
     } else {
       attend(a.heads, heads, shape_.tokens, r0, r1, scratch.scores, ld_tokens_, scratch.inner, ld_inner_);
     }
-    add_product(inner(r1 - r0, a.proj, scratch), r1 - r0, a.proj, a.out, x, y, scratch);
+    add_product(inner(r1 - r0, a.norm, a.inner, a.proj, scratch), r1 - r0, a.proj, a.out, x, y, scratch);
   }
 
   void mlp_rows(int64_t layer, int64_t rows, const float* x, float* y, const Scratch& scratch) const {
     const Mlp& m = *layers_[layer].mlp;
-    const Lhs normed = normalise(x, rows, m.eps, m.in, m.fc1, scratch);
-    if (m.fc1.n > 0 && rounds_tiles(m.fc2.format)) {  // no tile, nothing written: fc2 may read padding
+    const Lhs normed = normalise(x, rows, m.norm, m.eps, m.in, m.fc1, scratch);
+    const bool plain = m.gate.panels == nullptr && m.inner.features == 0;
+    if (plain && m.fc1.n > 0 && rounds_tiles(m.fc2.format)) {  // no tile, nothing written: fc2 may read padding
       store_rounded(normed, rows, m.fc1, m.activation, m.fc2.format, scratch.hidden);
       add_product(Lhs(scratch.hidden), rows, m.fc2, m.out, x, y, scratch);
     } else {
-      store_product(normed, rows, m.fc1, m.activation, scratch.inner, ld_inner_);
-      add_product(inner(rows, m.fc2, scratch), rows, m.fc2, m.out, x, y, scratch);
+      const bool gated = m.gate.panels != nullptr;
+      store_product(normed, rows, gated ? m.gate : m.fc1, m.activation, scratch.inner, ld_inner_);
+      if (gated) multiply_by_product(normed, rows, m.fc1, scratch.inner, ld_inner_);
+      add_product(inner(rows, m.norm, m.inner, m.fc2, scratch), rows, m.fc2, m.out, x, y, scratch);
     }
   }
 

@@ -97,6 +97,31 @@ inline int largest_tile = 0;
 inline int pretended_capability = 8;  // major
 inline int64_t pretended_processors = 108;
 inline std::map<std::string, std::pair<int, int> > launched;  // threads and shared bytes of a block, by kernel
+inline std::map<std::string, int64_t> reached;                // launches by kernel and by what it was given
+inline bool only_noted = false;                               // launches are noted and do nothing
+
+inline std::string forms(const LinearParams& p) {
+  std::string text = p.in_chunks != nullptr ? "chunks" : "rows";
+  if (p.row_sum != nullptr) text += p.partials != nullptr ? ", statistics left" : ", statistics read";
+  text += p.wide ? ", wide" : p.paired ? ", paired" : ", single";
+  if (p.out_columns != nullptr) text += ", scattered";
+  if (p.residual != nullptr) text += p.residual == p.out ? ", in place" : ", residual";
+  return text + (p.partials_out != nullptr ? ", leaves statistics" : "");
+}
+
+inline std::string forms(const AttentionParams& p) {
+  std::string text = p.aligned ? "aligned" : "unaligned";
+  if (p.qk_norm != nullptr) text += ", norms";
+  return text + (p.parts > 1 ? ", keys shared" : "");
+}
+
+inline std::string forms(const RowsParams& p) {
+  std::string text = p.aligned ? "aligned" : "unaligned";
+  if (p.normalise) text += ", normalised";
+  return text + (p.columns != nullptr ? ", columns" : "");
+}
+
+inline std::string forms(const ChecksumParams&) { return ""; }
 }  // namespace emulate
 
 inline int64_t processors() { return emulate::pretended_processors; }
@@ -109,6 +134,8 @@ inline bool enough(int64_t blocks, int rows) {
 template <auto kernel, class Params>
 void launch(int64_t blocks, int threads, int shared_bytes, const Params& params, Stream, bool follows) {
   emulate::launched[__PRETTY_FUNCTION__] = {threads, shared_bytes};
+  emulate::reached[std::string(__PRETTY_FUNCTION__) + " | " + emulate::forms(params)] += blocks > 0;
+  if (emulate::only_noted) return;
   emulate::launch(blocks, threads, shared_bytes, follows, [&params] { kernel(params); });
 }
 

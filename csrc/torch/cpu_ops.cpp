@@ -196,11 +196,53 @@ class Packed {
   Format format_;
 };
 
-// Order of the numbers: heads, whether q and k are normalised, columns in, columns out, QK widths, V widths.
+gohsp::Norm norm_of(int64_t id) {
+  STD_TORCH_CHECK(id == 0 || id == 1, "layouts: unknown kind of norm ", id);
+  return static_cast<gohsp::Norm>(id);
+}
+
+// What a layout tells of attention itself, beside widths: whether q and k are normalised, how, and by how many pairs of
+// how many tokens they are turned.
+struct Turns {
+  bool normalised;
+  gohsp::Norm norm;
+  int64_t tokens, pairs;
+};
+
+// Norms and angles of heads whose widths are there, from the words that hold them.
+template <class Words>
+void read_heads(gohsp::Heads& heads, const Turns& turns, int64_t qk_total, Words&& floats) {
+  heads.norm = turns.norm;
+  if (turns.normalised) heads.qk_norm = floats(4 * norm_width(heads));
+  if (turns.pairs == 0) return;
+  STD_TORCH_CHECK(turns.tokens >= 0 && turns.tokens < kMostColumns,
+                  "rope: wanted no negative number of tokens, and no gigantic one");
+  for (int64_t h = 0; h < heads.count; ++h)
+    STD_TORCH_CHECK(heads.qk_widths[h] % 2 == 0, "rope: wanted even QK widths; got ", heads.qk_widths[h]);
+  if (2 * turns.pairs != qk_total)
+    STD_TORCH_CHECK(2 * turns.pairs == norm_width(heads), "rope: wanted ", qk_total / 2,
+                    " pairs, or those of one of equal heads; got ", turns.pairs);
+  heads.rope = {floats(2 * turns.tokens * turns.pairs), turns.tokens, turns.pairs};
+}
+
+void check_tokens(const gohsp::Heads& heads, int64_t tokens) {
+  STD_TORCH_CHECK(heads.rope.angles == nullptr || heads.rope.tokens == tokens, "x: wanted ", heads.rope.tokens,
+                  " tokens, for which rotary positions were packed; got ", tokens);
+}
+
+int64_t inner_features(int64_t features, int64_t kept) {
+  STD_TORCH_CHECK(features == 0 || (features >= kept && features < kMostColumns), "layouts: wanted an inner norm over ",
+                  kept, " features or more; got ", features);
+  return features;
+}
+
+// Order of the numbers: heads, turns, features of the inner norm, columns in, columns out, QK widths, V widths.
 gohsp::Attention read_attention(Packed& packed, const double* constants, int64_t features) {
   gohsp::Attention a{};
   const int64_t count = packed.number();
   const bool normalised = packed.number() != 0;
+  a.norm = norm_of(packed.number());
+  const int64_t tokens = packed.number(), pairs = packed.number(), inner = packed.number();
   a.in = packed.columns(features);
   a.out = packed.columns(features);
   a.heads = {count,
@@ -214,23 +256,26 @@ gohsp::Attention read_attention(Packed& packed, const double* constants, int64_t
   a.k = packed.matrix(totals.qk, a.in.count);
   a.v = packed.matrix(totals.v, a.in.count);
   a.proj = packed.matrix(a.out.count, totals.v);
-  if (normalised) {
-    const int64_t width = norm_width(a.heads);
-    a.heads.qk_norm = packed.floats(4 * width);
-  }
+  read_heads(a.heads, {normalised, a.norm, tokens, pairs}, totals.qk, [&](int64_t n) { return packed.floats(n); });
+  a.inner = {inner_features(inner, totals.v), static_cast<float>(constants[3])};
   a.eps = static_cast<float>(constants[0]);
   return a;
 }
 
-// Order of the numbers: hidden neurons, activation, columns in, columns out.
+// Order of the numbers: hidden neurons, activation, whether there is a gate, kind of norms, features of the inner norm,
+// columns in, columns out.
 gohsp::Mlp read_mlp(Packed& packed, const double* constants, int64_t features) {
   gohsp::Mlp m{};
   const int64_t hidden = packed.number();
   m.activation = gohsp::activation_of(packed.number());
+  const bool gated = packed.number() != 0;
+  m.norm = norm_of(packed.number());
+  m.inner = {inner_features(packed.number(), hidden), static_cast<float>(constants[3])};
   m.in = packed.columns(features);
   m.out = packed.columns(features);
   m.fc1 = packed.matrix(hidden, m.in.count);
   m.fc2 = packed.matrix(m.out.count, hidden);
+  if (gated) m.gate = packed.matrix(hidden, m.in.count);
   m.eps = static_cast<float>(constants[0]);
   return m;
 }
@@ -280,7 +325,7 @@ Tensor cpu_linear(Tensor x, Tensor panels, Tensor layout, int64_t out_features) 
   return y;
 }
 
-Tensor cpu_attention(Tensor qkv, Tensor widths, std::optional<Tensor> qk_norm, double scale, double eps,
+Tensor cpu_attention(Tensor qkv, Tensor widths, Tensor words, std::vector<int64_t> numbers, double scale, double eps,
                      int64_t v_total, int64_t num_queries) {
   qkv = torch::stable::contiguous(qkv);
   STD_TORCH_CHECK(widths.dim() == 2 && widths.size(0) == 2, "widths: wanted shape [2, heads]");
@@ -288,14 +333,15 @@ Tensor cpu_attention(Tensor qkv, Tensor widths, std::optional<Tensor> qk_norm, d
   const int64_t* w = indices(widths, "widths");
   gohsp::Heads heads{count, w, w + count, nullptr, static_cast<float>(eps), static_cast<float>(scale)};
   const Totals totals = totals_of(heads);
-  if (qk_norm.has_value()) {
-    heads.qk_norm = floats(*qk_norm, "qk_norm");
-    const int64_t width = norm_width(heads);
-    STD_TORCH_CHECK(count == 0 || qk_norm->numel() == 4 * width, "qk_norm: wanted shape [4, ", width, "]");
-  }
+  STD_TORCH_CHECK(numbers.size() == 4, "numbers: wanted 4; got ", numbers.size());
+  Reader<int32_t> reader(contents<int32_t>(words, ScalarType::Int, "words", "int32"), words.numel(), "words");
+  read_heads(heads, {numbers[0] != 0, norm_of(numbers[1]), numbers[2], numbers[3]}, totals.qk,
+             [&](int64_t n) { return reinterpret_cast<const float*>(reader.take(n)); });
+  STD_TORCH_CHECK(reader.empty(), "words: wanted no more than norms and angles");
   STD_TORCH_CHECK(qkv.dim() == 3 && qkv.size(2) == 2 * totals.qk + totals.v && v_total == totals.v,
                   "qkv: wanted [batch, tokens, ", 2 * totals.qk + totals.v, "]");
   const gohsp::Shape shape{qkv.size(0), qkv.size(1), qkv.size(2), num_queries};
+  check_tokens(heads, shape.tokens);
   STD_TORCH_CHECK(num_queries >= 0 && num_queries <= shape.tokens, "num_queries: wanted 0 to ", shape.tokens);
   Tensor y = new_tensor(qkv, {shape.batch, num_queries, totals.v});
   gohsp::kernels().attention(heads, floats(qkv, "qkv"), shape, data(y), pool());
@@ -309,17 +355,19 @@ Tensor cpu_sublayers(Tensor x, std::vector<Tensor> panels, std::vector<Tensor> l
   const gohsp::Shape shape{x.size(0), x.size(1), checked_features(x.size(2), "x"), num_queries};
   STD_TORCH_CHECK(num_queries >= 0 && num_queries <= shape.tokens, "num_queries: wanted 0 to ", shape.tokens);
   const size_t count = panels.size();
-  STD_TORCH_CHECK(count > 0 && layouts.size() == count && constants.size() == gohsp::kConstants * count,
+  STD_TORCH_CHECK(count > 0 && layouts.size() == count && constants.size() == gohsp::kCpuConstants * count,
                   "panels, layouts, constants: wanted the same number of sublayers, at least one");
   gohsp::Chain<gohsp::Attention, gohsp::Mlp, gohsp::Sublayer> chain(count);
   for (size_t i = 0; i < count; ++i) {
     Packed packed(panels[i], layouts[i]);
-    const double* own = constants.data() + gohsp::kConstants * i;
+    const double* own = constants.data() + gohsp::kCpuConstants * i;
     const gohsp::SublayerKind kind = gohsp::kind_of(packed.number());
     STD_TORCH_CHECK(packed.number() == shape.features, "x: wanted the number of features that sublayer ", i,
                     " was packed for; got ", shape.features);
     if (kind == gohsp::SublayerKind::attention) {
-      chain.add(read_attention(packed, own, shape.features));
+      const gohsp::Attention attention = read_attention(packed, own, shape.features);
+      check_tokens(attention.heads, shape.tokens);
+      chain.add(attention);
     } else {
       chain.add(read_mlp(packed, own, shape.features));
     }

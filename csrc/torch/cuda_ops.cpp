@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "../cuda/kernels.h"
+#include "../cuda/probe.h"
 #include "reading.h"
 
 #ifdef GOHSP_EMULATED
@@ -371,3 +372,17 @@ STABLE_TORCH_LIBRARY_IMPL(gohsp_kernels, CUDA, m) {
   m.impl("cuda_sublayers", TORCH_BOX(&cuda_sublayers));
   m.impl("cuda_checksum", TORCH_BOX(&cuda_checksum));
 }
+
+#ifndef GOHSP_EMULATED
+// Why the kernels cannot run on the GPU of this number, or the empty string. Called by ctypes, which no exception may
+// cross.
+extern "C" __attribute__((visibility("default"))) const char* gohsp_cuda_missing(int device) noexcept {
+  static thread_local std::string reason;
+  try {
+    reason = gohsp::cuda::missing(device);
+  } catch (const std::exception& error) {
+    reason = error.what();
+  }
+  return reason.c_str();
+}
+#endif

@@ -8,7 +8,7 @@ The tests compile everything that the rule can choose for each architecture. Wha
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 
@@ -76,6 +76,9 @@ class Tile:
         return asdict(self)
 
 
+TILE_FIELDS = tuple(field.name for field in fields(Tile))
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
@@ -99,7 +102,8 @@ def linear_tile(target: Target, dtype: torch.dtype, rows: int, outputs: int, inp
     A launch that gathers or scatters columns (``indexed``) holds an address for each element, which the registers of
     the largest tile have no room for: it begins with the second.
     """
-    if measured := tuned.lookup(target.name, tuned.linear_key(dtype, rows, outputs, inputs, indexed)):
+    key = tuned.linear_key(dtype, rows, outputs, inputs, indexed)
+    if measured := tuned.lookup(target.name, key, TILE_FIELDS):
         return Tile(**measured)
     ladder = tile_ladder(target, dtype.itemsize)
     if indexed and dtype.itemsize < 4:
@@ -138,6 +142,9 @@ class AttentionTile:
         return asdict(self)
 
 
+ATTENTION_TILE_FIELDS = tuple(field.name for field in fields(AttentionTile))
+
+
 @functools.lru_cache(maxsize=4096)
 def attention_tile(
     target: Target, dtype: torch.dtype, queries: int, tokens: int, widest: int, aligned: bool
@@ -147,7 +154,8 @@ def attention_tile(
     float32 takes half. Eight warps where four would spill: on Blackwell, whose accumulators come back from a memory of
     their own, and with channels that are not ``aligned``, so that each element is loaded by an address of its own.
     """
-    if measured := tuned.lookup(target.name, tuned.attention_key(dtype, queries, tokens, widest, aligned)):
+    key = tuned.attention_key(dtype, queries, tokens, widest, aligned)
+    if measured := tuned.lookup(target.name, key, ATTENTION_TILE_FIELDS):
         return AttentionTile(**measured)
     block_m = 16 if queries <= 16 else 32 if dtype.itemsize == 4 else 64
     warps = 8 if not aligned or (target.arch in (100, 103) and block_m == 64) else 4

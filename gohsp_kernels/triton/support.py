@@ -28,6 +28,7 @@ class TritonBackend:
 
     name = "triton"
     operators = ("packed_linear", "ragged_attention", "attention_sublayer", "mlp_sublayer")
+    parts: frozenset[str] = frozenset()
 
     def missing(self, request: Request) -> str:
         if importlib.util.find_spec("triton") is None:

@@ -119,7 +119,7 @@ def count(model: nn.Module, input_size: int | Sequence[int] | None = None, *, ma
     blocks = find_compact_blocks(model)
     height, width = _image_size(model, input_size)
     tokens = _tokens(model, height, width)
-    costs = [_count_modules(block.halves(), block.mask.size(), tokens) for block in blocks]
+    costs = [_count_modules(block.halves(), block.geometry, block.mask.size(), tokens) for block in blocks]
     return _count_all(model, blocks, costs, (height, width), tokens)
 
 
@@ -155,15 +155,18 @@ def _count_dense(opened: OpenModel, mask: Kept | None, tokens: int) -> list[Bloc
     if mask is None:
         halves = [[(half.norm, half.body, half.scale) for half in block.sublayers] for block in opened.blocks]
         sizes = [BlockSize.whole(block.geometry) for block in opened.blocks]
-        return [_count_modules(own, size, tokens) for own, size in zip(halves, sizes, strict=True)]
+        geometries = opened.geometry.blocks
+        return [_count_modules(*own, tokens) for own in zip(halves, geometries, sizes, strict=True)]
     mask.check_fits(opened.geometry)
     pairs = zip(opened.blocks, mask.blocks, strict=True)
     return [count_block(block, kept.size(), tokens) for block, kept in pairs]
 
 
-def _count_modules(halves: Sequence[Sequence[nn.Module]], size: BlockSize, tokens: int) -> BlockCount:
+def _count_modules(
+    halves: Sequence[Sequence[nn.Module]], geometry: BlockGeometry, size: BlockSize, tokens: int
+) -> BlockCount:
     attention, mlp = (count_parameters(*modules) for modules in halves)
-    attention_macs, mlp_macs = _block_macs(size, tokens)
+    attention_macs, mlp_macs = _block_macs(geometry, size, tokens)
     return BlockCount(attention, attention_macs, mlp, mlp_macs)
 
 
@@ -179,8 +182,10 @@ def count_block(block: OpenBlock, size: BlockSize, tokens: int) -> BlockCount:
     rows = 2 * size.qk + size.v
     attention_params = count_parameters(attention.q_norm, attention.k_norm)
     attention_params += _sublayer(attention, size.attn_in, rows, size.v, size.attn_out)
-    mlp_params = _sublayer(mlp, size.mlp_in, size.hidden, size.hidden, size.mlp_out)
-    attention_macs, mlp_macs = _block_macs(size, tokens)
+    attention_params += _norm_params(attention.inner_norm, size.v)
+    mlp_params = _sublayer(mlp, size.mlp_in, _rows(block.geometry, size), size.hidden, size.mlp_out)
+    mlp_params += _norm_params(mlp.inner_norm, size.hidden)
+    attention_macs, mlp_macs = _block_macs(block.geometry, size, tokens)
     return BlockCount(attention_params, attention_macs, mlp_params, mlp_macs)
 
 
@@ -191,10 +196,21 @@ def _sublayer(layer: Sublayer, inputs: int, rows: int, columns: int, outputs: in
     return count_parameters(layer.norm) + read + write + (0 if isinstance(layer.scale, nn.Identity) else outputs)
 
 
-def _block_macs(size: BlockSize, tokens: int) -> tuple[int, int]:
+def _rows(geometry: BlockGeometry, size: BlockSize) -> int:
+    """Return the rows of the matrix that an MLP reads with."""
+    return 2 * size.hidden if geometry.gated else size.hidden
+
+
+def _norm_params(norm: nn.Module, width: int) -> int:
+    """Return the parameters of a norm of which so many features are left."""
+    return width * sum(1 for _ in norm.parameters())
+
+
+def _block_macs(geometry: BlockGeometry, size: BlockSize, tokens: int) -> tuple[int, int]:
     rows = 2 * size.qk + size.v
     products = tokens * (size.attn_in * rows + size.v * size.attn_out)
-    return products + tokens * tokens * (size.qk + size.v), tokens * size.hidden * (size.mlp_in + size.mlp_out)
+    mlp_macs = tokens * (size.mlp_in * _rows(geometry, size) + size.hidden * size.mlp_out)
+    return products + tokens * tokens * (size.qk + size.v), mlp_macs
 
 
 def _image_size(model: nn.Module, input_size: int | Sequence[int] | None) -> tuple[int, int]:

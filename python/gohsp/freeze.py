@@ -40,6 +40,7 @@ def freeze(model: nn.Module, weights: str = "float32") -> nn.Module:
     support = gk.can_run("cpu", weights=weights)
     if not support:
         raise RuntimeError(f"backend 'cpu': {support.reason}")
+    family_of(model).refresh(model)
     *blocks, last = find_bare_blocks(model)
     of_ends = next(name for name in FORMATS[weights].ends if gk.can_run("cpu", weights=name))
     packed = FrozenBlocks(*(FrozenBlock(block, weights) for block in blocks), FrozenBlock(last, of_ends))

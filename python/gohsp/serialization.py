@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gohsp import preprocessing
 from gohsp.arguments import check_path
 from gohsp.compress import compress
 from gohsp.files import (
@@ -48,6 +49,7 @@ WEIGHTS = "model.safetensors"
 DEFAULT_FAMILY = "TimmVit"
 """Of plans that name none."""
 
+_PREPROCESSING = "preprocessing"  # in the plan; those of earlier versions have none
 _DIGEST = "plan_sha256"  # in the weights
 _WEIGHTS_DIGEST = "tensors_sha256"  # in the plan
 _MAX_HEADER = 2**27  # bytes; safetensors itself takes headers of 100 MB
@@ -55,6 +57,9 @@ _MAX_HEADER = 2**27  # bytes; safetensors itself takes headers of 100 MB
 
 def save(model: nn.Module, directory: str | Path) -> None:
     """Write a compressed model into a directory, which is made if it is not there.
+
+    What timm recorded of its images (size, mean, deviation, interpolation, crop) and the names of its classes go with
+    it: ``timm.data.resolve_model_data_config`` gives for the loaded model what it gave for this one.
 
     The plan names the digest of the weights and the weights carry that of the plan, so that a damaged file is noticed
     and files of two different saves are not taken for one model. One rename, that of the plan, makes the new model the
@@ -95,6 +100,8 @@ def plan_of(model: nn.Module) -> dict[str, Any]:
     """
     mask = ModelMask.of(model)
     plan = {"format": FORMAT, "model": _describe(model, mask), "mask": mask.to_dict()}
+    if (described := preprocessing.describe(model)) is not None:
+        plan[_PREPROCESSING] = described
     _check_same(model, _build(plan["model"], mask))
     return plan
 
@@ -151,13 +158,16 @@ def _load(source: Path, verify: bool) -> nn.Module:
     where = source / PLAN
     plan = parse_json(_first(source, (PLAN,), partial(read_bytes, limit=MAX_JSON)), str(where))
     sha256 = plan.get(_WEIGHTS_DIGEST) if isinstance(plan, dict) else None  # plans of earlier versions have none
-    check_keys(plan, ("format", "model", "mask", *([] if sha256 is None else [_WEIGHTS_DIGEST])), str(where))
+    wanted = ("format", "model", "mask", *([] if sha256 is None else [_WEIGHTS_DIGEST]))
+    check_keys(plan, wanted, str(where), optional=(_PREPROCESSING,))
     if type(plan["format"]) is not int or plan["format"] != FORMAT:
         raise ValueError(f"{where}: wanted format {FORMAT}, got {shown(plan['format'])}")
     if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
         raise ValueError(f"{where}: {_WEIGHTS_DIGEST}: wanted 64 hexadecimal digits, got {shown(sha256)}")
     try:
         model = _build(plan["model"], ModelMask.from_dict(plan["mask"]))
+        if _PREPROCESSING in plan:
+            preprocessing.restore(model, plan[_PREPROCESSING])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     most = 8 * sum(tensor.numel() for tensor in model.state_dict().values()) + _MAX_HEADER
@@ -169,6 +179,7 @@ def _load(source: Path, verify: bool) -> nn.Module:
         raise ValueError(f"{source}: {PLAN} and {WEIGHTS} are not of one save, or one of them was changed")
     _check_tensors(model, tensors, source / WEIGHTS)
     model.load_state_dict(tensors, assign=True)
+    family_of(model).refresh(model)
     return model
 
 

@@ -111,9 +111,8 @@ def public() -> dict[str, tuple[Call, list[Any]]]:
     for name, call in testing.samples().items():
         functions[name] = (_in_torch(name), list(call.flat()))
         operator, x, queries = call.described()
-        names = [*operator.tensor_names, *operator.constant_names]
-        names += ["num_queries"] if operator.attends else []
-        functions[f"{name} of Python"] = (_by_name(getattr(gk, name), names), [x, *operator.flat(queries)])
+        by_name = _by_name(getattr(gk, name), operator.flat_names())
+        functions[f"{name} of Python"] = (by_name, [x, *operator.flat(queries)])
     return functions
 
 

@@ -35,9 +35,9 @@ from typer.main import get_command
 
 import gohsp
 import gohsp_kernels as gk
-from gohsp import cli
 from gohsp.demo import machine
 from gohsp.training.evaluation import evaluate
+from gohsp_command import cli
 from gohsp_kernels import _cache, testing
 
 from .scale import TIMES

@@ -22,11 +22,11 @@ import gohsp
 import gohsp.training.loop
 from bench.harness import results
 from bench.studies import trained
-from gohsp.cli import app
 from gohsp.demo import measure
 from gohsp.demo import run as demo
 from gohsp.recipe import read_recipe
 from gohsp.runs import img_focus
+from gohsp_command.cli import app
 from tests.bench.conftest import make_row
 from tests.gohsp.runs.test_commands import NAME, commands_vit_tiny
 

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import timm
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import gohsp
-from gohsp.cli import app
 from gohsp.demo import report, run
 from gohsp.files import alone
+from gohsp.runs.needs import NEEDS
+from gohsp_command import cli
+from gohsp_command.cli import app
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,6 +65,14 @@ def test_info_says_what_can_run(call):
     assert "reference  yes" in result.output
 
 
+def test_info_says_how_to_get_what_is_missing(call, monkeypatch):
+    monkeypatch.setitem(NEEDS, "gohsp sing", ("no-such-package", "pip install a-voice"))
+    monkeypatch.setitem(NEEDS, "gohsp see", ("timm", "pip install timm"))
+    output = call("info").output
+    assert "\n  gohsp sing               pip install a-voice\n" in output
+    assert "\n  gohsp see                yes\n" in output
+
+
 @pytest.mark.parametrize("arguments", [("--keep", "1.5"), ("--keep", "0"), ("--images", "10")])
 def test_values_out_of_range_are_refused(call, arguments):
     result = call("demo", *arguments)
@@ -102,7 +113,30 @@ def test_two_demos_do_not_work_in_one_folder(call, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("module", ["gohsp", "torch"])
+def environment():
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")]), "COLUMNS": "120"}
+
+
+@pytest.mark.parametrize("arguments", ["--help", "prune --help", "demo --help", "--version", "prune --images 0", ""])
+def test_help_version_and_misuse_do_not_wait_for_the_library(arguments):
+    script = f"""
+import atexit, sys
+sys.argv = ["gohsp", *{arguments.split()}]
+atexit.register(lambda: print(sorted({{"torch", "timm", "numpy", "gohsp"}} & set(sys.modules)), file=sys.stderr))
+from gohsp_command import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "[]", done.stderr
+    if arguments == "--version":
+        assert (done.returncode, done.stdout) == (0, f"{gohsp.__version__}\n")
+
+
+def test_every_command_can_be_interrupted_while_it_imports():
+    assert {type(command) for command in get_command(app).commands.values()} == {cli.Verb}
+
+
+@pytest.mark.parametrize("module", ["gohsp_command.cli", "gohsp", "torch"])
 def test_ctrl_c_while_the_program_is_imported_is_one_line(module):
     assert 'gohsp = "gohsp_command:main"' in (ROOT / "pyproject.toml").read_text()
     script = f"""
@@ -117,6 +151,5 @@ sys.meta_path.insert(0, Interrupting())
 from gohsp_command import main
 main()
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python")])}
-    done = subprocess.run([sys.executable, "-c", script, "info"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, "info"], env=environment(), capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "gohsp: interrupted\n")

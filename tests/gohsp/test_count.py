@@ -132,5 +132,5 @@ def test_mask_for_a_compressed_or_another_model(make_model: Callable[..., Any]) 
         gohsp.count(gohsp.compress(model, mask), mask=mask)
     with pytest.raises(ValueError, match="made for"):
         gohsp.count(make_model(depth=3), mask=mask)
-    with pytest.raises(TypeError, match="wanted a timm VisionTransformer"):
+    with pytest.raises(TypeError, match=r"wanted a timm .*VisionTransformer"):
         gohsp.count(nn.Linear(3, 3))

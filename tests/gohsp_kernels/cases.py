@@ -10,7 +10,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 
 import gohsp_kernels as gk
 from gohsp_kernels import cpu
+from gohsp_kernels.descriptors import GATED, INNER_NORM, NORM_KINDS, RMS_NORM, ROPE_PAIRS, ROTARY
 from gohsp_kernels.registry import BACKENDS
 from gohsp_kernels.testing import TOLERANCE, Call, Maker, error, poisoned
 
@@ -90,8 +91,8 @@ def kept(draw: st.DrawFn, features: int) -> int | None:
 
 
 @st.composite
-def calls(draw: st.DrawFn, operator: str) -> Call:
-    """A call of ``operator`` with ragged sizes, any of which may be zero."""
+def calls(draw: st.DrawFn, operator: str, parts: Collection[str] = ()) -> Call:
+    """A call of ``operator`` with ragged sizes, any of which may be zero, and with some of the parts."""
     maker = Maker(draw(st.integers(0, 2**31)))
     batch, tokens = draw(st.sampled_from([0, 1, 2, 3, 7])), draw(st.sampled_from([1, 2, 5, 17, 50, 67]))
     features = draw(st.sampled_from([1, 3, 16, 24, 61, 64, 192]))
@@ -101,8 +102,12 @@ def calls(draw: st.DrawFn, operator: str) -> Call:
         return maker.linear((batch, tokens), features, draw(kept(features)), out, draw(kept(out)), activation)
     if operator == "mlp_sublayer":
         hidden = draw(st.sampled_from([0, 1, 15, 16, 33, 100]))
+        inputs = draw(kept(features))
+        more = draw(inner_parts(maker, hidden, parts))
+        if GATED in parts and draw(st.booleans()):
+            more |= maker.gate(hidden, features if inputs is None else inputs)
         return maker.mlp_sublayer(
-            (batch, tokens), features, hidden, draw(kept(features)), draw(kept(features)), activation=activation
+            (batch, tokens), features, hidden, inputs, draw(kept(features)), activation=activation, **more
         )
     heads = draw(st.integers(0, 5))
     v = draw(st.lists(st.sampled_from([0, 1, 7, 8, 16, 31, 64]), min_size=heads, max_size=heads))
@@ -112,8 +117,23 @@ def calls(draw: st.DrawFn, operator: str) -> Call:
         qk, norms = [width] * heads, maker.qk_norm(width)
     else:
         qk, norms = draw(st.lists(st.sampled_from([0, 1, 5, 8, 33, 64]), min_size=heads, max_size=heads)), {}
+    if ROTARY in parts and all(width % 2 == 0 for width in qk):
+        pairs = draw(st.sampled_from(ROPE_PAIRS))
+        options |= {"rope": maker.rope(tokens, qk), "rope_pairs": pairs}
     if operator == "ragged_attention":
         return maker.attention(batch, tokens, qk, v, **options, **norms)
+    options |= draw(inner_parts(maker, sum(v), parts))
     return maker.attention_sublayer(
         batch, tokens, features, qk, v, draw(kept(features)), draw(kept(features)), **options, **norms
     )
+
+
+@st.composite
+def inner_parts(draw: st.DrawFn, maker: Maker, width: int, parts: Collection[str]) -> dict[str, Any]:
+    """Kind of the norms, and a norm in front of the last matrix, of whose features ``width`` are left."""
+    found: dict[str, Any] = {}
+    if RMS_NORM in parts:
+        found["norm"] = draw(st.sampled_from(NORM_KINDS))
+    if INNER_NORM in parts and draw(st.booleans()):
+        found |= maker.inner_norm(width, width + draw(st.sampled_from([0, 1, 50])) or 1)
+    return found

@@ -53,15 +53,42 @@ MUTATIONS = {
         "test_operators.py::test_edges",
     ),
     "norm: the variance is that of whole vectors' width": Mutation(
-        ROWS, "sum_lanes(squares) / static_cast<float>(features)", "sum_lanes(squares) / static_cast<float>(whole)",
+        ROWS, "(sum_lanes(squares) + zeros) / static_cast<float>(features)",
+        "(sum_lanes(squares) + zeros) / static_cast<float>(whole)",
         "test_operators.py::test_edges",
     ),
     "norm: no eps": Mutation(
         ROWS, "static_cast<float>(features) + eps)", "static_cast<float>(features))", "test_operators.py::test_edges"
     ),
     "norm: statistics of as many columns as are kept": Mutation(
-        CHAIN, "normalise_row(x + i * shape_.features, shape_.features, eps,",
-        "normalise_row(x + i * shape_.features, w.k, eps,", "test_cpu.py::test_batches_and_threads",
+        CHAIN, "normalise_row(norm, x + i * shape_.features, shape_.features, shape_.features, eps,",
+        "normalise_row(norm, x + i * shape_.features, w.k, w.k, eps,", "test_cpu.py::test_batches_and_threads",
+    ),
+    "norm: RMSNorm takes the mean": Mutation(
+        ROWS, "if (norm == Norm::layer) {", "if (true) {", "test_operators.py::test_edges"
+    ),
+    "inner norm: pruned zeros are not in the variance": Mutation(
+        ROWS, "static_cast<float>(features - count) * mean * mean", "0.0f", "test_operators.py::test_edges"
+    ),
+    "inner norm: over what is kept": Mutation(
+        CHAIN, "normalise_row(norm, row, w.k, of.features, of.eps, row);",
+        "normalise_row(norm, row, w.k, w.k, of.eps, row);", "test_operators.py::test_edges",
+    ),
+    "gate: the activation is on what is gated": Mutation(
+        CHAIN, "store_product(normed, rows, gated ? m.gate : m.fc1, m.activation, scratch.inner, ld_inner_);\n"
+        "      if (gated) multiply_by_product(normed, rows, m.fc1, scratch.inner, ld_inner_);",
+        "store_product(normed, rows, m.fc1, m.activation, scratch.inner, ld_inner_);\n"
+        "      if (gated) multiply_by_product(normed, rows, m.gate, scratch.inner, ld_inner_);",
+        "test_operators.py::test_edges",
+    ),
+    "rotary positions: turned the other way": Mutation(
+        ATTENTION, "store(a + c, x * u - y * v);", "store(a + c, x * u + y * v);", "test_operators.py::test_edges"
+    ),
+    "rotary positions: keys of a later block take the angles of the first": Mutation(
+        ATTENTION, "turn_heads(heads, r0 + i, k);", "turn_heads(heads, i, k);", "test_operators.py::test_edges"
+    ),
+    "rotary positions: every head takes the angles of the first": Mutation(
+        ATTENTION, "pair += half;", "", "test_operators.py::test_edges"
     ),
     "gather: the first column of the next vector is taken": Mutation(
         ROWS, "kept[next] < first + W)", "kept[next] <= first + W)",

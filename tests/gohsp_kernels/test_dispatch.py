@@ -16,7 +16,7 @@ from torch import Tensor
 
 import gohsp_kernels as gk
 from gohsp_kernels import _native, dispatch, info, registry
-from gohsp_kernels.descriptors import Descriptor
+from gohsp_kernels.descriptors import GATED, Descriptor
 from gohsp_kernels.registry import BACKENDS, Request
 from gohsp_kernels.testing import Maker, error, samples
 
@@ -117,6 +117,7 @@ class Counting:
 
     name = "counting"
     operators = ("attention_sublayer", "mlp_sublayer")
+    parts = (GATED,)
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -165,6 +166,22 @@ def test_a_backend_is_not_asked_for_an_operator_that_it_does_not_have(counting: 
     with pytest.raises(RuntimeError, match="backend 'counting': has no packed_linear"):
         call.run("counting")
     assert counting.calls == []
+
+
+def test_a_backend_is_not_asked_for_parts_that_it_does_not_have(counting: Counting) -> None:
+    maker = Maker(4)
+    gated = maker.mlp_sublayer((2, 3), 16, 8, **maker.gate(8, 16))
+    gated.run()
+    assert counting.calls == ["mlp_sublayer"]
+    both = gated.but(norm="rms")
+    assert error(both.run(), both.run("reference")) < 1e-6
+    with pytest.raises(RuntimeError, match="backend 'counting': has no kernel for RMSNorm"):
+        both.run("counting")
+    chain = gk.SublayerChain([bound(both)])
+    assert error(chain(both.x), both.run("reference")) < 1e-6
+    with pytest.raises(RuntimeError, match="backend 'counting': has no kernel for RMSNorm"):
+        chain(both.x, backend="counting")
+    assert counting.calls == ["mlp_sublayer"]
 
 
 def test_a_backend_without_chains_gets_its_sublayers_one_by_one(counting: Counting) -> None:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import sys
 import weakref
 from collections.abc import Iterator
 
@@ -102,6 +104,76 @@ def test_a_parameter_that_is_exchanged_or_changed_unseen_is_noticed(captures: li
     linear.weight.data.mul_(2)
     assert torch.equal(fast(x), linear(x)) and len(captures) == 3
     assert torch.equal(fast(x), linear(x)) and len(captures) == 3
+
+
+def test_the_gpu_is_started_before_the_host_looks_at_the_weights(
+    captures: list[StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are: what Python does until then does not grow with them."""
+
+    def calls_until_replay(layers: int) -> int:
+        model = nn.Sequential(*(nn.Linear(4, 4, bias=i % 2 == 0) for i in range(layers))).eval()
+        fast, x, called = gk.GraphedModel(model), torch.randn(2, 4), []
+        fast(x)
+
+        class Begun(Exception):
+            pass
+
+        def replay(graph: StandIn) -> None:
+            raise Begun
+
+        def note(frame: object, event: str, argument: object) -> None:
+            called.append(event)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StandIn, "replay", replay)
+            sys.setprofile(note)
+            try:
+                with contextlib.suppress(Begun):
+                    fast(x)
+            finally:
+                sys.setprofile(None)
+        return len(called)
+
+    assert 10 < calls_until_replay(2) == calls_until_replay(80) < 150
+
+
+@pytest.mark.parametrize("change", ["strides", "shape", "dtype", "storage", "gone", "there"])
+def test_weights_that_lie_otherwise_are_noticed(change: str, captures: list[StandIn]) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.shift = nn.Parameter(torch.eye(4)), None
+            self.register_parameter("bias", nn.Parameter(torch.zeros(4)))
+            self.register_parameter("extra", None)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x @ self.weight.reshape(4, -1)[:, :4].to(x.dtype)
+            return x if self.extra is None else x + self.extra
+
+    model, x = Scaled().eval(), torch.randn(2, 4)
+    fast = gk.GraphedModel(model, max_shapes=1)
+    fast(x)
+    data = model.weight.data
+    if change == "strides":
+        data[0, 1] = 2
+        fast(x)
+        model.weight.data = data.t()
+    elif change == "shape":
+        model.weight.data = data.view(2, 8)
+    elif change == "dtype":
+        model.weight.data = data.half()
+        fast(x)
+        model.weight.data = model.weight.data.view(torch.bfloat16)
+    elif change == "storage":
+        model.weight.data = data.clone()
+    elif change == "gone":
+        model.bias = None
+    else:
+        model.extra = nn.Parameter(torch.ones(4))
+    before = len(captures)
+    assert torch.equal(fast(x), model(x).detach()) and len(captures) == before + 1
+    assert torch.equal(fast(x), model(x).detach()) and len(captures) == before + 1
 
 
 @pytest.mark.slow

@@ -218,16 +218,21 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(RuntimeError, match="weight: wanted at most 65536 inputs; got 65537"):
         pack(torch.zeros(1, 65537, dtype=torch.int8), scales[:1], None)
     run = torch.ops.gohsp_kernels.cpu_sublayers
-    layout = torch.tensor([cpu.packing("int8"), _native.numbers("sublayers")["mlp"], 8, 8, 1, -1, -1])
+    layout = torch.tensor([cpu.packing("int8"), _native.numbers("sublayers")["mlp"], 8, 8, 1, 0, 0, 0, -1, -1])
     with pytest.raises(RuntimeError, match="panels: wanted int32"):
-        run(torch.ones(1, 1, 8), [torch.ones(9)], [layout], [1e-6, 0.0, 1.0], 1)
+        run(torch.ones(1, 1, 8), [torch.ones(9)], [layout], [1e-6, 0.0, 1.0, 1e-6], 1)
     with pytest.raises(RuntimeError, match="panels: too short"):
-        run(torch.ones(1, 1, 8), [torch.ones(8, dtype=torch.int32)], [layout], [1e-6, 0.0, 1.0], 1)
+        run(torch.ones(1, 1, 8), [torch.ones(8, dtype=torch.int32)], [layout], [1e-6, 0.0, 1.0, 1e-6], 1)
     with pytest.raises(RuntimeError, match="x: wanted the number of features that sublayer 0 was packed for; got 7"):
-        run(torch.ones(1, 1, 7), [torch.ones(8, dtype=torch.int32)], [layout], [1e-6, 0.0, 1.0], 1)
+        run(torch.ones(1, 1, 7), [torch.ones(8, dtype=torch.int32)], [layout], [1e-6, 0.0, 1.0, 1e-6], 1)
+    for place, number, message in ((6, 2, "unknown kind of norm 2"), (7, 7, "wanted an inner norm over 8 features or")):
+        changed = layout.clone()
+        changed[place] = number
+        with pytest.raises(RuntimeError, match=f"layouts: {message}"):
+            run(torch.ones(1, 1, 8), [torch.ones(8, dtype=torch.int32)], [changed], [1e-6, 0.0, 1.0, 1e-6], 1)
     layout[1] = 7
     with pytest.raises(RuntimeError, match="layouts: unknown kind of sublayer 7"):
-        run(torch.ones(1, 1, 8), [torch.ones(8, dtype=torch.int32)], [layout], [1e-6, 0.0, 1.0], 1)
+        run(torch.ones(1, 1, 8), [torch.ones(8, dtype=torch.int32)], [layout], [1e-6, 0.0, 1.0, 1e-6], 1)
 
 
 def test_support_is_told() -> None:

@@ -53,11 +53,14 @@ def on(runners: Sequence[Runner], slow: bool = False) -> Any:
     return pytest.mark.parametrize(("backend", "dtype"), found)
 
 
-def with_choices() -> list[Any]:
+def edges_with_choices() -> list[Any]:
+    """Every edge on every backend that has its parts."""
+    parts = {edge: make(Maker(7)).operator.parts for edge, make in EDGES.items()}
     return [
-        runner(backend, dtype, choice)
+        runner(backend, dtype, choice, edge)
+        for edge in EDGES
         for backend, dtype in RUNNERS
-        if backend == "cpu" or not CPU_ALONE
+        if (backend == "cpu" or not CPU_ALONE) and parts[edge] <= set(BACKENDS[backend].parts)
         for choice in (CHOICES if backend == "cuda" else ("",))
     ]
 
@@ -77,9 +80,8 @@ def test_the_edges_are_of_every_operator() -> None:
     assert set(made.values()) == set(OPERATORS)
 
 
-@pytest.mark.parametrize(("backend", "dtype", "choice"), with_choices())
-@pytest.mark.parametrize("edge", EDGES)
-def test_edges(edge: str, backend: str, dtype: torch.dtype, choice: str) -> None:
+@pytest.mark.parametrize(("backend", "dtype", "choice", "edge"), edges_with_choices())
+def test_edges(backend: str, dtype: torch.dtype, choice: str, edge: str) -> None:
     with choosing(choice):
         check(EDGES[edge](Maker(7)), dtype, backend)
 
@@ -107,7 +109,10 @@ EXAMPLES = {"cpu": 60, "triton": 25, "cuda": 50}
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_random_calls(operator: str, backend: str, dtype: torch.dtype) -> None:
     @settings(max_examples=EXAMPLES[backend], deadline=None, suppress_health_check=[HealthCheck.nested_given])
-    @given(call=calls(operator), choice=st.sampled_from(sorted(CHOICES) if backend == "cuda" else [""]))
+    @given(
+        call=calls(operator, BACKENDS[backend].parts),
+        choice=st.sampled_from(sorted(CHOICES) if backend == "cuda" else [""]),
+    )
     def is_right(call: Call, choice: str) -> None:
         with choosing(choice):
             check(call, dtype, backend, floor=floor(call, backend))

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import gohsp_kernels as gk
 from gohsp_kernels import _native, chain, cpu
-from gohsp_kernels.formats import ROUNDED
+from gohsp_kernels.formats import FORMATS, ROUNDED
 from gohsp_kernels.testing import Call, Maker, error
 
 from . import test_bf16, test_int8
@@ -72,6 +73,37 @@ def test_result_does_not_depend_on_threads_or_batch(form: str, threads: int) -> 
             assert error(model(x[i : i + 1]), together[i : i + 1].double()) < FLIPPED
     finally:
         torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("part", ["rotary positions", "a gate", "an inner norm", "RMSNorm"])
+def test_every_part_beside_every_format(part: str, form: str) -> None:
+    """Each behaves as the format's own description says, between sublayers without any."""
+    maker = Maker(12)
+    attention: dict[str, Any] = {}
+    mlp: dict[str, Any] = {}
+    if part == "rotary positions":
+        attention = {"rope": maker.rope(20, [12, 6, 70]), "rope_pairs": "neighbours"}
+    elif part == "a gate":
+        mlp = {"activation": "silu", **maker.gate(50, 29)}
+    elif part == "an inner norm":
+        attention, mlp = maker.inner_norm(17, 24), maker.inner_norm(50, 64)
+    else:
+        attention = mlp = {"norm": "rms"}
+    calls = [
+        maker.attention_sublayer(0, 0, FEATURES, [12, 6, 70], [8, 2, 7], 30, 31, **attention),
+        maker.mlp_sublayer((0,), FEATURES, 50, 29, 33, **mlp),
+        maker.attention_sublayer(0, 0, FEATURES, [5, 11], [8, 2]),
+        maker.mlp_sublayer((0,), FEATURES, 64),
+    ]
+    x = maker.normal(3, 20, FEATURES)
+    truth = x.double()
+    for call in calls:
+        sublayer, attend = chain.descriptor(bound(call)), cpu.reference_attention(form)
+        truth = FORMATS[form].reference(sublayer, truth, cpu.activation_levels(), attend)
+    limit = 2e-6 if form == "float32" else FLIPPED
+    assert error(frozen(calls, form)(x), truth) < limit
 
 
 @pytest.mark.slow

@@ -22,11 +22,17 @@ needs_native = pytest.mark.skipif(not _native.load(), reason=_native.load().reas
 
 def native_samples() -> dict[str, tuple[Any, ...]]:
     """Arguments of one call of each native operator."""
-    maker, calls = Maker(1), samples()
-    attention, x, _ = calls["attention_sublayer"].described()
-    mlp = calls["mlp_sublayer"].described()[0]
+    maker, heads = Maker(1), ([8, 0, 6], [8, 3, 16])
+    turned = maker.attention_sublayer(
+        2, 9, 24, *heads, 17, 20, rope=maker.rope(9, heads[0]), **maker.inner_norm(27, 48)
+    )
+    gated = maker.mlp_sublayer((2, 9), 24, 40, 17, 20, **maker.gate(40, 17), **maker.inner_norm(40, 64))
+    attention, x, _ = turned.described()
+    mlp = gated.described()[0]
     chain = [cpu.pack_sublayer(sublayer, x.shape[-1]) for sublayer in (attention, mlp)]
     weight, bias = maker.weight(20, 17), maker.normal(20)
+    words = maker.rope(9, [8, 0, 6]).flatten().view(torch.int32)
+    attended = torch.tensor([[8, 0, 6], [8, 3, 16]]), words, [0, 0, 9, 7]
     plain = cpu.pack_linear(weight, bias)
     embedding = cpu.pack_embedding(maker.weight(20, 60).reshape(20, 3, 4, 5), bias, maker.normal(3, 20))
     return {
@@ -34,7 +40,7 @@ def native_samples() -> dict[str, tuple[Any, ...]]:
         "cpu_plan": (torch.tensor([1, 2, 30]), 40, True),
         "cpu_embed": (maker.normal(2, 3, 4, 10), embedding.panels, embedding.layout, embedding.base, [4, 5]),
         "cpu_linear": (maker.normal(3, 17), plain.panels, plain.layout, 20),
-        "cpu_attention": (maker.normal(2, 9, 26 + 27), torch.tensor([[8, 0, 5], [8, 3, 16]]), None, 0.2, 1e-6, 27, 9),
+        "cpu_attention": (maker.normal(2, 9, 28 + 27), *attended, 0.2, 1e-6, 27, 9),
         "cpu_sublayers": (
             x,
             [s.panels for s in chain],
@@ -69,7 +75,22 @@ SCHEMAS = {
 
 
 def test_schemas_that_exported_programs_hold_stay_as_they_are() -> None:
-    assert _schemas.PUBLIC == SCHEMAS
+    """What came later stands behind, with a default that means what was meant before."""
+    assert _schemas.PUBLIC.keys() == SCHEMAS.keys()
+    for name, schema in _schemas.PUBLIC.items():
+        before = SCHEMAS[name].removesuffix(") -> Tensor")
+        assert schema.startswith(before)
+        added = schema.removeprefix(before).removesuffix(") -> Tensor").split(", ")[1:]
+        assert all("=" in argument for argument in added)
+
+
+@pytest.mark.parametrize("name", _schemas.PUBLIC)
+def test_a_call_of_an_older_program_means_the_same(name: str) -> None:
+    operator, x, queries = samples()[name].described()
+    flat = operator.flat(queries)
+    before = flat[: len(flat) - len(operator.added_names)]
+    run = getattr(torch.ops.gohsp_kernels, name)
+    assert torch.equal(run(x, *before), run(x, *flat))
 
 
 @pytest.mark.parametrize("name", _schemas.PUBLIC)

@@ -14,6 +14,7 @@
 
 #include "../launch.cuh"
 #include "../operands.cuh"
+#include "../probe.h"
 
 namespace py = pybind11;
 
@@ -246,6 +247,13 @@ PYBIND11_MODULE(_checks_cuda, m) {
       "Matrices read by ldmatrix with conflicts since the last call.");
   m.def(
       "launched", [] { return emulate::launched; }, "Threads and shared bytes of a block, by kernel launched so far.");
+  m.def(
+      "reached", [] { return std::exchange(emulate::reached, {}); },
+      "Launches since the last call, by kernel and by what it was given.");
+  m.def(
+      "only_note", [](bool noted) { return std::exchange(emulate::only_noted, noted); }, py::arg("noted"),
+      "Sets whether launches are noted and do nothing; returns what was set before.");
+  m.def("reason_of", &reason_of, py::arg("driver"), py::arg("runtime"), py::arg("error"));
   m.def(
       "pretend_processors",
       [](int64_t count) {

@@ -14,8 +14,9 @@ import gohsp
 import gohsp_kernels as gk
 from gohsp import timing
 from gohsp.demo.data import BATCH, Images
+from gohsp.progress import each
 from gohsp.runs.classifier import Classifier, collect, top1
-from gohsp.runs.progress import Steps, each
+from gohsp.runs.progress import Steps
 from gohsp_kernels import formats
 
 Model = Callable[[Tensor], Tensor]

@@ -22,9 +22,10 @@ from gohsp.demo import machine
 from gohsp.demo.data import LARGE_BATCH, Images, Splits, load_digits, load_folder, split
 from gohsp.demo.measure import DENSE, GOHSP, MASKED, ROUNDED, SLICED, compare, relative_distance
 from gohsp.files import replacing
+from gohsp.progress import each
 from gohsp.runs import img_focus
 from gohsp.runs.classifier import Classifier, collect, fit_ridge, pool
-from gohsp.runs.progress import Steps, each
+from gohsp.runs.progress import Steps
 
 LARGEST_DISTANCE = 1e-4  # that gohsp's float32 logits may have from the masked dense model's
 SAMPLES = 12

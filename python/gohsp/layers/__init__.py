@@ -13,12 +13,14 @@ from gohsp.layers.compact import (
     hook_tables,
 )
 from gohsp.layers.frozen import FrozenBlock, FrozenBlocks, FrozenEmbedding, FrozenLinear
+from gohsp.layers.norms import CompactNorm, norm_kind
 from gohsp.layers.patches import PatchProjection, lies_side_by_side, project_patches
 from gohsp.layers.plain import PlaceColumns, RaggedAttention, SelectColumns, plain_linear
 
 __all__ = [
     "CompactLayerScale",
     "CompactLinear",
+    "CompactNorm",
     "FrozenBlock",
     "FrozenBlocks",
     "FrozenEmbedding",
@@ -37,6 +39,7 @@ __all__ = [
     "head_masks",
     "hook_tables",
     "lies_side_by_side",
+    "norm_kind",
     "plain_linear",
     "project_patches",
 ]

@@ -10,16 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gohsp_kernels.reference import turned
 
-def attend(attn: Any, qkv: Tensor, masks: Sequence[Tensor | None], is_causal: bool, dropout: float) -> Tensor:
+
+def attend(
+    attn: Any,
+    qkv: Tensor,
+    masks: Sequence[Tensor | None],
+    is_causal: bool,
+    dropout: float,
+    rope: Tensor | None = None,
+) -> Tensor:
     """Return the outputs of ragged heads, side by side, in plain PyTorch: one call of SDPA a head.
 
     Args:
-        attn: Module with ``qk_widths``, ``v_widths``, ``scale``, ``q_norm`` and ``k_norm``.
+        attn: Module with ``qk_widths``, ``v_widths``, ``scale``, ``q_norm``, ``k_norm`` and ``rope_pairs``.
         qkv: [B, N, 2 * sum(qk_widths) + sum(v_widths)].
         masks: One a head; see :func:`head_masks`.
         is_causal: Attend to earlier tokens only.
         dropout: Probability of dropping an attention weight.
+        rope: Rotary positions [2, N, sum(qk_widths) / 2], or None.
 
     Returns:
         [B, N, sum(v_widths)].
@@ -34,13 +44,17 @@ def attend(attn: Any, qkv: Tensor, masks: Sequence[Tensor | None], is_causal: bo
             qkv.split((qk, qk, v), dim=-1), (attn.qk_widths, attn.qk_widths, attn.v_widths), strict=True
         )
     ]
+    halves = [width // 2 for width in attn.qk_widths]
+    turns: Sequence[Tensor | None] = [None] * len(halves) if rope is None else rope.split(halves, dim=-1)
     outputs = []
-    for q, k, value, mask in zip(*parts, masks, strict=True):
+    for q, k, value, mask, angles in zip(*parts, masks, turns, strict=True):
         if q.shape[-1] == 0:
             # SDPA needs a channel; one of zeros gives the equal scores that no channel means.
             q = k = qkv.new_zeros(batch, tokens, 1)
         # With an axis of one head, because exporters know SDPA in four dimensions only.
         q, k, value = attn.q_norm(q)[:, None], attn.k_norm(k)[:, None], value[:, None]
+        if angles is not None:
+            q, k = turned(q, angles, attn.rope_pairs), turned(k, angles, attn.rope_pairs)
         out = F.scaled_dot_product_attention(q, k, value, mask, dropout, is_causal, scale=attn.scale)
         outputs.append(out[:, 0])
     return torch.cat(outputs, dim=-1)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 import gohsp_kernels as gk
 from gohsp.layers.compact import PrunedBlock, hook_tables, is_computed
 from gohsp.models.registry import find_compact_blocks
+
+log = logging.getLogger("gohsp")
 
 
 class PrunedBlocks(nn.Sequential):
@@ -27,8 +31,12 @@ class PrunedBlocks(nn.Sequential):
         Returns:
             [B, num_queries or N, D].
         """
+        if gk.is_rewritten() or gk.is_counted():  # whoever looks for operations gets all of them
+            return self._one_by_one(x, None)[:, :num_queries]
         if torch.compiler.is_compiling() or self.training:
             return self._one_by_one(x, num_queries)
+        if x.requires_grad and torch.is_grad_enabled():
+            _tell_of_gradients()
         chain = _chains.get(self)
         if chain is None or not chain.is_current():
             chain = _chains[self] = _BlockChain(self)
@@ -38,7 +46,18 @@ class PrunedBlocks(nn.Sequential):
         blocks = list(self)
         for block in blocks[:-1]:
             x = block(x)
-        return blocks[-1](x, num_queries=num_queries)
+        last = blocks[-1]
+        return last(x, num_queries=num_queries) if isinstance(last, PrunedBlock) else last(x)[:, :num_queries]
+
+
+@cache
+def _tell_of_gradients() -> None:
+    """Tell, once, whoever evaluates without having said so."""
+    log.warning(
+        "a model in evaluation mode is called with gradients enabled, which its kernels do not have: PyTorch's own "
+        "operations run, and are slower. Where no gradients are wanted, call it under torch.inference_mode() or "
+        "torch.no_grad()"
+    )
 
 
 def find_bare_blocks(model: nn.Module) -> list[PrunedBlock]:
@@ -66,7 +85,7 @@ class _BlockChain:
 
     def __init__(self, blocks: PrunedBlocks) -> None:
         members: list[Any] = list(blocks)
-        self._as_made = all(block.is_as_made() for block in members)
+        self._as_made = all(isinstance(block, PrunedBlock) and block.is_as_made() for block in members)
         self._chain = gk.SublayerChain([s for block in members for s in block.sublayers()] if self._as_made else [])
         self._entries: list[tuple[dict[str, Any], str, Any]] = []
         self._sizes: list[tuple[dict[str, Any], int]] = []
@@ -100,7 +119,7 @@ class _BlockChain:
 
 
 # Plain attributes of the modules that the sublayers are told of, and what would run instead of the class's own code.
-_CONSTANTS = ("eps", "scale", "qk_widths", "v_widths", "activation", "forward")
+_CONSTANTS = ("eps", "scale", "qk_widths", "v_widths", "activation", "rope_pairs", "features", "forward")
 
 # Beside the modules and not in them, so that a copy or a checkpoint of a model does not carry packed weights along.
 _chains: WeakKeyDictionary[PrunedBlocks, _BlockChain] = WeakKeyDictionary()

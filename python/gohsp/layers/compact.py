@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm
+from timm.layers import DropPath, LayerNorm, RmsNorm
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
@@ -21,6 +21,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 import gohsp_kernels as gk
 from gohsp.layers.attention import attend, head_masks
+from gohsp.layers.norms import CompactNorm, norm_kind
 from gohsp.masks.layout import BlockLayout
 from gohsp.masks.mask import BlockMask
 from gohsp.models.base import Attention, CompactBlock, Mlp, OpenBlock, Projection
@@ -81,6 +82,7 @@ class PrunedAttention(nn.Module):
 
     in_cols: Tensor | None
     out_cols: Tensor | None
+    rope: Tensor | None
 
     def __init__(self, attn: Attention, layout: BlockLayout) -> None:
         super().__init__()
@@ -93,11 +95,26 @@ class PrunedAttention(nn.Module):
         self.qkv = _cut_linear(attn.read, layout.qkv_rows, layout.attn_in)
         self.q_norm = copy.deepcopy(attn.q_norm)
         self.k_norm = copy.deepcopy(attn.k_norm)
+        self.inner_norm = _cut_norm(attn.inner_norm, layout.proj_cols)
+        self.rope_pairs = attn.rope_pairs
         self.attn_drop = copy.deepcopy(attn.drop)
         self.proj = _cut_linear(attn.write, layout.attn_out, layout.proj_cols)
         self.proj_drop = copy.deepcopy(attn.write_drop)
         _register_columns(self, "in_cols", layout.attn_in, self.qkv.weight)
         _register_columns(self, "out_cols", layout.attn_out, self.qkv.weight)
+        _register_columns(self, "rope", None if attn.rope is None else self.angles(attn.rope.detach()), self.qkv.weight)
+
+    def angles(self, rope: Tensor) -> Tensor:
+        """Return rotary positions as the kernels take them, for the heads that are left.
+
+        Args:
+            rope: [2, H or 1, N, d / 2], see :class:`gohsp.models.base.Attention`.
+
+        Returns:
+            [2, N, sum of d / 2 of the heads that are left].
+        """
+        by_head = rope.expand(-1, self.num_heads, -1, -1)[:, list(self.heads)]
+        return by_head.transpose(1, 2).flatten(2)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return the attention output, zero in the features that are not written.
@@ -111,15 +128,30 @@ class PrunedAttention(nn.Module):
         Raises:
             ValueError: The mask has the wrong shape or dtype, or comes together with ``is_causal``.
         """
+        return self.attend(x, attn_mask, is_causal)
+
+    def attend(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
+    ) -> Tensor:
+        """Do the work of :meth:`forward`, on request with rotary positions other than its own.
+
+        Args:
+            x, attn_mask, is_causal: See :meth:`forward`.
+            rope: As :meth:`angles` gives them.
+        """
         qkv = _product(self.qkv, x, in_cols=self.in_cols)
+        rope = self.rope if rope is None else rope
         dropout = self.attn_drop.p if self.training else 0.0
         fused = all(_is_as_made(norm) and not _is_hooked(norm) for norm in (self.q_norm, self.k_norm))
         if fused and attn_mask is None and not is_causal and dropout == 0.0:
-            heads = gk.ragged_attention(qkv, self.qk_widths, self.v_widths, self.scale, **self.qk_norm_arguments())
+            more: dict[str, Any] = {"rope": rope, "rope_pairs": self.rope_pairs, **self.qk_norm_arguments()}
+            heads = gk.ragged_attention(qkv, self.qk_widths, self.v_widths, self.scale, **more)
         else:
             masks = head_masks(attn_mask, is_causal, self.heads, (x.shape[0], self.num_heads, x.shape[1]), x.dtype)
-            heads = attend(self, qkv, masks, is_causal, dropout)
-        return self.proj_drop(_product(self.proj, heads, out_cols=self.out_cols, out_features=self.dim))
+            heads = attend(self, qkv, masks, is_causal, dropout, rope)
+        return self.proj_drop(
+            _product(self.proj, self.inner_norm(heads), out_cols=self.out_cols, out_features=self.dim)
+        )
 
     def qk_norm_arguments(self) -> dict[str, Any]:
         """Return the q and k norms as :func:`gohsp_kernels.ragged_attention` takes them; empty without qk-norm."""
@@ -128,9 +160,10 @@ class PrunedAttention(nn.Module):
             return {}
         return {
             "q_norm_weight": q.weight,
-            "q_norm_bias": q.bias,
+            "q_norm_bias": getattr(q, "bias", None),
             "k_norm_weight": k.weight,
-            "k_norm_bias": k.bias,
+            "k_norm_bias": getattr(k, "bias", None),
+            "norm": norm_kind(q),
             "eps": q.eps,
         }
 
@@ -153,8 +186,14 @@ class PrunedMlp(nn.Module):
         super().__init__()
         self.dim: int = mlp.write.out_features
         self.activation: str = mlp.activation
-        self.fc1 = _cut_linear(mlp.read, layout.hidden, layout.mlp_in)
+        neurons, gates = layout.hidden, None
+        if mlp.gate:
+            halves = layout.hidden, layout.hidden + mlp.geometry.hidden
+            neurons, gates = halves if mlp.gate == "last" else halves[::-1]
+        self.fc1 = _cut_linear(mlp.read, neurons, layout.mlp_in)
+        self.gate = None if gates is None else _cut_linear(mlp.read, gates, layout.mlp_in)
         self.drop1 = copy.deepcopy(mlp.drop)
+        self.inner_norm = _cut_norm(mlp.inner_norm, layout.hidden)
         self.fc2 = _cut_linear(mlp.write, layout.mlp_out, layout.hidden)
         self.drop2 = copy.deepcopy(mlp.write_drop)
         _register_columns(self, "in_cols", layout.mlp_in, self.fc1.weight)
@@ -162,8 +201,13 @@ class PrunedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the MLP's output [..., D] for x [..., D], zero in the features that are not written."""
-        hidden = _product(self.fc1, x, in_cols=self.in_cols, activation=self.activation)
-        return self.drop2(_product(self.fc2, self.drop1(hidden), out_cols=self.out_cols, out_features=self.dim))
+        if self.gate is None:
+            hidden = _product(self.fc1, x, in_cols=self.in_cols, activation=self.activation)
+        else:
+            gates = _product(self.gate, x, in_cols=self.in_cols, activation=self.activation)
+            hidden = gates * _product(self.fc1, x, in_cols=self.in_cols)
+        hidden = self.inner_norm(self.drop1(hidden))
+        return self.drop2(_product(self.fc2, hidden, out_cols=self.out_cols, out_features=self.dim))
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
@@ -211,10 +255,26 @@ class PrunedBlock(CompactBlock):
         Raises:
             ValueError: See :class:`PrunedAttention`, or ``num_queries`` is not one of 0 to N.
         """
+        return self.run(x, attn_mask, is_causal, num_queries)
+
+    def run(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        num_queries: int | None = None,
+        rope: Tensor | None = None,
+    ) -> Tensor:
+        """Do the work of :meth:`forward`, on request with rotary positions other than its own.
+
+        Args:
+            x, attn_mask, is_causal, num_queries: See :meth:`forward`.
+            rope: As :meth:`PrunedAttention.angles` gives them.
+        """
         if attn_mask is not None or is_causal or self.must_call_modules():
-            y = self._by_modules(x, attn_mask, is_causal)
+            y = self._by_modules(x, attn_mask, is_causal, rope)
             return y if num_queries is None else y[:, :num_queries]
-        return gk.SublayerChain(self.sublayers())(x, num_queries=num_queries)
+        return gk.SublayerChain(self.sublayers(rope))(x, num_queries=num_queries)
 
     def halves(self) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
         return (self.norm1, self.attn, self.ls1), (self.norm2, self.mlp, self.ls2)
@@ -247,35 +307,46 @@ class PrunedBlock(CompactBlock):
         return any(hook_tables(self))
 
     def _holders(self) -> tuple[Any, ...]:
-        return self.attn.qkv, self.attn.proj, self.mlp.fc1, self.mlp.fc2
+        gate = () if self.mlp.gate is None else (self.mlp.gate,)
+        return self.attn.qkv, self.attn.proj, self.mlp.fc1, *gate, self.mlp.fc2
 
     def _inside(self) -> tuple[nn.Module, ...]:
         attn = self.attn
-        norms = self.norm1, attn.q_norm, attn.k_norm, self.norm2
+        norms = self.norm1, attn.q_norm, attn.k_norm, attn.inner_norm, self.norm2, self.mlp.inner_norm
         return attn, self.mlp, *norms, *self._holders(), self.ls1, self.ls2, *self._drop_modules()
 
     def _drop_modules(self) -> tuple[nn.Module, ...]:
         attn, mlp = self.attn, self.mlp
         return attn.attn_drop, attn.proj_drop, self.drop_path1, mlp.drop1, mlp.drop2, self.drop_path2
 
-    def _by_modules(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)))
+    def _by_modules(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None) -> Tensor:
+        seen = self.norm1(x)
+        if rope is None:
+            attended = self.attn(seen, attn_mask=attn_mask, is_causal=is_causal)
+        else:
+            attended = self.attn.attend(seen, attn_mask, is_causal, rope)
+        x = x + self.drop_path1(self.ls1(attended))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
-    def sublayers(self) -> tuple[partial[Tensor], partial[Tensor]]:
-        """Return the two halves of the block as members of a :class:`gohsp_kernels.SublayerChain`."""
+    def sublayers(self, rope: Tensor | None = None) -> tuple[partial[Tensor], partial[Tensor]]:
+        """Return the two halves of the block as members of a :class:`gohsp_kernels.SublayerChain`.
+
+        Args:
+            rope: See :meth:`run`.
+        """
         for holder in self._holders():
             _compute_weight(holder)
-        return self._attention_sublayer(), self._mlp_sublayer()
+        return self._attention_sublayer(rope), self._mlp_sublayer()
 
-    def _attention_sublayer(self) -> partial[Tensor]:
+    def _attention_sublayer(self, rope: Tensor | None) -> partial[Tensor]:
         norm, attn, scale = self.norm1, self.attn, self.ls1
         qkv, proj = attn.qkv, attn.proj
         qk_norm = attn.qk_norm_arguments()
+        qk_norm.pop("norm", None)  # all norms of a sublayer are of one kind
         return partial(
             gk.attention_sublayer,
             norm_weight=norm.weight,
-            norm_bias=norm.bias,
+            norm_bias=getattr(norm, "bias", None),
             qkv_weight=qkv.weight,
             qkv_bias=qkv.bias,
             proj_weight=proj.weight,
@@ -288,6 +359,10 @@ class PrunedBlock(CompactBlock):
             out_cols=attn.out_cols,
             eps=norm.eps,
             qk_eps=qk_norm.pop("eps", norm.eps),
+            norm=norm_kind(norm),
+            rope=attn.rope if rope is None else rope,
+            rope_pairs=attn.rope_pairs,
+            **_inner_norm_arguments(attn.inner_norm),
             **qk_norm,
         )
 
@@ -297,9 +372,11 @@ class PrunedBlock(CompactBlock):
         return partial(
             gk.mlp_sublayer,
             norm_weight=norm.weight,
-            norm_bias=norm.bias,
+            norm_bias=getattr(norm, "bias", None),
             fc1_weight=fc1.weight,
             fc1_bias=fc1.bias,
+            gate_weight=None if mlp.gate is None else mlp.gate.weight,
+            gate_bias=None if mlp.gate is None else mlp.gate.bias,
             fc2_weight=fc2.weight,
             fc2_bias=fc2.bias,
             activation=mlp.activation,
@@ -307,7 +384,21 @@ class PrunedBlock(CompactBlock):
             in_cols=mlp.in_cols,
             out_cols=mlp.out_cols,
             eps=norm.eps,
+            norm=norm_kind(norm),
+            **_inner_norm_arguments(mlp.inner_norm),
         )
+
+
+def _inner_norm_arguments(norm: Any) -> dict[str, Any]:
+    """A norm in front of the last matrix as :func:`gohsp_kernels.attention_sublayer` takes it; empty without one."""
+    if isinstance(norm, nn.Identity):
+        return {}
+    return {
+        "inner_norm_weight": norm.weight,
+        "inner_norm_bias": norm.bias,
+        "inner_features": norm.features,
+        "inner_eps": norm.eps,
+    }
 
 
 def _product(
@@ -350,8 +441,8 @@ def _compute_weight(holder: nn.Module) -> None:
 _CODE = {
     kind.forward
     for kind in (
-        *(CompactLinear, CompactLayerScale, PrunedAttention, PrunedMlp),
-        *(nn.LayerNorm, LayerNorm, nn.Identity, nn.Dropout, DropPath),
+        *(CompactLinear, CompactLayerScale, CompactNorm, PrunedAttention, PrunedMlp),
+        *(nn.LayerNorm, LayerNorm, nn.RMSNorm, RmsNorm, nn.Identity, nn.Dropout, DropPath),
     )
 }
 
@@ -389,6 +480,10 @@ def _cut(values: Tensor, rows: Tensor | None, cols: Tensor | None = None) -> nn.
 def _cut_linear(linear: Projection, rows: Tensor | None, cols: Tensor | None) -> CompactLinear:
     bias = linear.bias
     return CompactLinear(_cut(linear.weight, rows, cols), None if bias is None else _cut(bias, rows))
+
+
+def _cut_norm(norm: nn.Module, kept: Tensor) -> nn.Module:
+    return nn.Identity() if isinstance(norm, nn.Identity) else CompactNorm(norm, kept)
 
 
 def _cut_layer_scale(scale: nn.Module, out_cols: Tensor | None) -> nn.Module:

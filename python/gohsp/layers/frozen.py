@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import gohsp_kernels as gk
-from gohsp.layers.compact import PrunedBlock
+from gohsp.layers.compact import PrunedBlock, hook_tables
 
 
 class FrozenEmbedding(nn.Module):
@@ -35,10 +35,19 @@ class FrozenEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return tokens [B, N, D] for images [B, C, height, width]; no gradient flows through it."""
+        _refuse_rewriting()
         if x.dim() != 4 or x.shape[1:] != (self.channels, *self.img_size) or x.dtype != torch.float32:
             wanted = [self.channels, *self.img_size]
             raise ValueError(f"x: wanted float32 images [B, {str(wanted)[1:]}, got {x.dtype} {list(x.shape)}")
         return self.packed(x.detach())
+
+    def set_input_size(self, *_: object, **__: object) -> None:
+        """Refuse timm's call: positions are packed for one size of images.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("model: it is frozen for one size of images; wanted the model that it was made from")
 
 
 class FrozenLinear(nn.Module):
@@ -58,6 +67,7 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product [..., out_features] for x [..., in_features]; no gradient flows through it."""
+        _refuse_rewriting()
         return self.packed(x.detach())
 
 
@@ -73,16 +83,42 @@ class FrozenBlock(nn.Module):
         super().__init__()
         self.chain = gk.SublayerChain(block.sublayers()).frozen(block.attn.dim, weights)
 
-    def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
-        """Return the block's output [B, num_queries or N, D] for x [B, N, D]; no gradient flows through it."""
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, num_queries: int | None = None
+    ) -> Tensor:
+        """Return the block's output [B, num_queries or N, D] for x [B, N, D]; no gradient flows through it.
+
+        Raises:
+            ValueError: There is an attention mask, which the packed block has no place for.
+        """
+        _refuse_rewriting()
+        if attn_mask is not None or is_causal:
+            raise ValueError("attn_mask: wanted None for a frozen model; the model that it was made from takes a mask")
         return self.chain(x.detach(), num_queries=num_queries)
 
 
 class FrozenBlocks(nn.Sequential):
-    """Frozen blocks, run as one chain."""
+    """Frozen blocks, run as one chain where no hook hangs on one of them."""
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
         """Return the last block's output [B, num_queries or N, D] for x [B, N, D]; no gradient flows through it."""
+        _refuse_rewriting()
         blocks: list[Any] = list(self)
-        chain = gk.FrozenChain(blocks[0].chain.features, tuple(s for block in blocks for s in block.chain.sublayers))
+        if any(any(hook_tables(block)) for block in blocks):
+            for block in blocks[:-1]:
+                x = block(x)
+            return blocks[-1](x, num_queries=num_queries)
+        chains = [block.chain for block in blocks]
+        sublayers, costs = ([part for chain in chains for part in getattr(chain, of)] for of in ("sublayers", "costs"))
+        chain = gk.FrozenChain(chains[0].features, tuple(sublayers), tuple(costs))
+        if gk.is_counted():  # all tokens, as for every other model
+            return chain(x.detach())[:, :num_queries]
         return chain(x.detach(), num_queries=num_queries)
+
+
+def _refuse_rewriting() -> None:
+    if gk.is_rewritten():
+        raise RuntimeError(
+            "model: it is frozen, and torch.jit.trace, ONNX export, torch.func.vmap and forward-mode AD know nothing "
+            "of its kernels; wanted the model that it was made from, or gohsp.densify of that"
+        )

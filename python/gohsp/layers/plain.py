@@ -52,14 +52,26 @@ class RaggedAttention(nn.Module):
         self.num_heads, self.heads = attn.num_heads, attn.heads
         self.qk_widths, self.v_widths, self.scale = attn.qk_widths, attn.v_widths, attn.scale
         self.qkv, self.proj = plain_linear(attn.qkv), plain_linear(attn.proj)
-        self.q_norm, self.k_norm = attn.q_norm, attn.k_norm
+        self.q_norm, self.k_norm, self.inner_norm = attn.q_norm, attn.k_norm, attn.inner_norm
+        self.rope_pairs = attn.rope_pairs
+        self.register_buffer("rope", attn.rope, persistent=False)
         self.attn_drop, self.proj_drop = attn.attn_drop, attn.proj_drop
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Return [B, N, outputs] for x [B, N, inputs]; masks as in :class:`gohsp.layers.PrunedAttention`."""
+    rope: Tensor | None
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, rope: Tensor | None = None
+    ) -> Tensor:
+        """Return [B, N, outputs] for x [B, N, inputs].
+
+        Args:
+            x: [B, N, inputs].
+            attn_mask, is_causal, rope: As in :meth:`gohsp.layers.PrunedAttention.attend`.
+        """
         masks = head_masks(attn_mask, is_causal, self.heads, (x.shape[0], self.num_heads, x.shape[1]), x.dtype)
-        heads = attend(self, self.qkv(x), masks, is_causal, self.attn_drop.p if self.training else 0.0)
-        return self.proj_drop(self.proj(heads))
+        rope = self.rope if rope is None else rope
+        heads = attend(self, self.qkv(x), masks, is_causal, self.attn_drop.p if self.training else 0.0, rope)
+        return self.proj_drop(self.proj(self.inner_norm(heads)))
 
 
 def plain_linear(layer: CompactLinear) -> nn.Linear:

@@ -99,7 +99,7 @@ class BlockMask:
         v = (self.v & self.heads[:, None]).flatten()
         block.attention.read.clear_(~torch.cat((qk, qk, v)), ~self.attn_in)
         block.attention.write.clear_(~self.attn_out, ~v)
-        block.mlp.read.clear_(~self.hidden, ~self.mlp_in)
+        block.mlp.read.clear_(block.mlp.rows(~self.hidden), ~self.mlp_in)
         block.mlp.write.clear_(~self.mlp_out, ~self.hidden)
 
     def size(self) -> BlockSize:
@@ -232,7 +232,7 @@ class ModelMask:
         if generator is not None:
             check_kind("generator", generator, torch.Generator, "a torch.Generator")
         for block, size in zip(mask.blocks, mask.geometry.blocks, strict=True):
-            own = {**shares, "qk": 1.0} if size.qk_norm and not isinstance(keep, Mapping) else shares
+            own = {**shares, "qk": 1.0} if size.qk_whole and not isinstance(keep, Mapping) else shares
             for name, share in own.items():
                 draws = torch.rand(getattr(block, name).shape, generator=generator, device="cpu")
                 kept = draws < share
@@ -409,9 +409,9 @@ def _validate_block(block: BlockMask, size: BlockGeometry, where: str) -> None:
             raise ValueError(f"{where}.{name}: wanted a CPU tensor, got one on {value.device}")
         if tuple(value.shape) != shape:
             raise ValueError(f"{where}.{name}: wanted shape {shape}, got {tuple(value.shape)}")
-    if size.qk_norm and not bool(block.qk[block.heads].all()):
+    if size.qk_whole and not bool(block.qk[block.heads].all()):
         raise ValueError(
-            f"{where}.qk: wanted every QK channel of the kept heads, because qk-norm mixes the channels of a head; "
+            f"{where}.qk: wanted every QK channel of the kept heads, because {size.qk_whole}; "
             "prune heads, V channels, neurons or columns of this model instead"
         )
 
@@ -435,21 +435,30 @@ def _shares(keep: float | Mapping[str, float]) -> dict[str, float]:
 
 
 def _write_geometry(geometry: Geometry) -> dict[str, Any] | list[dict[str, Any]]:
-    sizes = [asdict(block) for block in geometry.blocks]
+    sizes = [_write_sizes(block) for block in geometry.blocks]
     return {"depth": geometry.depth, **sizes[0]} if geometry.is_uniform else sizes
 
 
+def _write_sizes(block: BlockGeometry) -> dict[str, Any]:
+    # What was added later is left out where it says nothing, so that older versions read what they can.
+    return {name: value for name, value in asdict(block).items() if value or name not in _ADDED_SIZES}
+
+
+_ADDED_SIZES = ("rope", "gated")
+
+
 def _read_geometry(data: Any, version: int) -> Geometry:
-    names = tuple(field.name for field in fields(BlockGeometry))
+    names = tuple(field.name for field in fields(BlockGeometry) if field.name not in _ADDED_SIZES)
     if version == 1:
-        check_keys(data, ("depth", *names), "mask.geometry")
+        check_keys(_without_added(data), ("depth", *names), "mask.geometry")
         _check_size(data["depth"], MAX_DEPTH, "mask.geometry.depth")
-        geometry = Geometry((_read_sizes({name: data[name] for name in names}, "mask.geometry"),) * data["depth"])
+        sizes = {name: value for name, value in data.items() if name != "depth"}
+        geometry = Geometry((_read_sizes(sizes, "mask.geometry"),) * data["depth"])
     else:
         if not isinstance(data, list) or not 0 < len(data) <= MAX_DEPTH:
             raise ValueError(f"mask.geometry: wanted a list with the sizes of each block, got {shown(data)}")
         for index, sizes in enumerate(data):
-            check_keys(sizes, names, f"mask.geometry[{index}]")
+            check_keys(_without_added(sizes), names, f"mask.geometry[{index}]")
         geometry = Geometry(tuple(_read_sizes(sizes, f"mask.geometry[{i}]") for i, sizes in enumerate(data)))
     entries = sum(math.prod(shape) for size in geometry.blocks for shape in _shapes(size).values())
     if entries > _MAX_ENTRIES:
@@ -457,9 +466,13 @@ def _read_geometry(data: Any, version: int) -> Geometry:
     return geometry
 
 
+def _without_added(sizes: Any) -> Any:
+    return {k: v for k, v in sizes.items() if k not in _ADDED_SIZES} if isinstance(sizes, dict) else sizes
+
+
 def _read_sizes(sizes: Mapping[str, Any], where: str) -> BlockGeometry:
     for name, value in sizes.items():
-        if name != "qk_norm":
+        if name not in ("qk_norm", *_ADDED_SIZES):
             _check_size(value, MAX_SIZE, f"{where}.{name}")
         elif type(value) is not bool:
             raise ValueError(f"{where}.{name}: wanted a bool, got {shown(value)}")

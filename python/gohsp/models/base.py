@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gohsp_kernels import ACTIVATIONS
+from gohsp_kernels.reference import turned
 
 MAX_SIZE = 2**16
 """Of a width or a number of heads in a file: what is larger is taken for damage before memory is asked for."""
@@ -36,6 +37,8 @@ class BlockGeometry:
         head_dim: d, channels of a head in each of q, k and v. H * d need not equal D.
         hidden: M, neurons of the MLP.
         qk_norm: Whether q and k are normalised head by head. Such a norm mixes the channels of a head.
+        rope: Whether q and k are turned by rotary positions, pair by pair of their channels.
+        gated: Whether the MLP has a gate for each neuron.
     """
 
     dim: int
@@ -43,6 +46,15 @@ class BlockGeometry:
     head_dim: int
     hidden: int
     qk_norm: bool = False
+    rope: bool = False
+    gated: bool = False
+
+    @property
+    def qk_whole(self) -> str:
+        """Why a head keeps all of its QK channels or goes, or the empty string where single ones may go."""
+        if self.qk_norm:
+            return "qk-norm mixes the channels of a head"
+        return "rotary positions turn the channels of a head in pairs" if self.rope else ""
 
     @property
     def span(self) -> int:
@@ -101,6 +113,11 @@ class Geometry:
     def qk_norm(self) -> bool:
         """Whether every block has norms on q and k."""
         return bool(self._shared("qk_norm"))
+
+    @property
+    def gated(self) -> bool:
+        """Whether every block has a gated MLP."""
+        return bool(self._shared("gated"))
 
     def _shared(self, name: str) -> Any:
         values = {getattr(block, name) for block in self.blocks}
@@ -275,6 +292,10 @@ class Attention(Sublayer):
         q_norm, k_norm: LayerNorms of the channels of a head, or ``nn.Identity``.
         drop: Dropout of the attention probabilities, with its probability ``p``.
         write_drop: Dropout after ``write``.
+        inner_norm: Norm of the outputs of all heads, side by side, or ``nn.Identity``.
+        rope: Rotary positions, float [2, H or 1, N, d / 2]: cosine and sine of the angle of each pair of channels of q
+            and k, for the tokens of an image of the model's own size; None where there are none.
+        rope_pairs: Which channels are a pair; see :func:`gohsp_kernels.ragged_attention`.
     """
 
     softmax_scale: float
@@ -282,6 +303,9 @@ class Attention(Sublayer):
     k_norm: Any
     drop: Any
     write_drop: nn.Module
+    inner_norm: Any = field(default_factory=nn.Identity)
+    rope: Tensor | None = None
+    rope_pairs: str = "halves"
     prefix: ClassVar[str] = "attn"
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,13 +317,22 @@ class Attention(Sublayer):
     def probabilities(self, read: Tensor) -> Tensor:
         """Return softmax(Q K^T) of each head [B, H, N, N] for what ``read`` gave, [B, N, 3 H d]."""
         q, k, _ = self.split(read)
-        return (self.q_norm(q) * self.softmax_scale @ self.k_norm(k).mT).softmax(dim=-1)
+        q, k = self._finished(q, k)
+        return (q * self.softmax_scale @ k.mT).softmax(dim=-1)
 
     def hidden(self, read: Tensor) -> Tensor:
         """Return the outputs of all heads side by side, [B, N, H d], for what ``read`` gave, [B, N, 3 H d]."""
         q, k, v = self.split(read)
-        heads = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, scale=self.softmax_scale)
-        return heads.transpose(1, 2).flatten(2)
+        heads = F.scaled_dot_product_attention(*self._finished(q, k), v, scale=self.softmax_scale)
+        inner: Tensor = self.inner_norm(heads.transpose(1, 2).flatten(2))
+        return inner
+
+    def _finished(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k [B, H, N, d] behind their norms, turned by their positions."""
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.rope is None:
+            return q, k
+        return turned(q, self.rope, self.rope_pairs), turned(k, self.rope, self.rope_pairs)
 
 
 @dataclass(frozen=True)
@@ -310,16 +343,34 @@ class Mlp(Sublayer):
         activation: Its name in ``gohsp_kernels.ACTIVATIONS``.
         drop: Dropout of the neurons.
         write_drop: Dropout after ``write``.
+        gate: "first" or "last" where half of what ``read`` gives, [B, N, 2 M], are gates: the activation is on these,
+            and what it gives is multiplied by the other half; empty where there are none.
+        inner_norm: Norm of the hidden neurons, or ``nn.Identity``.
     """
 
     activation: str
     drop: nn.Module
     write_drop: nn.Module
+    gate: str = ""
+    inner_norm: Any = field(default_factory=nn.Identity)
     prefix: ClassVar[str] = "mlp"
 
     def hidden(self, read: Tensor) -> Tensor:
-        """Return the hidden neurons [B, N, M], for what ``read`` gave."""
-        return ACTIVATIONS[self.activation](read)
+        """Return what ``write`` reads of the hidden neurons [B, N, M], for what ``read`` gave."""
+        activation = ACTIVATIONS[self.activation]
+        if self.gate:
+            first, last = read.chunk(2, dim=-1)
+            hidden = activation(first) * last if self.gate == "first" else first * activation(last)
+        else:
+            hidden = activation(read)
+        inner: Tensor = self.inner_norm(hidden)
+        return inner
+
+    def rows(self, neurons: Tensor) -> Tensor:
+        """Return the rows of ``read`` that make some neurons, int64 or bool as these; those of a gate too."""
+        if not self.gate:
+            return neurons
+        return torch.cat((neurons, neurons if neurons.dtype == torch.bool else neurons + self.geometry.hidden))
 
 
 @dataclass(frozen=True)
@@ -505,6 +556,12 @@ class Family(ABC):
     @abstractmethod
     def assemble(self, model: nn.Module, blocks: Sequence[CompactBlock]) -> nn.Module:
         """Return a copy of a dense model with compact blocks in the place of its own."""
+
+    def refresh(self, model: nn.Module) -> None:  # noqa: B027
+        """Bring up to date what the blocks of a compressed model hold of the rest of it, and what no file holds.
+
+        Called when its parameters were loaded, and before its blocks are packed for good.
+        """
 
     @abstractmethod
     def disassemble(self, model: nn.Module) -> nn.Module:

@@ -18,15 +18,15 @@ import timm
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import GELU, GELUTanh, LayerNorm, LayerScale, PatchEmbed, QuickGELU
 from timm.layers import Attention as TimmAttention
-from timm.layers import Mlp as TimmMlp
+from timm.layers import LayerNorm, LayerScale, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from gohsp.files import check_keys, cut, explain, shown
 from gohsp.layers import (
+    CompactNorm,
     FrozenEmbedding,
     FrozenLinear,
     PatchProjection,
@@ -34,9 +34,7 @@ from gohsp.layers import (
     PrunedAttention,
     PrunedBlock,
     PrunedBlocks,
-    PrunedMlp,
     RaggedAttention,
-    SelectColumns,
     has_additions,
     lies_side_by_side,
     plain_linear,
@@ -50,39 +48,23 @@ from gohsp.models.base import (
     CompressedModel,
     Family,
     Geometry,
-    Mlp,
     OpenBlock,
     Projection,
     wrong_kind,
 )
-from gohsp.models.refusals import why_altered, why_computed, why_linear, why_norm
+from gohsp.models.refusals import why_altered, why_computed, why_linear
 from gohsp.models.registry import register
-
-# name in gohsp_kernels -> plain module that computes it
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu": nn.GELU,
-    "gelu_tanh": GELUTanh,
-    "quick_gelu": QuickGELU,
-    "relu": nn.ReLU,
-    "silu": nn.SiLU,
-    "identity": nn.Identity,
-}
-
-_NAMES: dict[type[nn.Module], str] = {
-    GELU: "gelu",
-    GELUTanh: "gelu_tanh",
-    QuickGELU: "quick_gelu",
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    nn.Identity: "identity",
-}
-
-
-def activation_name(module: nn.Module) -> str | None:
-    """Return the name by which gohsp_kernels knows an activation module, or None if it does not know it."""
-    if type(module) is nn.GELU:
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    return _NAMES.get(type(module))
+from gohsp.models.timm_parts import (
+    ACTIVATIONS,
+    is_gated,
+    open_mlp,
+    plain_mlp,
+    plain_norm,
+    then_select,
+    unfilled,
+    why_mlp,
+    why_norms,
+)
 
 
 def softmax_scale(attn: TimmAttention) -> float:
@@ -100,10 +82,9 @@ def _why_unsupported(block: Any) -> str | None:
         return f"wanted timm's pre-norm Block, got {type(block).__name__}"
     return (
         why_altered(block)
-        or why_norm("norm1", block.norm1)
-        or why_norm("norm2", block.norm2)
+        or why_norms(block)
         or _why_attention(block.attn, block.norm1.normalized_shape[0])
-        or _why_mlp(block.mlp, block.norm2.normalized_shape[0])
+        or why_mlp(block.mlp, block.norm2.normalized_shape[0])
     )
 
 
@@ -112,38 +93,11 @@ def _why_attention(attn: Any, dim: int) -> str | None:
         return f"attn is {type(attn).__name__}; wanted timm's Attention"
     if getattr(attn, "gate", None) is not None:
         return "gated attention, whose gate reads the columns that pruning removes"
-    if not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
-        return "attention with a norm before proj (scale_attn_norm), which mixes all heads"
     reason = why_linear("attn.qkv", attn.qkv) or why_linear("attn.proj", attn.proj)
     if reason is not None:
         return reason
     if attn.proj.out_features != dim:
         return f"attention writes {attn.proj.out_features} features (dim_out) into a residual stream of {dim}"
-    if isinstance(attn.q_norm, nn.Identity) and isinstance(attn.k_norm, nn.Identity):
-        return None
-    return why_norm("attn.q_norm", attn.q_norm) or why_norm("attn.k_norm", attn.k_norm) or _why_qk_norms(attn)
-
-
-def _why_qk_norms(attn: Any) -> str | None:
-    if attn.q_norm.weight is None or attn.k_norm.weight is None:
-        return "q and k norms without a learned scale"
-    if attn.q_norm.eps != attn.k_norm.eps:
-        return f"q and k norms of different eps ({attn.q_norm.eps} and {attn.k_norm.eps})"
-    return None
-
-
-def _why_mlp(mlp: Any, dim: int) -> str | None:
-    if type(mlp) is not TimmMlp:
-        return f"mlp is {type(mlp).__name__}; wanted timm's Mlp"
-    reason = why_linear("mlp.fc1", mlp.fc1) or why_linear("mlp.fc2", mlp.fc2)
-    if reason is not None:
-        return reason
-    if not isinstance(mlp.norm, nn.Identity):
-        return "MLP with a norm before fc2 (scale_mlp_norm), which mixes all neurons"
-    if mlp.fc2.out_features != dim:
-        return f"MLP writes {mlp.fc2.out_features} features into a residual stream of {dim}"
-    if activation_name(mlp.act) is None:
-        return f"activation {type(mlp.act).__name__}; known are {', '.join(ACTIVATIONS)}"
     return None
 
 
@@ -345,8 +299,13 @@ class TimmVit(Family):
             classes = sorted(cls.__name__ for cls in COMPRESSED_CLASS)
             raise ValueError(f"plan.model.class: wanted one of {classes}, got {shown(description['class'])}")
         create = _registered(description["architecture"], wanted)
-        arguments["norm_layer"] = partial(LayerNorm, eps=arguments.pop("norm_eps"))
-        arguments["act_layer"] = ACTIVATIONS[arguments.pop("activation")]
+        eps, activation = arguments.pop("norm_eps"), arguments.pop("activation")
+        if eps is not None:
+            arguments["norm_layer"] = partial(LayerNorm, eps=eps)
+        if activation is not None:
+            arguments["act_layer"] = ACTIVATIONS[activation]
+        if arguments["mlp_ratio"] is None:
+            del arguments["mlp_ratio"]
         try:
             with torch.device("meta"):
                 dense: nn.Module = create(**arguments, weight_init="skip")
@@ -366,8 +325,9 @@ def _open(block: Block) -> OpenBlock:
         dim=attn.qkv.in_features,
         num_heads=attn.num_heads,
         head_dim=attn.head_dim,
-        hidden=mlp.fc1.out_features,
+        hidden=mlp.fc2.in_features,
         qk_norm=not isinstance(attn.q_norm, nn.Identity),
+        gated=is_gated(mlp),
     )
     attention = Attention(
         norm=block.norm1,
@@ -382,23 +342,9 @@ def _open(block: Block) -> OpenBlock:
         k_norm=attn.k_norm,
         drop=attn.attn_drop,
         write_drop=attn.proj_drop,
+        inner_norm=getattr(attn, "norm", nn.Identity()),
     )
-    return OpenBlock(
-        block,
-        attention,
-        Mlp(
-            norm=block.norm2,
-            body=mlp,
-            read=Projection(mlp.fc1),
-            write=Projection(mlp.fc2),
-            scale=block.ls2,
-            drop_path=block.drop_path2,
-            geometry=size,
-            activation=activation_name(mlp.act) or "",
-            drop=mlp.drop1,
-            write_drop=mlp.drop2,
-        ),
-    )
+    return OpenBlock(block, attention, open_mlp(block, block.ls2, size))
 
 
 def _recorded(model: Any, name: str) -> Any:
@@ -417,28 +363,18 @@ def _image_channels(model: Any) -> int:
     return next(part.in_channels for part in model.patch_embed.modules() if isinstance(part, nn.Conv2d))
 
 
-def _unfilled(kind: type[nn.Module], **sizes: int) -> Any:
-    """Return a module whose parameters are about to be given to it: none is drawn, by whatever generator."""
-    with torch.device("meta"):
-        return kind(**sizes)
-
-
 def _plain_block(block: PrunedBlock) -> Block:
     attn, mlp = block.attn, block.mlp
-    plain = _unfilled(Block, dim=1, num_heads=1)
-    plain.norm1 = _then_select(block.norm1, attn.in_cols)
+    plain = unfilled(Block, dim=1, num_heads=1)
+    plain.norm1 = then_select(block.norm1, attn.in_cols)
     plain.attn = _plain_attention(attn)
     plain.ls1 = _then_place(_plain_layer_scale(block.ls1), attn.out_cols, attn.dim)
     plain.drop_path1 = block.drop_path1
-    plain.norm2 = _then_select(block.norm2, mlp.in_cols)
-    plain.mlp = _plain_mlp(mlp)
+    plain.norm2 = then_select(block.norm2, mlp.in_cols)
+    plain.mlp = plain_mlp(mlp)
     plain.ls2 = _then_place(_plain_layer_scale(block.ls2), mlp.out_cols, mlp.dim)
     plain.drop_path2 = block.drop_path2
     return plain.train(block.training)
-
-
-def _then_select(norm: nn.Module, cols: Tensor | None) -> nn.Module:
-    return norm if cols is None else nn.Sequential(norm, SelectColumns(cols))
 
 
 def _then_place(scale: nn.Module, cols: Tensor | None, features: int) -> nn.Module:
@@ -450,13 +386,16 @@ def _plain_attention(attn: PrunedAttention) -> nn.Module:
     if len(widths) != 1 or 0 in widths:
         return RaggedAttention(attn)
     (width,) = widths
+    norm = plain_norm(attn.inner_norm, len(attn.heads) * width)
+    if isinstance(norm, CompactNorm):
+        return RaggedAttention(attn)
     if not isinstance(attn.q_norm, nn.Identity) and attn.scale != width**-0.5:
         return RaggedAttention(attn)  # a factor in front of q_norm would be normalised away
-    plain = _unfilled(TimmAttention, dim=1, num_heads=1)
+    plain = unfilled(TimmAttention, dim=1, num_heads=1)
     plain.num_heads, plain.head_dim = len(attn.heads), width
     plain.attn_dim, plain.scale = len(attn.heads) * width, width**-0.5
     plain.qkv, plain.proj = plain_linear(attn.qkv), plain_linear(attn.proj)
-    plain.q_norm, plain.k_norm = attn.q_norm, attn.k_norm
+    plain.q_norm, plain.k_norm, plain.norm = attn.q_norm, attn.k_norm, norm
     plain.attn_drop, plain.proj_drop = attn.attn_drop, attn.proj_drop
     _rescale_queries(plain, attn.scale * math.sqrt(width))
     return plain
@@ -472,18 +411,10 @@ def _rescale_queries(attn: TimmAttention, factor: float) -> None:
             attn.qkv.bias[: attn.attn_dim] *= factor
 
 
-def _plain_mlp(mlp: PrunedMlp) -> TimmMlp:
-    plain = _unfilled(TimmMlp, in_features=1)
-    plain.fc1, plain.fc2 = plain_linear(mlp.fc1), plain_linear(mlp.fc2)
-    plain.act = ACTIVATIONS[mlp.activation]()
-    plain.drop1, plain.drop2 = mlp.drop1, mlp.drop2
-    return plain
-
-
 def _plain_layer_scale(scale: Any) -> nn.Module:
     if isinstance(scale, nn.Identity):
         return scale
-    plain = _unfilled(LayerScale, dim=1)
+    plain = unfilled(LayerScale, dim=1)
     plain.gamma = scale.gamma
     return plain
 
@@ -555,7 +486,8 @@ class _Arguments(BaseModel):
     embed_dim: _Size
     depth: Annotated[int, Field(ge=1, le=MAX_DEPTH)]
     num_heads: _Size
-    mlp_ratio: Annotated[float, Field(gt=0, le=MAX_SIZE + 1)]
+    # None where the architecture says it: a gated MLP, or other norms than LayerNorm in front of the sublayers alone.
+    mlp_ratio: Annotated[float, Field(gt=0, le=MAX_SIZE + 1)] | None
     qkv_bias: bool
     qk_norm: bool
     proj_bias: bool
@@ -563,8 +495,8 @@ class _Arguments(BaseModel):
     proj_drop_rate: _Rate
     attn_drop_rate: _Rate
     drop_path_rate: _Rate
-    norm_eps: _Rate
-    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "identity"]
+    norm_eps: _Rate | None
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "identity"] | None
 
 
 def _read_arguments(data: Any) -> dict[str, Any]:
@@ -612,12 +544,16 @@ def _arguments_outside(model: Any) -> dict[str, Any]:
 
 def _arguments_of_blocks(model: Any, geometry: Geometry) -> dict[str, Any]:
     first, last = model.blocks[0], model.blocks[-1]
+    inner = first.attn.inner_norm, first.mlp.inner_norm
+    plain = not geometry.gated and isinstance(first.norm1, nn.LayerNorm)
+    plain = plain and all(isinstance(norm, nn.Identity) for norm in inner)
+    given = getattr(model, "_model_args", {}).get("mlp_ratio")
     return {
         "embed_dim": geometry.dim,
         "depth": geometry.depth,
         "num_heads": geometry.num_heads,
         # timm rounds dim * ratio down; half a neuron more makes that exact.
-        "mlp_ratio": (geometry.hidden + 0.5) / geometry.dim,
+        "mlp_ratio": (geometry.hidden + 0.5) / geometry.dim if plain else given,
         "qkv_bias": first.attn.qkv.bias is not None,
         "qk_norm": geometry.qk_norm,
         "proj_bias": first.attn.proj.bias is not None,
@@ -626,8 +562,8 @@ def _arguments_of_blocks(model: Any, geometry: Geometry) -> dict[str, Any]:
         "proj_drop_rate": first.attn.proj_drop.p,
         "attn_drop_rate": first.attn.attn_drop.p,
         "drop_path_rate": getattr(last.drop_path1, "drop_prob", 0.0),
-        "norm_eps": first.norm1.eps,
-        "activation": first.mlp.activation,
+        "norm_eps": first.norm1.eps if plain else None,
+        "activation": first.mlp.activation if plain else None,
     }
 
 

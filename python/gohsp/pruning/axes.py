@@ -33,6 +33,7 @@ from gohsp.arguments import check_seed, check_sequence
 from gohsp.models.base import Attention, BlockGeometry, OpenModel, Trace
 from gohsp.models.hooks import evaluating
 from gohsp.models.registry import open_model
+from gohsp.progress import ticking
 from gohsp.pruning.calibration import each_chunk, embed, through_
 from gohsp.pruning.moments import Moments, Sums, sums_of
 from gohsp.pruning.ranking import Similarity, show_heads
@@ -67,9 +68,10 @@ def principal_axes(
     check_seed(seed)
     turned = turned_copy(model)
     opened = open_model(turned)
-    with torch.no_grad(), evaluating(turned):
+    steps = 1 + len(opened.blocks)
+    with ticking("turn the heads", None, steps) as tick, torch.no_grad(), evaluating(turned):
         stream, _ = embed(opened, batches)
-        turn_heads_(opened, stream, groups, Share.of(len(stream), shared=False), seed)
+        turn_heads_(opened, stream, groups, Share.of(len(stream), shared=False), seed, tick=tick)
     return turned
 
 
@@ -107,10 +109,9 @@ def turn_heads_(
     for index, block in enumerate(opened.blocks):
         layer, sensitivity = block.attention, sensitivities[2 * index]
         queries, outputs = _pass(layer, x, sensitivity, share, graphs[index] if graphs else None)
-        # Rotary positions would have their place here: with them only a T that commutes with the rotations will do.
-        if "qk" in groups and not layer.geometry.qk_norm:
+        if "qk" in groups and not layer.geometry.qk_whole:
             _turn_scores_(layer, queries, sensitivity)
-        if "v" in groups:
+        if "v" in groups and isinstance(layer.inner_norm, nn.Identity):
             _turn_values_(layer, outputs, sensitivity)
         through_(block.mlp, x)
         tick()

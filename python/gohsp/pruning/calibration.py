@@ -6,6 +6,7 @@ The only thing kept per image is one residual stream.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,9 @@ from gohsp.models.base import OpenModel
 
 CHUNK = 16  # images that go through a block at once: small enough for the caches, large enough for the GEMMs
 
+LARGEST_PIXEL = 20  # normalised ones stay below 3 with the usual deviations
+NORMALISE = "timm.data.create_transform(**timm.data.resolve_model_data_config(model)) makes a model's own images"
+
 T = TypeVar("T")
 
 
@@ -34,7 +38,8 @@ def read_images(batches: Iterable[Any], model: nn.Module, max_images: int | None
 
     Raises:
         TypeError: ``batches`` cannot be iterated over, or holds something else.
-        ValueError: A tensor is not four-dimensional, ``max_images`` is not positive, or there is no image.
+        ValueError: A tensor is not four-dimensional, not of floating point or has pixels that are not finite,
+            ``max_images`` is not positive, or there is no image.
     """
     if max_images is not None:
         check_whole("max_images", max_images, 1)
@@ -46,6 +51,7 @@ def read_images(batches: Iterable[Any], model: nn.Module, max_images: int | None
         images = batch if isinstance(batch, Tensor) else _first(batch)
         if images.dim() != 4:
             raise ValueError(f"batches: wanted images [B, C, height, width], got shape {tuple(images.shape)}")
+        _check_pixels(images, seen)
         images = images[: None if max_images is None else max_images - seen]
         seen += len(images)
         if len(images):
@@ -54,6 +60,17 @@ def read_images(batches: Iterable[Any], model: nn.Module, max_images: int | None
             return
     if seen == 0:
         raise ValueError("batches: wanted at least one image, got none")
+
+
+def _check_pixels(images: Tensor, before: int) -> None:
+    if not images.is_floating_point():
+        raise ValueError(f"batches: wanted normalised images of floating point, got {images.dtype}; {NORMALISE}")
+    largest = images.flatten(1).abs().amax(dim=1) if images.numel() else images.new_zeros(1)
+    if len(bad := (~largest.isfinite()).nonzero()):
+        raise ValueError(f"batches: wanted finite pixels; image {before + int(bad[0])}, counted from 0, has others")
+    if before == 0 and largest.max() > LARGEST_PIXEL:
+        text = f"batches: wanted normalised images; these have pixels of {float(largest.max()):.0f}. {NORMALISE}"
+        warnings.warn(text, stacklevel=2)
 
 
 def _first(batch: Any) -> Tensor:

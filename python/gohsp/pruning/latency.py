@@ -23,6 +23,7 @@ from gohsp.layers import FrozenBlocks
 from gohsp.masks.mask import ModelMask
 from gohsp.models.base import MAX_SIZE, Geometry
 from gohsp.models.registry import open_model
+from gohsp.progress import ticking
 from gohsp.pruning.budget import BlockBudget
 from gohsp.timing import interleave
 
@@ -109,7 +110,9 @@ class LatencyTable(BaseModel):
         }
         frozen["outside"] = _without_blocks(frozen[str(("heads", 1))])
         runs = {name: runner(module) for name, module in frozen.items()}
-        times = {name: 1e3 * timing.median for name, timing in interleave(runs, rounds=rounds).items()}
+        with ticking("measure", None, rounds) as tick:
+            timings = interleave(runs, rounds=rounds, after_round=tick)
+        times = {name: 1e3 * timing.median for name, timing in timings.items()}
         outside, least = times["outside"], times[str(("heads", 1))]
         # What one head and the fewest neurons take together is split by their multiply-accumulates.
         tokens = family.tokens(model, *shape[1:])

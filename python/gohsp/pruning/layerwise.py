@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gohsp.masks.mask import BlockMask, ModelMask
-from gohsp.models.base import BlockGeometry, OpenModel, Projection, Sublayer
+from gohsp.models.base import Attention, BlockGeometry, Mlp, OpenModel, Projection, Sublayer
 from gohsp.pruning import layerwise_admm
 from gohsp.pruning.budget import BlockBudget
 from gohsp.pruning.calibration import all_threads, background, each_chunk, through_
@@ -96,7 +97,8 @@ class LayerwisePruner:
         return float(sums[0] / sums[1])
 
     def _cut_attention(self, index: int, budget: BlockBudget) -> None:
-        block, size = self.mask.blocks[index // 2], self.layers[index].geometry
+        block, layer = self.mask.blocks[index // 2], self.layers[index]
+        size = layer.geometry
         block.attn_in = self._cut_inputs(index, budget.attn_in)
         moments, channels = self._gather(index)
         kept = torch.arange(size.num_heads * size.head_dim, device="cpu")
@@ -107,6 +109,10 @@ class LayerwisePruner:
         if budget.v < len(kept):
             kept = self._choose_written(index, moments, kept, channels_of(budget.heads, size), budget.v)
         block.v = _marked(kept, size)
+        if len(kept) < size.span and _is_normalised(layer):
+            gone = ~block.v.flatten()
+            layer.read.clear_(torch.cat((torch.zeros_like(gone), torch.zeros_like(gone), gone)))
+            moments, _ = self._gather(index)
         if budget.qk < budget.heads * size.head_dim:
             self._cut_qk(index, block, budget.qk, channels)
             moments, _ = self._gather(index)
@@ -127,13 +133,17 @@ class LayerwisePruner:
         layer.read.clear_(torch.cat((gone, gone, torch.zeros_like(gone))))
 
     def _cut_mlp(self, index: int, budget: BlockBudget) -> None:
-        block, size = self.mask.blocks[index // 2], self.layers[index].geometry
+        block, mlp = self.mask.blocks[index // 2], cast("Mlp", self.layers[index])
+        size = mlp.geometry
         block.mlp_in = self._cut_inputs(index, budget.mlp_in)
         moments, _ = self._gather(index)
         kept = torch.arange(size.hidden, device="cpu")
         if budget.hidden < len(kept):
             kept = self._choose_written(index, moments, kept, neurons_of(size), budget.hidden)
         block.hidden = torch.zeros_like(block.hidden).index_fill(0, kept, True)
+        if len(kept) < size.hidden and _is_normalised(mlp):
+            mlp.read.clear_(mlp.rows(~block.hidden))
+            moments, _ = self._gather(index)
         self._refit(self.layers[index].write, moments, kept)
         block.mlp_out = self._cut_outputs(index, moments, budget.mlp_out)
 
@@ -276,6 +286,11 @@ def _after(layer: Sublayer, stream: Tensor) -> Tensor:
     stream = stream.clone()
     through_(layer, stream)
     return stream
+
+
+def _is_normalised(layer: Attention | Mlp) -> bool:
+    """Whether what the writing matrix reads changes with the columns that go: its norm is over all of them."""
+    return not isinstance(layer.inner_norm, nn.Identity)
 
 
 def _marked(columns: Tensor, size: BlockGeometry) -> Tensor:

@@ -40,6 +40,7 @@ from gohsp.masks.mask import ModelMask
 from gohsp.models.base import Geometry, OpenModel
 from gohsp.models.hooks import evaluating
 from gohsp.models.registry import open_model
+from gohsp.progress import ticking
 from gohsp.pruning import learned, typed_graph  # noqa: F401  register their criteria
 from gohsp.pruning.axes import turn_heads_, turned_copy
 from gohsp.pruning.budget import GROUPS, BlockBudget, BlockPlan, allocate, counted, parse_target
@@ -157,7 +158,7 @@ def prune(
             own and the same arguments otherwise (torchrun, Accelerate). All get the mask and the model that one
             process with all of the images, in the order of the processes, would find.
         seed: Of everything that is drawn at random.
-        on_progress: Called with (steps done, steps in all).
+        on_progress: Called with (steps done, steps in all). By default a bar shows them where stderr is a terminal.
 
     Returns:
         The mask, the pruned model in dense shape, and a report.
@@ -183,7 +184,7 @@ def prune(
         raise ValueError(f"budgets: wanted one for each of {depth} blocks, got {len(budgets)}")
     size = opened.geometry
     if groups is None:
-        mixed = any(block.qk_norm for block in size.blocks)
+        mixed = any(block.qk_whole for block in size.blocks)
         groups = [group for group in DEFAULT_GROUPS if not (mixed and group == "qk")]
     check_sequence("groups", groups, "a list of names")
     check_number("guidance", guidance)
@@ -204,38 +205,39 @@ def prune(
         importance = check_scores(importance, [block.num_heads for block in size.blocks])
     turned = settings.turned
     graphs = graphs_of(opened, settings, next(model.parameters()).device) if turned and importance is None else None
-    tick = _ticker(on_progress, 1 + 4 * depth + (1 + depth if turned else 0))
-    if turned:
-        model = turned_copy(model)
-        opened = open_model(model)
-    with one_thread(), torch.no_grad(), evaluating(model):
-        stream, image_size = embed(opened, batches, max_images)
-        mine = Share.of(len(stream), shared)
+    steps = 1 + 4 * depth + (1 + depth if turned else 0)
+    with ticking("prune", on_progress, steps) as tick, one_thread():
         if turned:
-            turn_heads_(opened, stream, turned, mine, seed, graphs or (), tick)
-    pruned = copy.deepcopy(model)
-    opened_copy = open_model(pruned)
-    mask = replace(ModelMask.full_of(opened), turned=turned)
-    generator = torch.Generator().manual_seed(seed)
-    with one_thread(), torch.no_grad(), evaluating(model), evaluating(pruned):
-        sensitivities = measure_sensitivities(opened, stream, seed, mine)
-        prices = CRITERIA[method].survey(opened, stream, sensitivities, seed)
-        if prices is not None:
-            sensitivities = [replace(of, prices=found) for of, found in zip(sensitivities, prices, strict=True)]
-        tick()
-        scores = score_groups(opened, stream, sensitivities, settings, mine, generator, tick, importance, graphs)
-        dense = count_opened(opened, image_size)
-        if budgets is None:
-            plans, outside = _plans(opened, scores, dense, kind, latency)
-            budgets = allocate(plans, share, outside, floors, None if kind == "ms" else getattr(dense, kind))
-        pruner = LayerwisePruner(opened, opened_copy, mask, stream, scores, settings, mine, generator)
-        errors = pruner.run(list(budgets), tick)
-        mask.apply_to_(opened_copy)
-    if shared:
-        check_agreement(mask)
-    left = count_opened(opened, image_size, mask=mask)
-    report = PruneReport(method, dense, left, scores.heads, list(budgets), errors, turned)
-    return PruneResult(mask, pruned, report)
+            model = turned_copy(model)
+            opened = open_model(model)
+        with torch.no_grad(), evaluating(model):
+            stream, image_size = embed(opened, batches, max_images)
+            mine = Share.of(len(stream), shared)
+            if turned:
+                turn_heads_(opened, stream, turned, mine, seed, graphs or (), tick)
+        pruned = copy.deepcopy(model)
+        opened_copy = open_model(pruned)
+        mask = replace(ModelMask.full_of(opened), turned=turned)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad(), evaluating(model), evaluating(pruned):
+            sensitivities = measure_sensitivities(opened, stream, seed, mine)
+            prices = CRITERIA[method].survey(opened, stream, sensitivities, seed)
+            if prices is not None:
+                sensitivities = [replace(of, prices=found) for of, found in zip(sensitivities, prices, strict=True)]
+            tick()
+            scores = score_groups(opened, stream, sensitivities, settings, mine, generator, tick, importance, graphs)
+            dense = count_opened(opened, image_size)
+            if budgets is None:
+                plans, outside = _plans(opened, scores, dense, kind, latency)
+                budgets = allocate(plans, share, outside, floors, None if kind == "ms" else getattr(dense, kind))
+            pruner = LayerwisePruner(opened, opened_copy, mask, stream, scores, settings, mine, generator)
+            errors = pruner.run(list(budgets), tick)
+            mask.apply_to_(opened_copy)
+        if shared:
+            check_agreement(mask)
+        left = count_opened(opened, image_size, mask=mask)
+        report = PruneReport(method, dense, left, scores.heads, list(budgets), errors, turned)
+        return PruneResult(mask, pruned, report)
 
 
 def _check(settings: PruneSettings, floors: Mapping[str, float], size: Geometry) -> None:
@@ -244,8 +246,9 @@ def _check(settings: PruneSettings, floors: Mapping[str, float], size: Geometry)
     groups = settings.groups
     if not groups or not all(group in GROUPS for group in groups) or len(set(groups)) != len(groups):
         raise ValueError(f"groups: wanted some of {', '.join(GROUPS)}, each once, got {groups!r}")
-    if "qk" in groups and any(block.qk_norm for block in size.blocks):
-        raise ValueError("groups: wanted no 'qk' for a model with qk-norm, which mixes the channels of a head")
+    whole = next((block.qk_whole for block in size.blocks if block.qk_whole), "")
+    if "qk" in groups and whole:
+        raise ValueError(f"groups: wanted no 'qk' for this model, because {whole}")
     check_kind("floors", floors, Mapping, "a mapping of shares")
     for group, floor in floors.items():
         check_number(f"floors[{group!r}]", floor)
@@ -264,18 +267,6 @@ def _check_latency(latency: LatencyTable | None, settings: PruneSettings, size: 
     if columns := {"attn_in", "attn_out", "mlp_in", "mlp_out"} & set(settings.groups):
         raise ValueError(f"groups: a target in ms knows nothing of {', '.join(sorted(columns))}")
     latency.check(size)
-
-
-def _ticker(on_progress: Callable[[int, int], object] | None, total: int) -> Callable[[], None]:
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if on_progress is not None:
-            on_progress(done, total)
-
-    return tick
 
 
 def _plans(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from operator import length_hint
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from gohsp.arguments import check_kind, check_name, check_number, check_sequence
 from gohsp.models.base import Attention, Trace
 from gohsp.models.hooks import evaluating
 from gohsp.models.registry import open_model
+from gohsp.progress import each, watching
 from gohsp.pruning.calibration import read_images
 from gohsp.pruning.moments import Moments, damped
 from gohsp.pruning.share import Share
@@ -199,8 +201,9 @@ def rank_heads(
     sizes, device = [layer.geometry for layer in attentions], next(model.parameters()).device
     graphs = [SIMILARITIES[similarity](size.num_heads, size.head_dim, device) for size in sizes]
     moments = [Moments(size.span, device=device) for size in sizes] if high_is == "auto" else []
-    with torch.no_grad(), evaluating(model):
-        for images in read_images(batches, model, max_images):
+    number = length_hint(batches) or None
+    with watching("rank the heads", None, number) as advance, torch.no_grad(), evaluating(model):
+        for images in each(read_images(batches, model, max_images), advance):
             x = opened.embed(images)
             for index, layer in enumerate(opened.sublayers):
                 trace = layer.trace(x)

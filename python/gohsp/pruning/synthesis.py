@@ -26,6 +26,7 @@ from gohsp.arguments import check_callable, check_name, check_seed, check_whole
 from gohsp.models.base import Attention, OpenModel
 from gohsp.models.hooks import evaluating
 from gohsp.models.registry import open_model
+from gohsp.progress import ticking
 from gohsp.pruning.calibration import CHUNK
 from gohsp.pruning.procedural import PROCEDURES, procedural
 
@@ -55,7 +56,8 @@ def synthesise(
             each of them alone. All but the first ask the model for no more than size and normalisation.
         steps: Of the optimisation; each costs a forward and a backward pass of every image.
         seed: The same images come from the same seed, model and number.
-        on_progress: Called with (steps done, steps in all) of the optimisation, all images together.
+        on_progress: Called with (steps done, steps in all) of the optimisation, all images together. By default a bar
+            shows them where stderr is a terminal.
 
     Returns:
         Normalised images [n, channels, height, width], on the device and in the dtype of the model;
@@ -84,15 +86,7 @@ def synthesise(
         return images.to(like)
     limits = ((0 - mean) / std).to(like.device), ((1 - mean) / std).to(like.device)
     parts = images.to(like.device).split(CHUNK)
-    done = 0
-
-    def tick() -> None:
-        nonlocal done
-        done += 1
-        if on_progress is not None:
-            on_progress(done, steps * len(parts))
-
-    with evaluating(model):
+    with ticking("synthesise", on_progress, steps * len(parts)) as tick, evaluating(model):
         return torch.cat([_optimised(opened, part, limits, steps, tick) for part in parts]).to(like)
 
 

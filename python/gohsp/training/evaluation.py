@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gohsp.models.base import logits_of
 from gohsp.models.hooks import evaluating
-from gohsp.training.batches import every_batch
+from gohsp.training.batches import check_labels, every_batch
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,7 +51,9 @@ def evaluate(
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     with evaluating(model):
         for images, labels in every_batch(data, batch_size, workers, process, processes):
-            sums += _sums(logits_of(model(images.to(device))).float(), labels.to(device))
+            logits = logits_of(model(images.to(device))).float()
+            check_labels(labels, logits.shape[1])
+            sums += _sums(logits, labels.to(device))
             if on_batch is not None:
                 on_batch(len(labels))
     if accelerator is not None:

@@ -26,7 +26,7 @@ from gohsp.models.base import logits_of
 from gohsp.models.registry import family_of
 from gohsp.recipe import Fit
 from gohsp.training import checkpoint
-from gohsp.training.batches import BatchKeys, training_batches
+from gohsp.training.batches import BatchKeys, check_labels, training_batches
 from gohsp.training.checkpoint import Checkpoint
 from gohsp.training.evaluation import evaluate
 from gohsp.training.losses import Distilled, make_loss, make_mixup, watch
@@ -209,11 +209,13 @@ class Loop:
     ) -> Callable[[int, Tensor, Tensor], Tensor]:
         """Return the function that makes one step and gives its loss on this process's images."""
         device, process = self.accelerator.device, self.accelerator.process_index
-        mixup, on_labels = make_mixup(self.fit, family_of(model).classes(model)), make_loss(self.fit)
+        classes = family_of(model).classes(model)
+        mixup, on_labels = make_mixup(self.fit, classes), make_loss(self.fit)
         distilled = None if self.distilled is None else self.distilled(on_labels)
         half = self.fit.precision == "bf16"
 
         def update(step: int, images: Tensor, labels: Tensor) -> Tensor:
+            check_labels(labels, classes)
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             key = (STEP, self.seed, STAGES.index(stage.name), step, process)
             with seeded(*key, device=device), torch.autocast(device.type, torch.bfloat16, enabled=half):

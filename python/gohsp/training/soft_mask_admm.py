@@ -190,7 +190,7 @@ def _split(opened: OpenModel) -> Iterator[_Split]:
         matrices: list[tuple[nn.Linear, bool, Callable[[Tensor], Tensor]]] = [
             *((layer, True, partial(_rows_by_head, size=size)) for layer in attention.read.layers),
             *((layer, True, partial(_columns_by_head, size=size)) for layer in attention.write.layers),
-            *((layer, False, _rows) for layer in mlp.read.layers),
+            *((layer, False, partial(_rows, size=size)) for layer in mlp.read.layers),
             *((layer, False, _columns) for layer in mlp.write.layers),
         ]
         for linear, is_attention, by_group in matrices:
@@ -207,8 +207,9 @@ def _columns_by_head(weight: Tensor, size: BlockGeometry) -> Tensor:
     return weight.view(-1, size.num_heads, size.head_dim).transpose(0, 1)
 
 
-def _rows(weight: Tensor) -> Tensor:
-    return weight
+def _rows(weight: Tensor, size: BlockGeometry) -> Tensor:
+    """View the rows of neurons, and of their gates where these lie below each other, as [M, parts, inputs]."""
+    return weight.view(-1, size.hidden, weight.shape[1]).transpose(0, 1)
 
 
 def _columns(weight: Tensor) -> Tensor:

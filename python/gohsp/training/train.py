@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from gohsp.arguments import check_callable, check_kind, check_path, check_sequence, check_whole
 from gohsp.compress import compress
 from gohsp.files import alone
 from gohsp.masks.mask import ModelMask
 from gohsp.models.registry import family_of, is_compressed
+from gohsp.progress import training_bar
 from gohsp.pruning.prune import PruneResult
 from gohsp.recipe import Admm, Distillation, Fit
 from gohsp.serialization import digest_weights
@@ -96,7 +98,8 @@ def train(
         checkpoint_steps: Write a checkpoint after so many steps, besides those at the ends of epochs.
         workers: Processes that load images, for each training process.
         seed: Of everything that is drawn.
-        on_step: Called with (stage, steps done, steps in all, loss) after each step, in the first process.
+        on_step: Called with (stage, steps done, steps in all, loss) after each step, in the first process. By default a
+            bar shows them where stderr is a terminal.
 
     Raises:
         ImportError: Accelerate is not installed.
@@ -143,9 +146,11 @@ def train(
         directory=None if directory is None else Path(directory),
         checkpoint_steps=checkpoint_steps,
         workers=workers,
-        on_step=on_step if accelerator.is_main_process else None,
     )
-    with _alone_in(loop.directory, accelerator):
+    with (
+        training_bar(on_step if accelerator.is_main_process else None) as loop.on_step,
+        _alone_in(loop.directory, accelerator),
+    ):
         saved = loop.find_checkpoint()
         if admm is not None:
             if saved is None or saved.stage == "admm":
@@ -163,7 +168,8 @@ def train(
 
 def _check_data(name: str, data: Any) -> None:
     if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")) or isinstance(data, str | bytes | dict):
-        raise TypeError(f"{name}: wanted a map-style data set of (image, class), got {type(data).__name__}")
+        hint = "; pass its dataset" if isinstance(data, DataLoader) else ""
+        raise TypeError(f"{name}: wanted a map-style data set of (image, class), got {type(data).__name__}{hint}")
 
 
 def make_accelerator() -> Accelerator:
@@ -175,7 +181,7 @@ def make_accelerator() -> Accelerator:
     try:
         from accelerate import Accelerator
     except ImportError as error:
-        raise ImportError("gohsp.train works on Accelerate; install it: pip install 'gohsp[train]'") from error
+        raise ImportError("gohsp.train works on Accelerate; install it: pip install accelerate") from error
     # Told nothing, Accelerate takes processes without a GPU for as many runs of one process each.
     return Accelerator(cpu=not torch.accelerator.is_available())
 

@@ -45,7 +45,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("preset", ["2x96", "ragged"])
 def test_every_contender_has_a_row(preset: str) -> None:
     case = cases.Case("deit_tiny_patch16_224", preset, image_size=32)
-    rows = list(models_check.models(SCOPE, [case], [2]))
+    found = [(name, run()) for name, run in models_check.models(SCOPE, [case], [2])]
+    rows = [row for _, row in found]
+    assert all(name.endswith(f"{preset}, batch 2, {row['contender']}") for name, row in found)
     assert [row["contender"] for row in rows] == (DENSE if preset != "ragged" else []) + SLICED + OURS
     for row in rows:
         assert (row["model"], row["mask"], row["batch"]) == ("deit_tiny_patch16_224", preset, 2)
@@ -101,8 +103,26 @@ def test_the_default_cases_are_the_presets_and_ragged_masks() -> None:
     ]
 
 
-def test_command_of_make_gpu_check() -> None:
+@pytest.mark.parametrize(
+    ("missing", "module"), [("none", "bench.gpu_check"), ("import bench.gpu_check", "gohsp_kernels.gpu_check")]
+)
+def test_make_gpu_check_takes_the_python_that_is_there(tmp_path: Path, missing: str, module: str) -> None:
+    """It sets nothing up: no environment is made, nothing is installed and nothing is built."""
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(
+        f'#!/bin/sh\necho "$@" >> {calls}\n[ "$2" != "{missing}" ] || {{ echo trace; echo no pydantic; exit 1; }} >&2\n'
+    )
+    python.chmod(0o755)
+    given = [f"PYTHON={python}", f"VENV={tmp_path}/none", f"FOLDER={tmp_path}/out", "SECONDS=7"]
     root = Path(__file__).parents[3]
-    assert "-m bench.gpu_check" in (root / "Makefile").read_text()
+    run = subprocess.run(["make", "-s", "gpu-check", *given], capture_output=True, text=True, cwd=root)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert ("whole models are left out: no pydantic" in run.stdout) == (missing != "none")
+    wanted = ["-c import bench.gpu_check", f"-m {module} --seconds 7 --folder {tmp_path}/out"]
+    assert calls.read_text().splitlines() == wanted
+
+
+def test_the_command_has_the_models_beside_the_parts_of_the_kernels() -> None:
+    root = Path(__file__).parents[3]
     run = subprocess.run([sys.executable, "-m", "bench.gpu_check", "--help"], capture_output=True, text=True, cwd=root)
     assert "numerics" in run.stdout and "models" in run.stdout, run.stderr

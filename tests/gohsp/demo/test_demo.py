@@ -16,9 +16,10 @@ from torch import nn
 import gohsp_kernels as gk
 from gohsp.demo import measure, report, run
 from gohsp.demo.data import Images, load_digits, load_folder, split
+from gohsp.progress import each
 from gohsp.runs import img_focus
 from gohsp.runs.classifier import Classifier, fit_ridge, pool, top1
-from gohsp.runs.progress import Steps, each
+from gohsp.runs.progress import Steps
 
 CLASSES = ["circle", "square", "<b>&"]
 
@@ -247,6 +248,26 @@ class TestReport:
         for figure in ("22.0 M", "4.60 G", "97.0 %", "3.0e-07", "1.25 \N{MULTIPLICATION SIGN}"):
             assert figure in page
         assert page.count('aria-label="head 1: 0 QK, 0 V"') == 2
+
+    def test_a_phone_gets_drawings_that_shrink_and_the_times(self):
+        page = report.render(fake_results())
+        drawings = re.findall(r'<figure>\s*<svg ([^>]*)>|</svg>\s*<svg (width="480"[^>]*)>', page)
+        assert len(drawings) == 3
+        for attributes in map("".join, drawings):
+            width, height = (re.search(rf'{name}="(\d+)"', attributes)[1] for name in ("width", "height"))
+            assert f'viewBox="0 0 {width} {height}"' in attributes
+        phone = page[page.index("@media (max-width: 640px)") :]
+        assert ".wide { display: none; }" in phone[: phone.index("@media print")]
+        wide = re.findall(r'<th class="wide">(\w+)', page)
+        assert wide == ["params", "MACs", "class", "logits"]
+        row = next(line for line in page.split("<tr") if line.startswith(' class="ours"'))
+        assert row.count('class="wide"') == len(wide) and row.count("<td>") == 6  # name, top-1, twice ms and times
+
+    def test_every_colour_has_one_for_the_dark(self):
+        light, dark = re.findall(r":root \{(.*?)\}", report.render(fake_results()), flags=re.DOTALL)
+        names = set(re.findall(r"(--\w+): #", light))
+        assert names == set(re.findall(r"(--\w+): #", dark)) and "--page" in names
+        assert set(re.findall(r"var\((--\w+)\)", report.render(fake_results()))) <= names
 
     def test_pruned_heads_are_marked(self):
         results = fake_results()

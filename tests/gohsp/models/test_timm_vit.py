@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.layers import GELU, AttentionPoolLatent, GELUTanh, QuickGELU, RmsNorm, SwiGLU
+from timm.layers import GELU, AttentionPoolLatent, GatedMlp, GELUTanh, QuickGELU, RmsNorm, RmsNormFp32
 from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ import gohsp
 import gohsp_kernels as gk
 from gohsp.layers import PrunedBlock
 from gohsp.masks.mask import ModelMask
-from gohsp.models import timm_vit
+from gohsp.models import timm_parts
 from gohsp.models.base import Geometry
 from gohsp.models.registry import family_of, geometry_of, open_model
 from gohsp.training.losses import watch
@@ -33,12 +33,10 @@ def small(**arguments: Any) -> VisionTransformer:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"scale_attn_norm": True}, "norm before proj"),
-        ({"scale_mlp_norm": True}, "norm before fc2"),
+        ({"scale_mlp_norm": True, "norm_layer": RmsNormFp32}, "norm1 is RmsNormFp32; wanted LayerNorm or RMSNorm"),
         ({"block_fn": ParallelScalingBlock}, "wanted timm's pre-norm Block, got ParallelScalingBlock"),
         ({"block_fn": ResPostBlock, "init_values": 1.0}, "wanted timm's pre-norm Block, got ResPostBlock"),
-        ({"mlp_layer": SwiGLU}, "mlp is SwiGLU"),
-        ({"norm_layer": RmsNorm}, "norm1 is RmsNorm; wanted LayerNorm"),
+        ({"mlp_layer": GatedMlp}, "mlp is GatedMlp; wanted timm's Mlp, GluMlp or SwiGLU"),
         ({"act_layer": nn.Hardswish}, "activation Hardswish; known are gelu, gelu_tanh"),
         ({"attn_layer": "diff"}, "attn is DiffAttention"),
     ],
@@ -62,9 +60,13 @@ def test_refusal_of_single_blocks_that_were_changed() -> None:
         lambda block: setattr(block.mlp, "fc1", nn.Conv2d(24, 96, 1)),
         r"mlp\.fc1 is torch\.nn\.modules\.conv\.Conv2d; wanted torch\.nn\.Linear",
     )
-    refused(lambda block: setattr(block.attn, "q_norm", nn.Identity()), "attn.q_norm is Identity")
+    refused(lambda block: setattr(block.attn, "q_norm", nn.Identity()), "a norm on q or on k alone")
+    refused(lambda block: setattr(block.attn, "norm", RmsNorm(24)), "attn.norm are norms of different kinds")
     refused(lambda block: setattr(block.attn.k_norm, "eps", 1e-3), "q and k norms of different eps")
-    refused(lambda block: setattr(block.attn, "q_norm", nn.LayerNorm(8, elementwise_affine=False)), "without a learned")
+    refused(
+        lambda block: setattr(block.attn, "q_norm", nn.LayerNorm(8, elementwise_affine=False)),
+        "attn.q_norm has no learned",
+    )
 
 
 def test_refusal_of_other_models() -> None:
@@ -72,7 +74,7 @@ def test_refusal_of_other_models() -> None:
         pass
 
     for model in (nn.Linear(2, 2), Subclass(img_size=32, embed_dim=24, depth=1, num_heads=3)):
-        with pytest.raises(TypeError, match=f"wanted a timm VisionTransformer .* got .*{type(model).__name__}"):
+        with pytest.raises(TypeError, match=f"wanted a timm .*VisionTransformer .* got .*{type(model).__name__}"):
             open_model(model)
     with pytest.raises(ValueError, match="model: it has no transformer blocks"):
         open_model(small(depth=0))
@@ -177,14 +179,14 @@ def test_architecture_name() -> None:
 )
 def test_activation_names_mean_the_same_in_the_kernels(module: nn.Module, name: str) -> None:
     x = torch.linspace(-4, 4, 101, dtype=torch.float64)
-    assert timm_vit.activation_name(module) == name
+    assert timm_parts.activation_name(module) == name
     assert torch.allclose(gk.ACTIVATIONS[name](x), module(x), rtol=1e-12, atol=1e-14)
-    assert torch.allclose(timm_vit.ACTIVATIONS[name]()(x), module(x), rtol=1e-12, atol=1e-14)
+    assert torch.allclose(timm_parts.ACTIVATIONS[name]()(x), module(x), rtol=1e-12, atol=1e-14)
 
 
 def test_every_activation_of_the_kernels_has_a_module() -> None:
-    assert set(timm_vit.ACTIVATIONS) == set(gk.ACTIVATIONS)
-    assert timm_vit.activation_name(nn.Tanh()) is None
+    assert set(timm_parts.ACTIVATIONS) == set(gk.ACTIVATIONS)
+    assert timm_parts.activation_name(nn.Tanh()) is None
 
 
 @pytest.fixture

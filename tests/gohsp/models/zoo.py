@@ -39,7 +39,30 @@ def _torchvision(**arguments: Any) -> nn.Module:
 
 DINO = {**SIZES, "mlp_ratio": 2}
 REGISTERS = {**DINO, "num_register_tokens": 2}
+
+
+def _named(name: str, **arguments: Any) -> nn.Module:
+    """Return a small one of timm's architectures: its kinds of blocks, positions and MLPs, and other sizes."""
+    sizes = {"img_size": SIDE, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+    return timm.create_model(name, **sizes | arguments)
+
+
 ZOO: dict[str, Callable[[], nn.Module]] = {
+    "AIMv2, RMSNorm and a gated MLP": partial(_named, "aimv2_large_patch14_224"),
+    "DINOv2 giant, a gated MLP": partial(_named, "vit_giant_patch14_dinov2"),
+    "BEiT-3, norms in front of both last matrices": partial(_named, "beit3_base_patch16_224"),
+    "DINOv3": partial(_named, "vit_small_patch16_dinov3"),
+    "DINOv3 of fixed size, pooled by its class token": partial(
+        _named, "vit_small_patch16_dinov3", dynamic_img_size=False, global_pool="token"
+    ),
+    "DINOv3 with a gated MLP": partial(_named, "vit_small_plus_patch16_dinov3"),
+    "EVA-02 tiny, a gate in one matrix": partial(_named, "eva02_tiny_patch14_224"),
+    "EVA-02 base, a norm inside the MLP": partial(_named, "eva02_base_patch14_224"),
+    "EVA-02 CLIP, a norm before proj": partial(_named, "eva02_base_patch16_clip_224"),
+    "EVA giant, no rotary positions": partial(_named, "eva_giant_patch14_224"),
+    "rotary positions of every block and head": partial(_named, "vit_small_patch16_rope_mixed_224"),
+    "Perception Encoder, pooled by attention": partial(_named, "vit_pe_core_tiny_patch16_384"),
+    "Sapiens2, RMSNorm and qk-norm": partial(_named, "vit_base_patch16_sapiens2", num_kv_heads=3),
     "timm VisionTransformer": partial(_timm, init_values=0.5),
     "timm hybrid": partial(timm.create_model, "vit_tiny_r_s16_p8_224", img_size=SIDE, depth=2, num_classes=5),
     "ViTModel": partial(_hugging_face, "ViTModel", "ViTConfig", WIDE),

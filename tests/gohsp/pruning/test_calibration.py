@@ -38,12 +38,28 @@ def test_images_take_the_dtype_of_the_model() -> None:
         ([torch.zeros(3, 4, 4)], ValueError, r"batches: wanted images \[B, C, height, width\], got shape \(3, 4, 4\)"),
         (torch.zeros(1, 3, 4, 4), TypeError, "batches: wanted an iterable of batches of images, got Tensor"),
         (7, TypeError, "batches: wanted an iterable of batches of images, got int"),
+        (
+            [torch.zeros(1, 3, 4, 4, dtype=torch.uint8)],
+            ValueError,
+            r"batches: wanted normalised images of floating point, got torch.uint8; timm\.data\.create_transform",
+        ),
+        (
+            [torch.zeros(2, 3, 4, 4), torch.tensor([0.0, torch.nan, torch.inf]).view(3, 1, 1, 1).expand(3, 3, 4, 4)],
+            ValueError,
+            "batches: wanted finite pixels; image 3, counted from 0, has others",
+        ),
         ([{"images": 1}], TypeError, r"batches: wanted tensors or \(images, ...\) sequences, got dict"),
     ],
 )
 def test_wrong_batches_are_refused(batches, error, message: str) -> None:
     with pytest.raises(error, match=message):
         list(read_images(batches, torch.nn.Linear(1, 1)))
+
+
+def test_images_that_nobody_normalised_are_told_of_once() -> None:
+    with pytest.warns(UserWarning, match="batches: wanted normalised images; these have pixels of 255") as told:
+        list(read_images([torch.full((2, 3, 4, 4), 255.0)] * 3, torch.nn.Linear(1, 1)))
+    assert len(told) == 1
 
 
 def test_images_of_two_sizes_are_refused(make_model, images) -> None:

@@ -514,7 +514,7 @@ def test_wrong_parameters_are_refused(make_model, images, arguments: dict[str, A
 
 
 def test_qk_channels_of_a_qk_norm_model_are_refused(make_model, images) -> None:
-    with pytest.raises(ValueError, match="groups: wanted no 'qk' for a model with qk-norm"):
+    with pytest.raises(ValueError, match="groups: wanted no 'qk' for this model, because qk-norm"):
         prune(make_model(**SMALL, qk_norm=True), batches_of(images, 8), groups=("qk",))
 
 

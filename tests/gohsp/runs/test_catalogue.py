@@ -11,9 +11,9 @@ import pytest
 import timm
 from typer.testing import CliRunner
 
-from gohsp.cli import app
 from gohsp.runs import catalogue
 from gohsp.runs.catalogue import Entry
+from gohsp_command.cli import app
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "models.md"
 
@@ -23,6 +23,8 @@ TAKEN = [
     ("timm", "vit_tiny_r_s16_p8_224"),
     ("timm", "vit_small_patch14_reg4_dinov2"),
     ("timm", "vit_xsmall_patch16_clip_224"),
+    ("timm", "vit_small_plus_patch16_dinov3"),
+    ("timm", "eva02_tiny_patch14_224"),
     ("transformers", "ViTForImageClassification"),
     ("transformers", "DeiTForImageClassificationWithTeacher"),
     ("transformers", "Dinov2WithRegistersModel"),
@@ -56,10 +58,10 @@ def test_what_is_not_taken_has_a_reason(library: str, name: str, verdict: str, r
 
 
 def test_a_refusal_is_told_with_the_block() -> None:
-    entry = catalogue.look("timm", "aimv2_large_patch14_224")
+    entry = catalogue.look("timm", "eva02_enormous_patch14_clip_224")
     assert entry is not None
     assert entry.verdict == "no"
-    assert entry.reason == "cannot prune blocks.0: norm1 is RmsNorm; wanted LayerNorm"
+    assert entry.reason == "cannot prune blocks.0: wanted timm's pre-norm EvaBlock, got EvaBlockPostNorm"
     assert catalogue.look("timm", "resnet18") is None
 
 

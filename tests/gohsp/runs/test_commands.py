@@ -25,11 +25,11 @@ from timm.models.vision_transformer import VisionTransformer
 from typer.testing import CliRunner, Result
 
 import gohsp
-from gohsp.cli import app
 from gohsp.files import alone
 from gohsp.recipe import ModelSource, read_recipe
 from gohsp.runs.directory import RunDirectory, open_model, read_scores
 from gohsp.runs.report import Row, draw, markdown
+from gohsp_command.cli import app
 
 Call = Callable[..., Result]
 NAME = "commands_vit_tiny"
@@ -194,6 +194,67 @@ def test_local_weights_are_read_with_their_classes(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("key", ["", "model", "state_dict", "model_ema"])
+def test_local_weights_of_torch_are_read_as_timm_reads_them(tmp_path: Path, key: str) -> None:
+    state = timm.create_model(NAME, num_classes=7).state_dict()
+    wrapped = {f"module.{name}": value for name, value in state.items()}  # as DistributedDataParallel names them
+    others = {name: torch.zeros_like(value) for name, value in state.items()}
+    torch.save(wrapped if not key else {"model": others, key: wrapped, "epoch": 3}, tmp_path / "w.pth")
+    back = open_model(ModelSource(name=NAME, checkpoint=tmp_path / "w.pth")).state_dict()
+    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+
+
+class Harmful:
+    """What runs code where a pickle is believed."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("harm",)
+
+
+@pytest.mark.parametrize(
+    ("held", "message"),
+    [
+        (Harmful(), "wanted weights that torch.save wrote, but"),
+        (b"junk", "wanted weights that torch.save wrote, but"),
+        ({"epoch": 3}, "wanted a state_dict, or one under 'state_dict' or 'model'"),
+        ({"model": {"other": torch.ones(2)}}, "model: timm could not make"),
+    ],
+)
+def test_files_that_hold_other_things_than_weights_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: Any, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "w.pth"
+    if isinstance(held, bytes):
+        path.write_bytes(held)
+    else:
+        torch.save(held, path)
+    with pytest.raises(ValueError, match=message) as caught:
+        open_model(ModelSource(name=NAME, checkpoint=path))
+    assert "\n" not in str(caught.value) and not (tmp_path / "harm").exists()
+
+
+def test_models_in_folders_of_timm_are_opened(tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", num_classes=7)
+    timm.models.save_for_hf(model, tmp_path)
+    back = open_model(ModelSource(name=f"local-dir:{tmp_path}"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters(), strict=True))
+
+
+def test_a_folder_of_images_alone_is_enough_to_rank_and_to_prune(call: Call, tmp_path: Path) -> None:
+    folder, run = tmp_path / "images", RunDirectory(tmp_path / "run")
+    folder.mkdir()
+    for index in range(10):
+        Image.fromarray(np.random.default_rng(index).integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(
+            folder / f"{index}.png"
+        )
+    done(call("rank", "--model", NAME, "--no-pretrained", "--data", folder, "--out", run.directory))
+    done(call("prune", "--out", run.directory, "--target", "params=0.8"))
+    assert gohsp.load(run.pruned).num_classes == 10
+    for verb in ("train", "evaluate"):
+        refused(call(verb, "--out", run.directory), "needs classes, so wanted a folder with one subfolder of images")
+
+
 def test_random_weights_are_the_same_each_time() -> None:
     first, second, third = (open_model(ModelSource(name=NAME, pretrained=False), seed) for seed in (0, 0, 1))
     assert torch.equal(first.head.weight, second.head.weight)
@@ -222,7 +283,9 @@ def test_help_teaches_by_an_example(call: Call, verb: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message", "status"),
     [
-        (("prune", "--data", "digits"), "options: model: Field required", 2),
+        (("prune", "--data", "digits"), "gohsp-run holds no run yet; wanted --model, or a file (--recipe)", 2),
+        (("train",), "gohsp-run holds no run yet; wanted --model and --data, or a file (--recipe)", 2),
+        (("rank", "--model", "resnet18", "--no-pretrained", "--data", "digits"), "timm.models.resnet.ResNet", 1),
         (("prune", "--recipe", "."), ".: wanted a file", 2),
         (("prune", "--recipe", "deep.yaml"), "deep.yaml: wanted YAML, but it is nested deeper than 20 levels", 2),
         (("prune", "--out", "file"), "file: File exists", 1),
@@ -238,8 +301,15 @@ def test_help_teaches_by_an_example(call: Call, verb: str) -> None:
         (("prune", "--model", "no_such_vit", "--data", "digits"), "no_such_vit is no directory that gohsp.save", 1),
         (("prune", "--recipe", "none.yaml"), "none.yaml", 2),
         (("prune", "--model", NAME, "--no-pretrained", "--data", "nowhere"), "data: wanted a folder of images", 1),
-        (("prune", "--model", NAME, "--data", "digits", "--checkpoint", "w.pth"), "wanted a .safetensors file", 1),
+        (
+            ("prune", "--model", NAME, "--data", "digits", "--checkpoint", "w.onnx"),
+            "that ends with .safetensors, .pth",
+            1,
+        ),
         (("prune", "--model", NAME, "--data", "digits", "--checkpoint", "w.safetensors"), "there is no file", 1),
+        (("prune", "--model", NAME, "--data", "digits", "--checkpoint", "w.pth"), "there is no file", 1),
+        (("prune", "--model", "local-dir:none", "--data", "digits"), "timm could not make local-dir:none", 1),
+        (("prune", "--model", "somebody/vit", "--data", "digits"), "write hf-hub:... or local-dir:...", 1),
         (("prune", "--model", NAME, "--data", "digits", "--no-pretrained", "--target", "params=7"), "target", 1),
         (("report", "nothing-here"), "wanted a run that was evaluated", 1),
     ],

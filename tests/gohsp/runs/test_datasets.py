@@ -54,6 +54,20 @@ def test_a_folder_may_bring_its_own_test_images(tmp_path: Path, model: Any, name
     assert (len(images.train), len(images.test)) == (10, 4)
 
 
+def test_a_folder_of_images_alone_has_no_classes(tmp_path: Path, model: Any) -> None:
+    write_folder(tmp_path, classes=("cat",))
+    (tmp_path / "cat" / "notes.txt").touch()
+    (tmp_path / "cat" / "empty").mkdir()
+    images = open_(tmp_path / "cat", model)
+    assert (len(images.train), len(images.test), images.classes, images.labelled) == (4, 1, None, False)
+    (batch,) = images.calibration(10)
+    assert batch.shape == (4, 3, 16, 16)
+    assert open_(tmp_path, model).labelled
+    digest = images.train.digest()
+    Image.new("RGB", (8, 8)).save(tmp_path / "cat" / "5.PNG")
+    assert open_(tmp_path / "cat", model).train.digest() != digest
+
+
 def test_other_classes_in_the_test_folder_are_refused(tmp_path: Path, model: Any) -> None:
     write_folder(tmp_path / "train")
     write_folder(tmp_path / "val", classes=("cat", "cow"))

@@ -249,7 +249,7 @@ def test_a_start_of_another_kind_is_refused() -> None:
 
 def test_without_accelerate_the_way_to_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(ImportError, match=r"gohsp\[train\]"):
+    with pytest.raises(ImportError, match=r"pip install accelerate"):
         gohsp.train(compact(), runs.Digits())
 
 

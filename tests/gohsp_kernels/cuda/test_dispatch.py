@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import subprocess
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import gohsp_kernels as gk
-from gohsp_kernels import _native, cuda, dispatch, info
+from gohsp_kernels import _native, _stamp, cuda, dispatch, info
 from gohsp_kernels.testing import Maker, samples
 from gohsp_kernels.triton import support
 
@@ -24,6 +25,7 @@ GPU = torch.device("cuda", 0)
 def library(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the CUDA library had been built; it is not called here."""
     monkeypatch.setattr(_native, "load_cuda", lambda: _native.Library(Path("_C_cuda.so")))
+    monkeypatch.setattr(_native, "cuda_missing", lambda device: "")
 
 
 @pytest.fixture
@@ -71,6 +73,69 @@ def test_a_missing_library_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     assert gk.backends("cuda")["cuda"].reason == "needs a GPU, and PyTorch finds none"
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("device", [GPU, torch.device("cuda")])
+def test_what_the_gpu_or_its_driver_does_not_take_is_a_reason(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An old driver, or a library that was compiled for other GPUs: Triton takes over, and a call never ends by it."""
+    reasons = {0: "needs a driver for CUDA 13.0; this one is for 12.4", 1: ""}
+    monkeypatch.setattr(_native, "cuda_missing", reasons.__getitem__)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(dispatch, "_already_logged", set())
+    with caplog.at_level(logging.INFO, logger="gohsp_kernels"):
+        for _ in range(2):
+            assert dispatch.choose("auto", device, BF16, False, rows=197) == "triton"
+    assert caplog.messages.count(f"backend 'cuda' passed over: {reasons[0]}") == 1
+    with pytest.raises(RuntimeError, match=r"backend 'cuda': needs a driver for CUDA 13\.0"):
+        dispatch.choose("cuda", device, BF16, False)
+    assert gk.backends(device)["cuda"].reason == reasons[0]
+    assert dispatch.choose("auto", torch.device("cuda", 1), BF16, False, rows=197) == "cuda"
+    assert gk.can_run("cuda", device, compute_capability=(9, 0))  # of a GPU that is not there nothing is asked
+
+
+@pytest.mark.usefixtures("hopper")
+def test_weights_are_compared_without_a_library_that_the_gpu_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = torch.ones(3)
+    monkeypatch.setattr(_stamp, "_from_gpu", lambda *_: "by the library")
+    monkeypatch.setattr(_stamp, "_at_once", lambda *_: "by PyTorch")
+    assert _stamp._reading(GPU, [there]) == "by the library"
+    monkeypatch.setattr(_native, "cuda_missing", lambda device: "old" if device == 0 else "")
+    assert _stamp._reading(GPU, [there]) == "by PyTorch"
+
+
+def test_the_library_is_asked_once_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Functions:
+        def __init__(self, path: str) -> None:
+            self.gohsp_cuda_missing = lambda device: asked.append(device) or f"no code for {device}".encode()
+
+    monkeypatch.setattr(_native, "load_cuda", lambda: _native.Library(Path("_C_cuda.so")))
+    monkeypatch.setattr(_native.ctypes, "CDLL", Functions)
+    ask = functools.cache(_native.cuda_missing.__wrapped__)
+    assert [ask(device) for device in (0, 1, 0)] == ["no code for 0", "no code for 1", "no code for 0"]
+    assert asked == [0, 1]
+    monkeypatch.setattr(_native.ctypes, "CDLL", lambda path: object())
+    assert _native.cuda_missing.__wrapped__(0) == "the native library _C_cuda.so is of another version; reinstall"
+
+
+@pytest.mark.skipif(not _native.load_cuda(), reason=_native.load_cuda().reason)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_probe_without_a_driver() -> None:
+    assert _native.cuda_missing(0) == "needs the driver of an NVIDIA GPU, and there is none"
+
+
+def test_reasons_of_the_probe() -> None:
+    checks = pytest.importorskip("gohsp_kernels._checks_cuda", reason="the checks module is not built")
+    assert checks.reason_of(13000, 13000, None) == checks.reason_of(12080, 12090, None) == ""
+    said = checks.reason_of(12040, 13000, "CUDA driver version is insufficient")
+    wanted = "needs a driver for CUDA 13.0; this one is for 12.4: CUDA says: CUDA driver version is insufficient"
+    assert said == wanted
+    no_code = "has no code for this GPU: CUDA says: no kernel image is available"
+    assert checks.reason_of(13010, 13000, "no kernel image is available") == no_code
 
 
 @pytest.mark.usefixtures("library")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from triton.runtime.errors import OutOfResources
 
 from gohsp_kernels import tune
@@ -96,7 +98,8 @@ def test_measured_tiles_go_before_the_rule_and_shipped_ones_before_the_users(
         return config.linear_tile(H100, HALF, 12608, 768, 384, False)
 
     path = tuned.save(H100.name, {key: mine.meta}, {})
-    assert path.parent == own_cache / "gohsp_kernels" / "tiles" and path.name == "NVIDIA_H100_80GB_HBM3.json"
+    assert path.parent == own_cache / "gohsp_kernels" / "tiles"
+    assert path.name.startswith("NVIDIA_H100_80GB_HBM3_triton_")
     assert chosen() == mine
     assert config.linear_tile(Target("cuda", 90, 132, "another"), HALF, 12608, 768, 384, False) == by_rule
 
@@ -111,15 +114,75 @@ def test_saving_keeps_other_entries() -> None:
     path = tuned.save("gpu", {"b": {"BLOCK_M": 2}}, {"triton": "2"})
     written = json.loads(path.read_text())
     assert written["tiles"] == {"a": {"BLOCK_M": 1}, "b": {"BLOCK_M": 2}} and written["triton"] == "2"
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert {p.name for p in path.parent.iterdir()} == {path.name, path.with_suffix(".lock").name}
 
 
-def test_broken_file_is_named(own_cache: Path) -> None:
-    path = tuned.save("gpu", {}, {})
-    path.write_text("not json")
+KEY = tuned.linear_key(HALF, 12608, 768, 384, False)
+MINE = Tile(64, 32, 32, 4, 2)
+
+
+def chosen() -> Tile:
+    """What the rule or the user's file gives a process that has just begun."""
     tuned.tiles.cache_clear()
-    with pytest.raises(ValueError, match=r"gpu\.json: wanted a file that python -m gohsp_kernels\.tune wrote"):
-        tuned.lookup("gpu", "a")
+    config.linear_tile.cache_clear()
+    return config.linear_tile(H100, HALF, 12608, 768, 384, False)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "not json", '{"tiles": {"linear', "[]", '{"tiles": [1]}', '{"tiles": {"a": 1}}', "[" * 10**5, "\0\xff"]
+)
+def test_a_damaged_file_ends_no_call_and_is_replaced(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    by_rule = chosen()
+    path = tuned.save(H100.name, {KEY: MINE.meta}, {})
+    assert chosen() == MINE
+    path.write_bytes(text.encode("latin-1"))
+    assert chosen() == by_rule
+    for _ in range(3):
+        config.linear_tile(H100, HALF, 197, 768, 384, False)
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith(f"{path} is left out: wanted a file that ")
+    tuned.save(H100.name, {KEY: MINE.meta}, {})
+    assert chosen() == MINE
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"split_k": 2}, {"BLOCK_M": 48}, {"BLOCK_M": "64"}, {"BLOCK_M": 64.0}, {"BLOCK_N": 8}, {"BLOCK_K": 2**20},
+     {"num_warps": 64}, {"num_warps": 3}, {"num_stages": 0}, {"num_stages": True}, {"BLOCK_M": None}],
+)  # fmt: skip
+def test_an_entry_that_is_no_tile_is_left_out(change: dict[str, object], caplog: pytest.LogCaptureFixture) -> None:
+    by_rule = chosen()
+    entry = {name: size for name, size in {**MINE.meta, **change}.items() if size is not None}
+    tuned.save(H100.name, {KEY: entry}, {})  # type: ignore[dict-item]
+    assert chosen() == by_rule
+    assert len(caplog.messages) == 1 and "is left out: wanted sizes BLOCK_M, BLOCK_N" in caplog.messages[0]
+    tuned.save(H100.name, {KEY: MINE.meta}, {})
+    assert chosen() == MINE
+
+
+def test_what_another_triton_measured_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_rule = chosen()
+    mine = tuned.save(H100.name, {KEY: MINE.meta}, {})
+    for module, name, value in ((triton, "__version__", "3.99.0"), (tuned, "REVISION", tuned.REVISION + 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert chosen() == by_rule
+            assert tuned.save(H100.name, {}, {}) != mine  # and does not touch it
+    assert chosen() == MINE
+
+
+def test_processes_that_save_at_once_lose_nothing() -> None:
+    def save(n: int) -> None:
+        for i in range(20):
+            tuned.save("gpu", {f"{n} {i}": {"BLOCK_M": 16}}, {})
+
+    fork = multiprocessing.get_context("fork")  # they only write files, and would take seconds to start otherwise
+    running = [fork.Process(target=save, args=(n,)) for n in range(4)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join()
+    assert [process.exitcode for process in running] == [0] * 4
+    assert len(tuned.tiles("gpu")) == 80
 
 
 def test_candidates_fit_the_device() -> None:
@@ -144,7 +207,7 @@ def test_what_is_measured_is_kept_when_the_rest_fails(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Target, "of", lambda _: H100)
     with pytest.raises(RuntimeError, match="fell off"):
         tune.tune([first, second], CPU, [HALF], write=lambda line: None)
-    assert tuned.lookup(H100.name, first.key(HALF)) == Tile(16, 32, 32, 4, 2).meta
+    assert tuned.lookup(H100.name, first.key(HALF), config.TILE_FIELDS) == Tile(16, 32, 32, 4, 2).meta
 
 
 @pytest.mark.slow
@@ -168,8 +231,8 @@ def test_the_fastest_tile_is_chosen_and_written(shape: tune.Shape, monkeypatch: 
 
     lines: list[str] = []
     tune.tune([shape, shape], CPU, [HALF], stopwatch, lines.append)
-    assert len(lines) == 1 and lines[0].endswith("in NVIDIA_H100_80GB_HBM3.json")
-    assert tuned.lookup(H100.name, shape.key(HALF)) == candidates[1].meta
+    assert len(lines) == 1 and lines[0].endswith(f"in {tuned.file_name(H100.name)}")
+    assert tuned.tiles(H100.name)[shape.key(HALF)] == candidates[1].meta
     assert shape.default(H100, HALF) == candidates[1]
 
 

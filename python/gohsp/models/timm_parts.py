@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What timm's families of transformers have in common: MLPs and norms, opened, refused, and plain again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from timm.layers import GELU, GELUTanh, GluMlp, LayerNorm, QuickGELU, RmsNorm, SwiGLU
+from timm.layers import Mlp as TimmMlp
+from torch import Tensor, nn
+
+from gohsp.layers import PrunedMlp, SelectColumns, norm_kind, plain_linear
+from gohsp.models.base import BlockGeometry, Mlp, Projection
+from gohsp.models.refusals import why_linear
+
+# name in gohsp_kernels -> plain module that computes it
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": GELUTanh,
+    "quick_gelu": QuickGELU,
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "identity": nn.Identity,
+}
+
+_NAMES: dict[type[nn.Module], str] = {
+    GELU: "gelu",
+    GELUTanh: "gelu_tanh",
+    QuickGELU: "quick_gelu",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.Identity: "identity",
+}
+
+
+def activation_name(module: nn.Module) -> str | None:
+    """Return the name by which gohsp_kernels knows an activation module, or None if it does not know it."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    return _NAMES.get(type(module))
+
+
+_MLPS = {TimmMlp: "", GluMlp: "packed", SwiGLU: "apart"}
+
+
+def is_gated(mlp: nn.Module) -> bool:
+    """Return whether an MLP of timm's has a gate for each neuron."""
+    return bool(_MLPS[type(mlp)])
+
+
+def open_mlp(block: Any, scale: nn.Module, size: BlockGeometry) -> Mlp:
+    """Return the MLP half of a block of timm's, which :func:`why_mlp` has nothing against.
+
+    Args:
+        block: It has ``norm2``, ``mlp`` and ``drop_path2``.
+        scale: Layer scale of the half.
+        size: Sizes of the block.
+    """
+    mlp = block.mlp
+    kind = _MLPS[type(mlp)]
+    return Mlp(
+        norm=block.norm2,
+        body=mlp,
+        read=Projection(mlp.fc1_g, mlp.fc1_x) if kind == "apart" else Projection(mlp.fc1),
+        write=Projection(mlp.fc2),
+        scale=scale,
+        drop_path=block.drop_path2,
+        geometry=size,
+        activation=activation_name(mlp.act) or "",
+        drop=mlp.drop1,
+        write_drop=mlp.drop2,
+        gate="" if not kind else "last" if kind == "packed" and mlp.gate_last else "first",
+        inner_norm=mlp.norm,
+    )
+
+
+def why_norms(block: Any) -> str | None:
+    """Return why the norms of a block are not those of the kernels, or None if they are."""
+    attn = block.attn
+    inner = getattr(attn, "norm", nn.Identity())
+    halves = (
+        {"norm1": block.norm1, "attn.q_norm": attn.q_norm, "attn.k_norm": attn.k_norm, "attn.norm": inner},
+        {"norm2": block.norm2, "mlp.norm": getattr(block.mlp, "norm", nn.Identity())},
+    )
+    for norms in halves:
+        there = {name: norm for name, norm in norms.items() if not isinstance(norm, nn.Identity)}
+        for name, norm in there.items():
+            if type(norm) not in (nn.LayerNorm, LayerNorm, nn.RMSNorm, RmsNorm):
+                return f"{name} is {type(norm).__name__}; wanted LayerNorm or RMSNorm"
+            if norm.weight is None or norm.eps is None:
+                return f"{name} has no learned scale or no eps"
+        if len({norm_kind(norm) for norm in there.values()}) > 1:
+            return f"{', '.join(there)} are norms of different kinds"
+    if isinstance(attn.q_norm, nn.Identity) != isinstance(attn.k_norm, nn.Identity):
+        return "a norm on q or on k alone"
+    if getattr(attn.q_norm, "eps", None) != getattr(attn.k_norm, "eps", None):
+        return f"q and k norms of different eps ({attn.q_norm.eps} and {attn.k_norm.eps})"
+    return None
+
+
+def why_mlp(mlp: Any, dim: int) -> str | None:
+    """Return why an MLP is not what the kernels compute into a residual stream of ``dim``, or None if it is."""
+    if type(mlp) not in _MLPS:
+        return f"mlp is {type(mlp).__name__}; wanted timm's Mlp, GluMlp or SwiGLU"
+    names = ("fc1_g", "fc1_x", "fc2") if type(mlp) is SwiGLU else ("fc1", "fc2")
+    if reason := next(filter(None, (why_linear(f"mlp.{name}", getattr(mlp, name)) for name in names)), None):
+        return reason
+    if mlp.fc2.out_features != dim:
+        return f"MLP writes {mlp.fc2.out_features} features into a residual stream of {dim}"
+    if activation_name(mlp.act) is None:
+        return f"activation {type(mlp.act).__name__}; known are {', '.join(ACTIVATIONS)}"
+    return None
+
+
+def unfilled(kind: Any, **sizes: Any) -> Any:
+    """Return a module whose parameters are about to be given to it: none is drawn, by whatever generator."""
+    with torch.device("meta"):
+        return kind(**sizes)
+
+
+def then_select(norm: nn.Module, cols: Tensor | None) -> nn.Module:
+    """Return a norm that gives the features that are read, of which there are all where ``cols`` is None."""
+    return norm if cols is None else nn.Sequential(norm, SelectColumns(cols))
+
+
+def plain_norm(norm: Any, width: int) -> nn.Module:
+    """Return a norm of ``width`` features as timm has it, if nothing of it is gone."""
+    if isinstance(norm, nn.Identity) or norm.features != width:
+        return norm
+    plain = unfilled(RmsNorm if norm.kind == "rms" else LayerNorm, **{_FIRST[norm.kind]: norm.features})
+    plain.weight, plain.eps = norm.weight, norm.eps
+    if norm.kind == "layer":
+        plain.bias = norm.bias
+    return cast(nn.Module, plain)
+
+
+_FIRST = {"rms": "channels", "layer": "num_channels"}
+
+
+def plain_mlp(mlp: PrunedMlp) -> nn.Module:
+    """Return timm's MLP with the parameters of a compact one."""
+    if mlp.gate is None:
+        plain = unfilled(TimmMlp, in_features=2)
+        plain.fc1 = plain_linear(mlp.fc1)
+    else:
+        plain = unfilled(SwiGLU, in_features=2)
+        plain.fc1_g, plain.fc1_x = plain_linear(mlp.gate), plain_linear(mlp.fc1)
+    plain.act = ACTIVATIONS[mlp.activation]()
+    plain.norm = plain_norm(mlp.inner_norm, mlp.fc1.weight.shape[0])
+    plain.fc2 = plain_linear(mlp.fc2)
+    plain.drop1, plain.drop2 = mlp.drop1, mlp.drop2
+    return cast(nn.Module, plain)
