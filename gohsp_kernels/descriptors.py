@@ -356,7 +356,8 @@ class AttentionSublayer(_Heads):
 
     @property
     def parts(self) -> frozenset[str]:
-        return super().parts | _named({INNER_NORM: self.inner_features > 0})
+        found = {ROTARY: self.rope is not None, INNER_NORM: self.inner_features > 0}  # super() stops a trace of torch's
+        return _named({**found, RMS_NORM: self.norm == "rms"})
 
     def check(self, features: int) -> None:
         self._check_heads()

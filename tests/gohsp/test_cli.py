@@ -142,6 +142,8 @@ def test_ctrl_c_while_the_program_is_imported_is_one_line(module):
     script = f"""
 import os, signal, sys
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without
+
 class Interrupting:
     def find_spec(self, name, path=None, target=None):
         if name == "{module}":

@@ -222,8 +222,8 @@ class PrunedEva(CompressedModel, Eva):
     def _is_own(self, rope: Tensor | None) -> bool:
         """Whether the blocks hold these rotary positions; they take them over where the model's own have changed."""
         own = self.own_rope
-        if rope is None or own is None:
-            return rope is own
+        if rope is None or own is None or rope.device.type != "cpu":
+            return rope is own  # a GPU would have to be waited for, and a capture cannot
         if _equal(rope, own):
             return True
         if isinstance(self.blocks[0], FrozenBlock):
@@ -236,11 +236,12 @@ class PrunedEva(CompressedModel, Eva):
 
     def take_over(self, rope: Tensor) -> None:
         """Let the blocks hold these rotary positions, which are those of an image of the model's own size."""
-        self.own_rope = rope.detach().clone()
-        for index, block in enumerate(self.blocks):
-            turns = self.own_rope[index] if self.rope_mixed else self.own_rope
-            tokens = turns.shape[-2] + self.num_prefix_tokens
-            block.attn.rope = block.attn.angles(angles_of(turns, block.attn.rope_pairs, tokens))
+        with torch.inference_mode(False):  # training reads them too
+            self.own_rope = rope.detach().clone()
+            for index, block in enumerate(self.blocks):
+                turns = self.own_rope[index] if self.rope_mixed else self.own_rope
+                tokens = turns.shape[-2] + self.num_prefix_tokens
+                block.attn.rope = block.attn.angles(angles_of(turns, block.attn.rope_pairs, tokens))
 
 
 class TimmEva(TimmVit):

@@ -107,6 +107,17 @@ def test_positions_that_are_learnt_are_learnt_and_seen(tmp_path: Path) -> None:
         assert difference(gohsp.load(tmp_path)(x), wanted) < 1e-12
 
 
+def test_positions_taken_over_in_inference_mode_do_not_hinder_training() -> None:
+    _, small = pair(MIXED)
+    with torch.no_grad():
+        small.rope.freqs.add_(0.3)
+    with torch.inference_mode():
+        small(images())
+    small.train()(images()).sum().backward()
+    tokens = torch.randn(1, 17, 24, dtype=torch.float64)
+    small.blocks[0](tokens).sum().backward()  # by the positions that it holds
+
+
 def test_hooks_and_checkpointing_see_the_positions() -> None:
     masked, small = pair(DINO)
     with torch.no_grad():
