@@ -127,7 +127,7 @@ def _make_constants_matter(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             parameter.normal_(std=0.05)
-        elif name.endswith("gamma"):
+        elif re.search(r"gamma(_[12])?$", name):  # timm's Eva has gamma_1 and gamma_2
             parameter.uniform_(0.5, 1.0)
         elif "norm" in name and parameter.dim() == 1:
             parameter.normal_(mean=1.0, std=0.1)
@@ -166,7 +166,7 @@ def ragged(mask: gohsp.ModelMask, share: float = DEFAULT_RAGGED_SHARE) -> gohsp.
     for block in mask.blocks:
         block.heads &= _choose(block.heads.numel(), 0.75, generator)
         for field in ("qk", "v"):
-            if field == "qk" and mask.geometry.qk_norm:
+            if field == "qk" and any(size.qk_whole for size in mask.geometry.blocks):
                 continue
             for head in getattr(block, field):
                 head &= _choose(head.numel(), _draw(share, generator), generator)

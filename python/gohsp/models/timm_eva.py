@@ -14,7 +14,7 @@ from typing import Any, cast
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import AttentionRope, RmsNorm
+from timm.layers import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
@@ -44,7 +44,17 @@ from gohsp.models.base import (
 )
 from gohsp.models.refusals import why_altered, why_computed, why_linear
 from gohsp.models.registry import register
-from gohsp.models.timm_parts import is_gated, open_mlp, plain_mlp, plain_norm, then_select, unfilled, why_mlp, why_norms
+from gohsp.models.timm_parts import (
+    is_gated,
+    open_mlp,
+    plain_mlp,
+    plain_norm,
+    then_select,
+    tokens_read,
+    unfilled,
+    why_mlp,
+    why_norms,
+)
 from gohsp.models.timm_vit import TimmVit, softmax_scale
 
 
@@ -182,7 +192,7 @@ class PrunedEva(CompressedModel, Eva):
             x: Images [B, C, height, width].
             attn_mask, is_causal: As in timm.
         """
-        read = None if attn_mask is not None or is_causal else self._tokens_read()
+        read = None if attn_mask is not None or is_causal else tokens_read(self, 1)
         logits: Tensor = self.forward_head(self._features(x, attn_mask, is_causal, read))
         return logits
 
@@ -209,15 +219,6 @@ class PrunedEva(CompressedModel, Eva):
                 f"x: wanted images of {tuple(self.patch_embed.img_size)}, whose rotary positions a frozen model holds"
             )
         return x, rope
-
-    def _tokens_read(self) -> int | None:
-        """Return how many leading tokens are enough for the head, or None if all of them are needed."""
-        if self.training or self.grad_checkpointing or self.attn_pool is not None or self.global_pool != "token":
-            return None
-        # A hook may look at tokens that the head does not read.
-        if any(m._forward_hooks or m._forward_pre_hooks for m in (self.blocks, self.norm, self.blocks[-1])):
-            return None
-        return 1 if isinstance(self.norm, nn.LayerNorm | RmsNorm | nn.Identity) else None
 
     def _is_own(self, rope: Tensor | None) -> bool:
         """Whether the blocks hold these rotary positions; they take them over where the model's own have changed."""

@@ -114,6 +114,23 @@ def why_mlp(mlp: Any, dim: int) -> str | None:
     return None
 
 
+def tokens_read(model: Any, prefix: int) -> int | None:
+    """Return how many leading tokens are enough for the head of a compressed model, or None if all are needed.
+
+    Args:
+        model: Its head reads ``prefix`` tokens where it does not pool the patches.
+        prefix: Two where a distillation token is read whatever the pooling, else one.
+    """
+    if model.training or model.grad_checkpointing or len(model.blocks) == 0 or model.attn_pool is not None:
+        return None
+    # A hook may look at tokens that the head does not read.
+    if any(m._forward_hooks or m._forward_pre_hooks for m in (model.blocks, model.norm)):
+        return None
+    if model.blocks[-1]._forward_hooks or not isinstance(model.norm, nn.LayerNorm | RmsNorm | nn.Identity):
+        return None
+    return prefix if prefix == 2 or model.global_pool == "token" else None
+
+
 def unfilled(kind: Any, **sizes: Any) -> Any:
     """Return a module whose parameters are about to be given to it: none is drawn, by whatever generator."""
     with torch.device("meta"):

@@ -61,6 +61,7 @@ from gohsp.models.timm_parts import (
     plain_mlp,
     plain_norm,
     then_select,
+    tokens_read,
     unfilled,
     why_mlp,
     why_norms,
@@ -120,24 +121,11 @@ class PrunedVisionTransformer(CompressedModel, VisionTransformer):
         Returns:
             [B, num_classes], or what the head of the model gives.
         """
-        tokens = self._tokens_read()
+        tokens = tokens_read(self, 2 if isinstance(self, VisionTransformerDistilled) else 1)
         if tokens is None or attn_mask is not None or is_causal:
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         return self.forward_head(self.norm(self.blocks(x, num_queries=tokens)))
-
-    def _tokens_read(self) -> int | None:
-        """Return how many leading tokens are enough for the head, or None if all of them are needed."""
-        if self.training or self.grad_checkpointing or len(self.blocks) == 0 or self.attn_pool is not None:
-            return None
-        # A hook may look at tokens that the head does not read.
-        if any(m._forward_hooks or m._forward_pre_hooks for m in (self.blocks, self.norm)):
-            return None
-        if self.blocks[-1]._forward_hooks or not isinstance(self.norm, nn.LayerNorm | nn.Identity):
-            return None
-        if isinstance(self, VisionTransformerDistilled):
-            return 2
-        return 1 if self.global_pool == "token" else None
 
 
 class PrunedVisionTransformerDistilled(PrunedVisionTransformer, VisionTransformerDistilled):

@@ -118,6 +118,12 @@ def test_layer_scale_is_not_a_thousandth() -> None:
     assert float(work.dense.blocks[0].ls1.gamma.min()) >= 0.5
 
 
+def test_rotary_positions_leave_whole_heads_and_layer_scale_that_counts() -> None:
+    work = load(Case("vit_small_patch16_dinov3", "ragged", image_size=32))
+    assert float(work.dense.blocks[0].gamma_1.min()) >= 0.5
+    assert all(bool(block.qk[block.heads].all()) and not bool(block.v.all()) for block in work.mask.blocks)
+
+
 def test_models_of_a_workload_compute_the_same_and_not_what_the_dense_one_does(ragged_work: Workload) -> None:
     x = ragged_work.images(2)
     with torch.no_grad():
