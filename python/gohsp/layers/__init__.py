@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layers of compressed models: compact ones, chains of them, frozen ones, and the same in plain PyTorch."""
 
-from gohsp.layers.attention import attend, head_masks
+from gohsp.layers.attention import attend, head_angles, head_masks
 from gohsp.layers.chain import PrunedBlocks, find_bare_blocks
 from gohsp.layers.compact import (
     CompactLayerScale,
@@ -36,6 +36,7 @@ __all__ = [
     "attend",
     "find_bare_blocks",
     "has_additions",
+    "head_angles",
     "head_masks",
     "hook_tables",
     "lies_side_by_side",

@@ -60,6 +60,21 @@ def attend(
     return torch.cat(outputs, dim=-1)
 
 
+def head_angles(rope: Tensor, num_heads: int, heads: Sequence[int]) -> Tensor:
+    """Return rotary positions as the kernels take them, for the heads that are left.
+
+    Args:
+        rope: [2, H or 1, N, d / 2], see :class:`gohsp.models.base.Attention`.
+        num_heads: H, of the dense module.
+        heads: Indices of the kept heads in it.
+
+    Returns:
+        [2, N, sum of d / 2 of the kept heads].
+    """
+    by_head = rope.expand(-1, num_heads, -1, -1)[:, list(heads)]
+    return by_head.transpose(1, 2).flatten(2)
+
+
 def head_masks(
     attn_mask: Tensor | None, is_causal: bool, heads: Sequence[int], shape: tuple[int, int, int], dtype: torch.dtype
 ) -> list[Tensor | None]:

@@ -20,7 +20,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 import gohsp_kernels as gk
-from gohsp.layers.attention import attend, head_masks
+from gohsp.layers.attention import attend, head_angles, head_masks
 from gohsp.layers.norms import CompactNorm, norm_kind
 from gohsp.masks.layout import BlockLayout
 from gohsp.masks.mask import BlockMask
@@ -113,8 +113,7 @@ class PrunedAttention(nn.Module):
         Returns:
             [2, N, sum of d / 2 of the heads that are left].
         """
-        by_head = rope.expand(-1, self.num_heads, -1, -1)[:, list(self.heads)]
-        return by_head.transpose(1, 2).flatten(2)
+        return head_angles(rope, self.num_heads, self.heads)
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return the attention output, zero in the features that are not written.

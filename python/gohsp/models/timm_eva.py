@@ -29,6 +29,7 @@ from gohsp.layers import (
     PrunedBlocks,
     RaggedAttention,
     has_additions,
+    head_angles,
     plain_linear,
 )
 from gohsp.models.base import (
@@ -45,6 +46,7 @@ from gohsp.models.base import (
 from gohsp.models.refusals import why_altered, why_computed, why_linear
 from gohsp.models.registry import register
 from gohsp.models.timm_parts import (
+    check_blocks,
     is_gated,
     open_mlp,
     plain_mlp,
@@ -166,9 +168,7 @@ class PlainEvaAttention(RaggedAttention):
     ) -> Tensor:
         angles = None
         if rope is not None:
-            given = angles_of(rope, self.rope_pairs, x.shape[1])
-            by_head = given.expand(-1, self.num_heads, -1, -1)[:, list(self.heads)]
-            angles = by_head.transpose(1, 2).flatten(2)
+            angles = head_angles(angles_of(rope, self.rope_pairs, x.shape[1]), self.num_heads, self.heads)
         return super().forward(x, attn_mask, is_causal, angles)
 
 
@@ -256,13 +256,9 @@ class TimmEva(TimmVit):
     def open_blocks(self, model: Any) -> tuple[OpenBlock, ...]:
         if type(model) is not Eva:
             raise wrong_kind(self.wanted, model)
-        if not len(model.blocks):
-            raise ValueError("model: it has no transformer blocks")
         if model.patch_drop is not None:
             raise ValueError("model: wanted no patch dropout, which gives each image rotary positions of its own")
-        for index, block in enumerate(model.blocks):
-            if reason := _why_unsupported(block):
-                raise ValueError(f"model: cannot prune blocks.{index}: {reason}")
+        check_blocks(model, _why_unsupported)
         rope = _own_rope(model)
         per_block = [rope[i] if rope is not None and model.rope_mixed else rope for i in range(len(model.blocks))]
         return tuple(map(_open, model.blocks, per_block))

@@ -114,6 +114,19 @@ def why_mlp(mlp: Any, dim: int) -> str | None:
     return None
 
 
+def check_blocks(model: Any, why: Callable[[Any], str | None]) -> None:
+    """Refuse a model without blocks, or with one that ``why`` has a reason against.
+
+    Raises:
+        ValueError: It is such a model; the message names the block and the reason.
+    """
+    if not len(model.blocks):
+        raise ValueError("model: it has no transformer blocks")
+    for index, block in enumerate(model.blocks):
+        if reason := why(block):
+            raise ValueError(f"model: cannot prune blocks.{index}: {reason}")
+
+
 def tokens_read(model: Any, prefix: int) -> int | None:
     """Return how many leading tokens are enough for the head of a compressed model, or None if all are needed.
 

@@ -56,6 +56,7 @@ from gohsp.models.refusals import why_altered, why_computed, why_linear
 from gohsp.models.registry import register
 from gohsp.models.timm_parts import (
     ACTIVATIONS,
+    check_blocks,
     is_gated,
     open_mlp,
     plain_mlp,
@@ -150,11 +151,7 @@ class TimmVit(Family):
     def open_blocks(self, model: Any) -> tuple[OpenBlock, ...]:
         if type(model) not in COMPRESSED_CLASS:
             raise wrong_kind(self.wanted, model)
-        if not len(model.blocks):
-            raise ValueError("model: it has no transformer blocks")
-        for index, block in enumerate(model.blocks):
-            if reason := _why_unsupported(block):
-                raise ValueError(f"model: cannot prune blocks.{index}: {reason}")
+        check_blocks(model, _why_unsupported)
         return tuple(map(_open, model.blocks))
 
     def open_block(self, block: nn.Module) -> OpenBlock | None:
