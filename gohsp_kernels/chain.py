@@ -17,7 +17,7 @@ from . import cpu, dispatch
 from ._autocast import autocast_dtype, run_in
 from ._flops import Macs, telling
 from ._watchers import is_counted
-from .descriptors import ROTARY, AttentionSublayer, MlpSublayer, Sublayer, wrong
+from .descriptors import BIASED, ROTARY, AttentionSublayer, MlpSublayer, Sublayer, wrong
 from .ops import attention_sublayer, check_queries, mlp_sublayer, run
 from .registry import BACKENDS, PackedChain, needs_grad
 
@@ -53,7 +53,7 @@ class SublayerChain:
         self._packed: dict[str, PackedChain] = {}
         self._widest = max((sublayer.widest_head for sublayer in self._sublayers), default=0)
         self._parts = frozenset().union(*(sublayer.parts for sublayer in self._sublayers))
-        self._turned = [sublayer for sublayer in self._sublayers if ROTARY in sublayer.parts]
+        self._placed = [sublayer for sublayer in self._sublayers if not sublayer.parts.isdisjoint((ROTARY, BIASED))]
         self._tensors = [t for sublayer in self._sublayers for t in sublayer.tensors if t is not None]
 
     def __call__(self, x: Tensor, *, num_queries: int | None = None, backend: str | None = None) -> Tensor:
@@ -74,8 +74,8 @@ class SublayerChain:
         if x.dim() != 3:
             raise wrong("x", "3 dimensions (batch, tokens, features)", f"shape {list(x.shape)}")
         queries = check_queries(num_queries, x.shape[1])
-        for sublayer in self._turned:
-            sublayer.check_tokens(x.shape[1])
+        for sublayer in self._placed:
+            sublayer.check_images(x.shape[0], x.shape[1])
         if self._sublayers and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor):
             differentiable = needs_grad((x, *self._tensors))
             rows = x.shape[0] * x.shape[1]

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _native, reference
@@ -197,7 +198,7 @@ class PackedSublayer:
 
     Attributes:
         panels: int32, words of its packed matrices one behind the other, then of the affine parts of the q and k
-            norms.
+            norms, of rotary positions and of biases.
         layout: int64, :func:`packing`, kind and sizes, then widths and plans of kept columns;
             csrc/torch/cpu_ops.cpp reads it in this order.
         constants: eps, eps of the q and k norms, softmax scale, eps of the inner norm.
@@ -238,8 +239,11 @@ def _angles(heads: Attention) -> Tensor:
     return (by_head[:, :, 0] if alike else table).contiguous()
 
 
+_BIAS_ROW = 16  # rows of biases begin on a multiple of so many, as in csrc/cpu/kernels.h
+
+
 def _attention_words(heads: Attention) -> tuple[list[Tensor], list[int]]:
-    """What attention itself adds to panels and layout: norms of q and k, rotary positions."""
+    """What attention itself adds to panels and layout: norms of q and k, rotary positions, biases of scores."""
     qk_norm = qk_norm_table(*heads.norms) if heads.qk_widths else None
     panels, tokens, pairs = [], 0, 0
     if qk_norm is not None:
@@ -250,7 +254,23 @@ def _attention_words(heads: Attention) -> tuple[list[Tensor], list[int]]:
         angles = _angles(heads)
         _, tokens, pairs = angles.shape
         panels.append(angles.flatten().view(torch.int32))
-    return panels, [int(qk_norm is not None), _norm_kind(heads.norm), tokens, pairs]
+    numbers = [int(qk_norm is not None), _norm_kind(heads.norm), tokens, pairs]
+    if not heads.has_bias or not heads.qk_widths:
+        return panels, [*numbers, 0, 0]
+    bias = _biases(heads)
+    panels.append(F.pad(bias, (0, -bias.shape[-1] % _BIAS_ROW)).flatten().view(torch.int32))
+    return panels, [*numbers, len(bias), bias.shape[-1]]
+
+
+def _biases(heads: Attention) -> Tensor:
+    """What is added to scores: float32 [groups, heads, tokens, tokens]."""
+    bias = torch.zeros((), device="cpu")
+    if heads.bias_table is not None and heads.bias_index is not None:
+        bias = heads.bias_table.detach().to(torch.float32)[heads.bias_index].movedim(-1, 0)[None]
+    if heads.bias_mask is None:
+        return bias
+    mask = heads.bias_mask.detach().to(torch.float32)[:, None]
+    return bias + mask.expand(-1, len(heads.qk_widths), -1, -1)
 
 
 def pack_attention(sublayer: AttentionSublayer, features: int, weights: str = "float32") -> PackedSublayer:

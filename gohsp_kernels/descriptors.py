@@ -99,8 +99,8 @@ class Descriptor:
             if type(value) is not float and not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
                 raise TypeError(f"{name}: wanted a number; got {type(value).__name__}")
 
-    def check_tokens(self, tokens: int) -> None:
-        """Compare what belongs to tokens with how many there are.
+    def check_images(self, batch: int, tokens: int) -> None:
+        """Compare what belongs to single images and tokens with how many there are.
 
         Raises:
             ValueError: they differ.
@@ -155,8 +155,9 @@ def _types(kind: Any) -> dict[str, str]:
     return {field.name: str(field.type) for field in dataclasses.fields(kind)}
 
 
-ROTARY, GATED, INNER_NORM, RMS_NORM = "rotary positions", "a gated MLP", "an inner norm", "RMSNorm"
-PARTS = frozenset((ROTARY, GATED, INNER_NORM, RMS_NORM))
+ROTARY, BIASED, GATED = "rotary positions", "biased scores", "a gated MLP"
+INNER_NORM, RMS_NORM = "an inner norm", "RMSNorm"
+PARTS = frozenset((ROTARY, BIASED, GATED, INNER_NORM, RMS_NORM))
 """What a sublayer may have that a backend need not know; see :attr:`Descriptor.parts`."""
 
 OPERATORS: dict[str, type[Descriptor]] = {}
@@ -215,6 +216,9 @@ class _Heads(Descriptor):
     """What attention and the sublayer around it ask of their heads."""
 
     rope: Tensor | None = None
+    bias_table: Tensor | None = None
+    bias_index: Tensor | None = None
+    bias_mask: Tensor | None = None
     qk_widths: tuple[int, ...]
     v_widths: tuple[int, ...]
     rope_pairs: str = "halves"
@@ -222,11 +226,30 @@ class _Heads(Descriptor):
 
     @property
     def parts(self) -> frozenset[str]:
-        return _named({ROTARY: self.rope is not None, RMS_NORM: self.norm == "rms"})
+        return _named(self._parts_of_heads())
 
-    def check_tokens(self, tokens: int) -> None:
+    def _parts_of_heads(self) -> dict[str, bool]:
+        return {
+            ROTARY: self.rope is not None,
+            BIASED: self.has_bias,
+            RMS_NORM: self.norm == "rms",
+        }
+
+    def check_images(self, batch: int, tokens: int) -> None:
         if self.rope is not None and self.rope.shape[1] != tokens:
             raise wrong("rope", f"angles for {tokens} tokens, as x has", f"shape {list(self.rope.shape)}")
+        for name in ("bias_index", "bias_mask"):
+            of_tokens = getattr(self, name)
+            if of_tokens is not None and of_tokens.shape[-1] != tokens:
+                raise wrong(name, f"those of {tokens} tokens, as x has", f"shape {list(of_tokens.shape)}")
+        if self.bias_mask is not None and batch % self.bias_mask.shape[0]:
+            wanted = f"a number of groups that divides the {batch} images"
+            raise wrong("bias_mask", wanted, f"shape {list(self.bias_mask.shape)}")
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether something is added to the scores."""
+        return self.bias_table is not None or self.bias_mask is not None
 
     @property
     def channels(self) -> int:
@@ -254,6 +277,7 @@ class _Heads(Descriptor):
 
         _check_one_of("norm", self.norm, NORM_KINDS)
         _check_one_of("rope_pairs", self.rope_pairs, ROPE_PAIRS)
+        self._check_bias()
         if self.rope is None:
             return
         if any(width % 2 for width in qk_widths):
@@ -261,6 +285,23 @@ class _Heads(Descriptor):
         check_tensor("rope", self.rope)
         tokens = self.rope.shape[1] if self.rope.dim() > 1 else 0
         _check_weight("rope", self.rope, 2, tokens, sum(qk_widths) // 2)
+
+    def _check_bias(self) -> None:
+        table, index, mask = self.bias_table, self.bias_index, self.bias_mask
+        if (table is None) != (index is None):
+            absent, there = ("bias_table", "bias_index") if table is None else ("bias_index", "bias_table")
+            raise wrong(absent, f"a tensor beside {there}", None)
+        if table is not None and index is not None:
+            check_tensor("bias_table", table)
+            _check_weight("bias_table", table, len(table) if table.dim() else 0, len(self.qk_widths))
+            _check_places("bias_index", index, len(table))
+        if mask is None:
+            return
+        check_tensor("bias_mask", mask)
+        groups, tokens = (mask.shape[0], mask.shape[-1]) if mask.dim() == 3 else (1, 0)
+        _check_weight("bias_mask", mask, max(groups, 1), tokens, tokens)
+        if index is not None and index.shape[0] != tokens:
+            raise wrong("bias_mask", f"as many tokens as bias_index has, {index.shape[0]}", tokens)
 
     def _check_norms(self) -> None:
         q_weight, q_bias, k_weight, k_bias = norms = self.norms
@@ -278,6 +319,9 @@ class _Heads(Descriptor):
 INNER_NORM_ARGUMENTS = ("inner_norm_weight", "inner_norm_bias", "inner_features", "inner_eps")
 """Names of what makes a norm in front of a sublayer's last matrix."""
 
+BIASES = ("bias_table", "bias_index", "bias_mask")
+"""Names of what is added to scores."""
+
 NORM_KINDS = ("layer", "rms")
 """Norms: LayerNorm, or RMSNorm, which takes no mean."""
 
@@ -288,7 +332,9 @@ NORMS = ("q_norm_weight", "q_norm_bias", "k_norm_weight", "k_norm_bias")
 """Names of the norms on q and k, which all heads share."""
 
 
-@_operator("ragged_attention", activations="qkv", residual=False, attends=True, added=("rope", "rope_pairs", "norm"))
+@_operator(
+    "ragged_attention", activations="qkv", residual=False, attends=True, added=("rope", "rope_pairs", "norm", *BIASES)
+)
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Attention(_Heads):
     """See :func:`gohsp_kernels.ragged_attention`; ``eps`` and ``norm`` are those of the norms on q and k."""
@@ -321,7 +367,10 @@ class Attention(_Heads):
 
 
 @_operator(
-    "attention_sublayer", residual=True, attends=True, added=("rope", "rope_pairs", "norm", *INNER_NORM_ARGUMENTS)
+    "attention_sublayer",
+    residual=True,
+    attends=True,
+    added=("rope", "rope_pairs", "norm", *INNER_NORM_ARGUMENTS, *BIASES),
 )
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AttentionSublayer(_Heads):
@@ -351,13 +400,12 @@ class AttentionSublayer(_Heads):
     @property
     def attention(self) -> Attention:
         """The attention inside."""
-        same = ("rope", "qk_widths", "v_widths", "rope_pairs", "norm", "scale", *NORMS)
+        same = ("rope", "qk_widths", "v_widths", "rope_pairs", "norm", "scale", *NORMS, *BIASES)
         return Attention(eps=self.qk_eps, **{name: getattr(self, name) for name in same})
 
     @property
     def parts(self) -> frozenset[str]:
-        found = {ROTARY: self.rope is not None, INNER_NORM: self.inner_features > 0}  # super() stops a trace of torch's
-        return _named({**found, RMS_NORM: self.norm == "rms"})
+        return _named({**self._parts_of_heads(), INNER_NORM: self.inner_features > 0})
 
     def check(self, features: int) -> None:
         self._check_heads()
@@ -519,6 +567,7 @@ def _check_activation(activation: str) -> None:
 
 
 _widths_needed = PackedCache(by_content=False)
+_places_needed = PackedCache(by_content=False)
 
 
 def _width_needed(cols: Tensor) -> int:
@@ -526,6 +575,26 @@ def _width_needed(cols: Tensor) -> int:
     columns = cols.tolist()
     ascend = all(before < after for before, after in pairwise([-1, *columns]))
     return max(columns, default=-1) + 1 if ascend else -1
+
+
+def _rows_needed(index: Tensor) -> int:
+    """Fewest rows that a table has which ``index`` refers to; -1 where one of its numbers is negative."""
+    if index.numel() == 0:
+        return 0
+    return int(index.max()) + 1 if int(index.min()) >= 0 else -1
+
+
+def _check_places(argument: str, index: Tensor, rows: int) -> None:
+    """Refuse an index [tokens, tokens] that does not stay within a table of so many rows."""
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{argument}: wanted an int64 tensor; got {type(index).__name__}")
+    if index.dim() != 2 or index.dtype != torch.int64 or index.shape[0] != index.shape[1]:
+        raise wrong(argument, "int64 [tokens, tokens]", f"{index.dtype} {list(index.shape)}")
+    if torch.compiler.is_compiling() or index.is_meta or isinstance(index, FakeTensor):
+        return  # such tensors hold no numbers
+    needed = _places_needed.get(index, (index,), (), lambda: _rows_needed(index))
+    if not 0 <= needed <= rows:
+        raise wrong(argument, f"rows of a bias_table of {rows}", f"{int(index.min())} to {int(index.max())}")
 
 
 def _shown(columns: Sequence[int]) -> str:

@@ -98,7 +98,7 @@ def _graph_node(kind: type[Descriptor]) -> Callable[..., Tensor]:
             raise wrong(kind.activations, "3 dimensions" if kind.attends else "at least 1", f"shape {list(x.shape)}")
         if kind.attends:
             check_queries(num_queries, x.shape[1])
-            operator.check_tokens(x.shape[1])
+            operator.check_images(x.shape[0], x.shape[1])
         # Not all could be checked while the call was traced, when nothing was in its columns yet.
         operator.check(x.shape[-1])
         check_devices(x, operator.tensors)
@@ -202,6 +202,9 @@ def ragged_attention(
     k_norm_bias: Tensor | None = None,
     rope: Tensor | None = None,
     rope_pairs: str = "halves",
+    bias_table: Tensor | None = None,
+    bias_index: Tensor | None = None,
+    bias_mask: Tensor | None = None,
     norm: str = "layer",
     eps: float = 1e-6,
     num_queries: int | None = None,
@@ -211,7 +214,8 @@ def ragged_attention(
 
     Args:
         qkv: [batch, tokens, 2 * sum(qk_widths) + sum(v_widths)]: q of all heads, k of all heads, v of all heads.
-        qk_widths: QK channels of each head. A head with none has equal scores: it gives the mean of its values.
+        qk_widths: QK channels of each head. A head with none has equal scores: it gives the mean of its values, if
+            nothing is added to them.
         v_widths: V channels of each head.
         scale: factor on the scores; for a pruned head that of its original width.
         q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias: [head width], LayerNorm on q and k of each head.
@@ -220,6 +224,11 @@ def ragged_attention(
             order. Tokens without a position have cosine 1 and sine 0. All QK widths are even.
         rope_pairs: "halves", where channels c and c + w / 2 of a head of w are a pair, or "neighbours", where 2 c and
             2 c + 1 are.
+        bias_table, bias_index: [positions, heads] and int64 [tokens, tokens], relative positions: row
+            ``bias_index[query, key]`` of the table is added to the scaled scores, to each head's its own. A head
+            without QK channels has these scores alone.
+        bias_mask: [groups, tokens, tokens], added to the scores of all heads. Image i of the batch takes group
+            i % groups, as windows of an image do that lie in the batch; the batch is a multiple of these.
         norm: "layer", or "rms" where the norms on q and k are RMSNorms.
         eps: of those norms.
         num_queries: compute the first so many tokens only.
@@ -241,6 +250,9 @@ def ragged_attention(
         k_norm_weight=k_norm_weight,
         k_norm_bias=k_norm_bias,
         rope=rope,
+        bias_table=bias_table,
+        bias_index=bias_index,
+        bias_mask=bias_mask,
         qk_widths=tuple(qk_widths),
         v_widths=tuple(v_widths),
         rope_pairs=rope_pairs,
@@ -249,7 +261,7 @@ def ragged_attention(
         eps=eps,
     )
     heads.check_input(qkv)
-    heads.check_tokens(qkv.shape[1])
+    heads.check_images(qkv.shape[0], qkv.shape[1])
     return run(heads, qkv, backend, check_queries(num_queries, qkv.shape[1]))
 
 
@@ -274,6 +286,9 @@ def attention_sublayer(
     k_norm_bias: Tensor | None = None,
     rope: Tensor | None = None,
     rope_pairs: str = "halves",
+    bias_table: Tensor | None = None,
+    bias_index: Tensor | None = None,
+    bias_mask: Tensor | None = None,
     norm: str = "layer",
     inner_norm_weight: Tensor | None = None,
     inner_norm_bias: Tensor | None = None,
@@ -300,7 +315,7 @@ def attention_sublayer(
         layer_scale: [outputs] or None.
         in_cols, out_cols: features that are read, and that are written.
         q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias: [head width], norms on q and k, with ``qk_eps``.
-        rope, rope_pairs: as in :func:`ragged_attention`.
+        rope, rope_pairs, bias_table, bias_index, bias_mask: as in :func:`ragged_attention`.
         norm: "layer", or "rms" where all norms here are RMSNorms, which take no mean.
         inner_norm_weight, inner_norm_bias: [sum(v_widths)], affine part of a norm on the outputs of all heads in front
             of proj, with ``inner_eps``.
@@ -337,6 +352,9 @@ def attention_sublayer(
         inner_norm_weight=inner_norm_weight,
         inner_norm_bias=inner_norm_bias,
         rope=rope,
+        bias_table=bias_table,
+        bias_index=bias_index,
+        bias_mask=bias_mask,
         qk_widths=tuple(qk_widths),
         v_widths=tuple(v_widths),
         rope_pairs=rope_pairs,
@@ -348,7 +366,7 @@ def attention_sublayer(
         inner_eps=inner_eps,
     )
     sublayer.check(x.shape[2])
-    sublayer.check_tokens(x.shape[1])
+    sublayer.check_images(x.shape[0], x.shape[1])
     return run(sublayer, x, backend, check_queries(num_queries, x.shape[1]))
 
 

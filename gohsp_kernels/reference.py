@@ -206,18 +206,20 @@ def ragged_attention(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor:
     n_qk, n_v = sum(heads.qk_widths), sum(heads.v_widths)
     q, k, v = qkv.split([n_qk, n_qk, n_v], dim=-1)
     q = q[:, :num_queries]
+    biases = score_bias(heads, qkv, num_queries)
     outputs: list[Tensor] = [qkv.new_empty(0)] * len(heads.qk_widths)
     for (qk, width), members in _same_width_heads(heads.qk_widths, heads.v_widths).items():
         ids, qk_starts, v_starts = zip(*members, strict=True)
         values = _heads(v, v_starts, width)
-        if qk == 0 or width == 0:
+        bias = None if biases is None else biases[:, list(ids)]
+        if width == 0 or (qk == 0 and bias is None):
             out = _mean_of_values(values, num_queries)
         else:
             angles = None if heads.rope is None else _heads(heads.rope, [s // 2 for s in qk_starts], qk // 2)
             of_queries = None if angles is None else angles[:, :, :num_queries]
             queries = _finished(heads, _heads(q, qk_starts, qk), "q", of_queries)
             keys = _finished(heads, _heads(k, qk_starts, qk), "k", angles)
-            out = _attend(queries, keys, values, heads.scale)
+            out = _attend(queries, keys, values, heads.scale, bias)
         for head, head_out in zip(ids, out.unbind(1), strict=True):
             outputs[head] = head_out
     if not outputs:
@@ -230,12 +232,30 @@ TRAINED_BY_PRODUCTS = {torch.float32: 256, torch.bfloat16: 1024}
 together, most of all in bfloat16. Beyond, the fused form is as fast in float32 and saves the square."""
 
 
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+def score_bias(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor | None:
+    """What is added to the scores of the first queries of each image, in the dtype of qkv; None if nothing is.
+
+    Returns:
+        [batch or 1, heads, num_queries, tokens].
+    """
+    bias = None
+    if heads.bias_table is not None and heads.bias_index is not None:
+        bias = heads.bias_table[heads.bias_index[:num_queries]].movedim(-1, 0)[None].to(qkv.dtype)
+    if heads.bias_mask is None:
+        return bias
+    mask = heads.bias_mask[:, None, :num_queries].to(qkv.dtype)
+    mask = mask.expand(-1, len(heads.qk_widths), -1, -1)
+    mask = mask if len(mask) == 1 else mask.repeat(qkv.shape[0] // len(mask), 1, 1, 1)
+    return mask if bias is None else bias + mask
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     trains = queries.device.type == "cpu" and queries.requires_grad and torch.is_grad_enabled()
     short = trains and keys.shape[-2] <= TRAINED_BY_PRODUCTS.get(queries.dtype, 0)
-    if short or forward_ad._current_level >= 0:  # the fused forms have no forward derivative
-        return (queries * scale @ keys.mT).softmax(dim=-1) @ values
-    return F.scaled_dot_product_attention(queries, keys, values, scale=scale)
+    if short or queries.shape[-1] == 0 or forward_ad._current_level >= 0:  # fused forms have no forward derivative
+        scores = queries * scale @ keys.mT
+        return (scores if bias is None else scores + bias).softmax(dim=-1) @ values
+    return F.scaled_dot_product_attention(queries, keys, values, bias, scale=scale)
 
 
 def bf16_attention(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor:
@@ -246,16 +266,19 @@ def bf16_attention(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor:
     outputs = [qkv.new_zeros(qkv.shape[0], num_queries, 0)]
     halves = [width // 2 for width in heads.qk_widths]
     turns = [None] * len(halves) if heads.rope is None else heads.rope.split(halves, -1)
-    for queries, keys, values, angles in zip(
+    biases = score_bias(heads, qkv, num_queries)
+    for queries, keys, values, angles, bias in zip(
         q[:, :num_queries].split(list(heads.qk_widths), -1),
         k.split(list(heads.qk_widths), -1),
         v.split(list(heads.v_widths), -1),
         turns,
+        [None] * len(halves) if biases is None else biases.unbind(1),
         strict=True,
     ):
         queries = _finished(heads, queries, "q", None if angles is None else angles[:, :num_queries]) * heads.scale
         keys = _finished(heads, keys, "k", angles)
         scores = _in_bf16(queries) @ _in_bf16(keys).mT
+        scores = scores if bias is None else scores + bias
         shares = (scores - scores.amax(-1, keepdim=True)).exp()
         outputs.append((_in_bf16(shares) @ _in_bf16(values) / shares.sum(-1, keepdim=True)).to(qkv.dtype))
     return torch.cat(outputs, dim=-1)

@@ -144,6 +144,16 @@ class Maker:
         angles = 3 * self.normal(tokens, sum(qk_widths) // 2)
         return torch.stack((angles.cos(), angles.sin()))
 
+    def bias(self, heads: int, tokens: int, groups: int = 0) -> dict[str, Any]:
+        """What is added to scores, as keyword arguments; with groups a mask for each, which leaves one's own score."""
+        positions = 2 * tokens + 3
+        index = torch.randint(positions, (tokens, tokens), generator=self.generator)
+        found: dict[str, Any] = {"bias_table": self.normal(positions, heads), "bias_index": index}
+        if groups:
+            apart = torch.rand(groups, tokens, tokens, generator=self.generator) < 0.2
+            found["bias_mask"] = -100.0 * (apart & ~torch.eye(tokens, dtype=torch.bool))
+        return found
+
     def inner_norm(self, width: int, features: int, **more: Any) -> dict[str, Any]:
         """A norm over ``features`` in front of the last matrix, ``width`` of which are kept, as keyword arguments."""
         affine = {"inner_norm_weight": self.normal(width), "inner_norm_bias": self.normal(width)}
@@ -313,6 +323,26 @@ EDGES: Mapping[str, Callable[[Maker], Call]] = {
         2, 21, [6, 6], [8, 3], rope=m.rope(21, [6, 6]), rope_pairs="neighbours", norm="rms", **m.qk_norm(6)
     ),
     "ragged_attention, rotary positions without a channel": lambda m: m.attention(1, 3, [0], [4], rope=m.rope(3, [0])),
+    "ragged_attention, biased scores": lambda m: m.attention(
+        2, 67, [8, 0, 7], [8, 3, 33], num_queries=41, **m.bias(3, 67)
+    ),
+    "ragged_attention, biases of images in turns": lambda m: m.attention(6, 49, [32, 5], [32, 16], **m.bias(2, 49, 3)),
+    "ragged_attention, a mask alone": lambda m: m.attention(
+        4, 17, [8, 0], [8, 3], bias_mask=m.bias(2, 17, 2)["bias_mask"]
+    ),
+    "ragged_attention, biased scores without a head": lambda m: m.attention(2, 3, [], [], **m.bias(0, 3, 2)),
+    "attention_sublayer, biased scores": lambda m: m.attention_sublayer(
+        3, 50, 16, [6, 0, 9], [8, 3, 0], 9, 11, num_queries=1, **m.bias(3, 50)
+    ),
+    "attention_sublayer, biases of images in turns": lambda m: m.attention_sublayer(
+        4, 16, 16, [4, 4], [8, 3], qk_eps=0.5, **m.bias(2, 16, 2), **m.qk_norm(4)
+    ),
+    "attention_sublayer, biased scores of turned channels": lambda m: m.attention_sublayer(
+        2, 17, 16, [6, 2], [8, 3], rope=m.rope(17, [6, 2]), **m.bias(2, 17, 2)
+    ),
+    "attention_sublayer, no token and biased scores": lambda m: m.attention_sublayer(
+        2, 0, 16, [4], [4], **m.bias(1, 0)
+    ),
     "attention_sublayer, no head": lambda m: m.attention_sublayer(2, 7, 16, [], []),
     "attention_sublayer, a head without QK channels": lambda m: m.attention_sublayer(2, 7, 16, [0, 4], [4, 4]),
     "attention_sublayer, a head without V channels": lambda m: m.attention_sublayer(2, 7, 16, [4, 4], [0, 4]),

@@ -20,9 +20,25 @@ struct HeadBuffers {
   int64_t ldq, ldk, ldv;
 };
 
-// Softmax of s[0:tokens] without its division: s becomes exp(s - max), the result is 1 / sum.
-inline float softmax_row(float* s, int64_t tokens) {
+// Where the biases of one image and head are, row by row; without values where there are none.
+struct BiasRows {
+  const float* values;
+  int64_t ld;
+
+  const float* row(int64_t query) const { return values == nullptr ? nullptr : values + query * ld; }
+};
+
+inline BiasRows bias_of(const ScoreBias& bias, int64_t image, int64_t head, int64_t heads) {
+  if (bias.values == nullptr) return {};
+  const int64_t ld = ScoreBias::row_stride_of(bias.tokens);
+  return {bias.values + (image % bias.groups * heads + head) * bias.tokens * ld, ld};
+}
+
+// Softmax of s[0:tokens] + bias without its division: s becomes exp(s - max), the result is 1 / sum.
+inline float softmax_row(float* s, const float* bias, int64_t tokens) {
   const int64_t padded = round_up(tokens, W);
+  if (bias != nullptr)
+    for (int64_t j = 0; j < padded; j += W) store(s + j, load(s + j) + load(bias + j));
   for (int64_t j = tokens; j < padded; ++j) s[j] = -__builtin_inff();
   Vec top = load(s);
   for (int64_t j = W; j < padded; j += W) top = larger(load(s + j), top);
@@ -38,15 +54,15 @@ inline float softmax_row(float* s, int64_t tokens) {
 
 // out[0:rows, 0:width] = softmax(q K^T) V for one head. scores: [M, ld_scores] scratch. out may overrun by a tile.
 inline void attend_tile(const float* q, const HeadBuffers& from, const float* k_t, const float* v, int64_t qk_width,
-                        int64_t v_width, int64_t rows, int64_t tokens, float* scores, int64_t ld_scores, float* out,
-                        int64_t ldo) {
+                        int64_t v_width, const BiasRows& bias, int64_t r0, int64_t rows, int64_t tokens, float* scores,
+                        int64_t ld_scores, float* out, int64_t ldo) {
   for (int64_t j = 0; j < tokens; j += N) {
     const int64_t vectors = min(NV, ceil_div(tokens - j, W));
     kTiles<Float32>.of[rows][vectors](q, from.ldq, k_t + j, from.ldk, kZeros, qk_width, scores + j, ld_scores,
                                       {k_t + j, 0});
   }
   float inverse[M];
-  for (int64_t i = 0; i < rows; ++i) inverse[i] = softmax_row(scores + i * ld_scores, tokens);
+  for (int64_t i = 0; i < rows; ++i) inverse[i] = softmax_row(scores + i * ld_scores, bias.row(r0 + i), tokens);
   for (int64_t c = 0; c < v_width; c += N) {
     const int64_t vectors = min(NV, ceil_div(v_width - c, W));
     kTiles<Float32>.of[rows][vectors](scores, ld_scores, v + c, from.ldv, kZeros, tokens, out + c, ldo, {v + c, 0});
@@ -77,17 +93,18 @@ struct PairScratch {
   }
 };
 
-// Attention of query rows [r0, r1) into out[r1 - r0, ldo], all heads side by side.
-inline void attend(const Heads& heads, const HeadBuffers& from, int64_t tokens, int64_t r0, int64_t r1, float* scores,
-                   int64_t ld_scores, float* out, int64_t ldo) {
+// Attention of query rows [r0, r1) of an image into out[r1 - r0, ldo], all heads side by side.
+inline void attend(const Heads& heads, const HeadBuffers& from, int64_t image, int64_t tokens, int64_t r0, int64_t r1,
+                   float* scores, int64_t ld_scores, float* out, int64_t ldo) {
   const int64_t rows = r1 - r0, tiles = ceil_div(rows, M);
   int64_t qk_start = 0, v_start = 0;
   for (int64_t h = 0; h < heads.count; ++h) {
     const int64_t qk_width = heads.qk_widths[h], v_width = heads.v_widths[h];
+    const BiasRows bias = bias_of(heads.bias, image, h, heads.count);
     for (int64_t t = 0; t < tiles && v_width > 0; ++t) {
       const int64_t i0 = part_begin(rows, tiles, t), i1 = part_begin(rows, tiles, t + 1);
       attend_tile(from.q + (r0 + i0) * from.ldq + qk_start, from, from.k_t + qk_start * from.ldk, from.v + v_start,
-                  qk_width, v_width, i1 - i0, tokens, scores, ld_scores, out + i0 * ldo + v_start, ldo);
+                  qk_width, v_width, bias, r0 + i0, i1 - i0, tokens, scores, ld_scores, out + i0 * ldo + v_start, ldo);
     }
     qk_start += qk_width;
     v_start += v_width;
@@ -96,12 +113,13 @@ inline void attend(const Heads& heads, const HeadBuffers& from, int64_t tokens, 
 
 // The same with the products of pairs in formats/bfloat16.h. Keys and values become pairs once a head and block of queries,
 // which costs less than a hundredth of what follows; softmax stays in fp32.
-inline void attend_in_pairs(const Heads& heads, const HeadBuffers& from, int64_t tokens, int64_t r0, int64_t r1,
-                            const PairScratch& s, float* out, int64_t ldo) {
+inline void attend_in_pairs(const Heads& heads, const HeadBuffers& from, int64_t image, int64_t tokens, int64_t r0,
+                            int64_t r1, const PairScratch& s, float* out, int64_t ldo) {
   const int64_t tiles = ceil_div(r1 - r0, kBlockRows);
   int64_t qk_start = 0, v_start = 0;
   for (int64_t h = 0; h < heads.count; ++h) {
     const int64_t qk_width = heads.qk_widths[h], v_width = heads.v_widths[h];
+    const BiasRows bias = bias_of(heads.bias, image, h, heads.count);
     pair_rows(from.k_t + qk_start * from.ldk, from.ldk, qk_width, tokens, s.keys, s.ld_keys);
     pair_rows(from.v + v_start, from.ldv, tokens, v_width, s.values, s.ld_values);
     for (int64_t t = 0; t < tiles && v_width > 0; ++t) {
@@ -113,7 +131,7 @@ inline void attend_in_pairs(const Heads& heads, const HeadBuffers& from, int64_t
       multiply_pairs(s.left, rows, qk_width, s.keys, s.ld_keys, tokens, s.scores, s.ld_keys);
       float inverse[kBlockRows];
       for (int64_t i = 0; i < rows; ++i) {
-        inverse[i] = softmax_row(s.scores + i * s.ld_keys, tokens);
+        inverse[i] = softmax_row(s.scores + i * s.ld_keys, bias.row(i0 + i), tokens);
         narrow_row(s.scores + i * s.ld_keys, tokens, s.left, i);
       }
       alignas(64) float c[kBlockRows * N];

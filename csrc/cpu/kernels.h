@@ -10,7 +10,7 @@
 namespace gohsp {
 
 // Raise this when packed weights or columns are arranged in another way than before.
-constexpr uint64_t kPackingVersion = 4;
+constexpr uint64_t kPackingVersion = 5;
 
 // A number for the arrangement of weights of this format, and of columns, that the kernels of this name read (FNV-1a of
 // name, format and version). Packed layouts begin with it. Not negative.
@@ -57,6 +57,16 @@ struct Rope {
   int64_t pairs = 0;  // of all heads, or of one where all have the same angles
 };
 
+// Added to the scores of each head, query and key. Images take the groups in turns: image i of a batch takes i % groups.
+struct ScoreBias {
+  const float* values = nullptr;  // [groups, heads, tokens, row_stride_of(tokens)], padded by anything; nullptr: none
+  int64_t groups = 0;
+  int64_t tokens = 0;
+
+  // Rows begin on a multiple of the widest vector there is.
+  static constexpr int64_t row_stride_of(int64_t tokens) { return (tokens + 15) / 16 * 16; }
+};
+
 struct Heads {
   int64_t count;
   const int64_t* qk_widths;  // [count]
@@ -66,6 +76,7 @@ struct Heads {
   float scale;              // applied to q here; 1 where the weights hold it already
   Norm norm = Norm::layer;  // of q and k
   Rope rope = {};
+  ScoreBias bias = {};
 };
 
 // A norm in front of the last matrix of a sublayer (affine part folded away).

@@ -208,7 +208,7 @@ inline void attention(const Heads& heads, const float* qkv, const Shape& shape, 
     const int64_t r0 = part_begin(shape.queries, query_blocks, block);
     const int64_t r1 = part_begin(shape.queries, query_blocks, block + 1);
     float* out = buffers.out + worker * rows * buffers.ld_v;
-    attend(heads, buffers.of(image), shape.tokens, r0, r1, buffers.scores + worker * M * buffers.ld_tokens,
+    attend(heads, buffers.of(image), image, shape.tokens, r0, r1, buffers.scores + worker * M * buffers.ld_tokens,
            buffers.ld_tokens, out, buffers.ld_v);
     for (int64_t r = r0; r < r1; ++r)
       copy_row(out + (r - r0) * buffers.ld_v, v_total, y + (image * shape.queries + r) * v_total);

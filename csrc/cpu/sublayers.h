@@ -208,7 +208,7 @@ class Chain {
     const float* from = (layer == 0 ? x_ : state_) + (image * shape_.tokens + r0) * features;
     float* to = last ? y_ + (image * shape_.queries + r0) * features : state_ + (image * shape_.tokens + r0) * features;
     if (segment > 0) {
-      attend_rows(layer, buffers(image, segment - 1), r0, r1, from, to, scratch);
+      attend_rows(layer, image, buffers(image, segment - 1), r0, r1, from, to, scratch);
       from = to;
       ++layer;
     }
@@ -259,13 +259,13 @@ class Chain {
     finish_keys(a.heads, into, r0, rows, a.k.n, scratch.inner, ld_inner_);
   }
 
-  void attend_rows(int64_t layer, const HeadBuffers& heads, int64_t r0, int64_t r1, const float* x, float* y,
-                   const Scratch& scratch) const {
+  void attend_rows(int64_t layer, int64_t image, const HeadBuffers& heads, int64_t r0, int64_t r1, const float* x,
+                   float* y, const Scratch& scratch) const {
     const Attention& a = *layers_[layer].attention;
     if (attends_in_pairs(a.proj.format)) {
-      attend_in_pairs(a.heads, heads, shape_.tokens, r0, r1, scratch.pairs, scratch.inner, ld_inner_);
+      attend_in_pairs(a.heads, heads, image, shape_.tokens, r0, r1, scratch.pairs, scratch.inner, ld_inner_);
     } else {
-      attend(a.heads, heads, shape_.tokens, r0, r1, scratch.scores, ld_tokens_, scratch.inner, ld_inner_);
+      attend(a.heads, heads, image, shape_.tokens, r0, r1, scratch.scores, ld_tokens_, scratch.inner, ld_inner_);
     }
     add_product(inner(r1 - r0, a.norm, a.inner, a.proj, scratch), r1 - r0, a.proj, a.out, x, y, scratch);
   }

@@ -201,20 +201,23 @@ gohsp::Norm norm_of(int64_t id) {
   return static_cast<gohsp::Norm>(id);
 }
 
-// What a layout tells of attention itself, beside widths: whether q and k are normalised, how, and by how many pairs of
-// how many tokens they are turned.
-struct Turns {
+// What a layout tells of attention itself, beside widths: whether q and k are normalised, how, by how many pairs of how
+// many tokens they are turned, and how many groups of how many tokens have biases of their own.
+struct HeadNumbers {
   bool normalised;
   gohsp::Norm norm;
   int64_t tokens, pairs;
+  int64_t bias_groups, bias_tokens;
 };
+constexpr int64_t kHeadNumbers = 6;
 
-// Norms and angles of heads whose widths are there, from the words that hold them.
+HeadNumbers head_numbers(const int64_t* numbers) {
+  return {numbers[0] != 0, norm_of(numbers[1]), numbers[2], numbers[3], numbers[4], numbers[5]};
+}
+
+// The angles of heads, from the words that hold them.
 template <class Words>
-void read_heads(gohsp::Heads& heads, const Turns& turns, int64_t qk_total, Words&& floats) {
-  heads.norm = turns.norm;
-  if (turns.normalised) heads.qk_norm = floats(4 * norm_width(heads));
-  if (turns.pairs == 0) return;
+gohsp::Rope read_rope(const gohsp::Heads& heads, const HeadNumbers& turns, int64_t qk_total, Words&& floats) {
   STD_TORCH_CHECK(turns.tokens >= 0 && turns.tokens < kMostColumns,
                   "rope: wanted no negative number of tokens, and no gigantic one");
   for (int64_t h = 0; h < heads.count; ++h)
@@ -222,12 +225,39 @@ void read_heads(gohsp::Heads& heads, const Turns& turns, int64_t qk_total, Words
   if (2 * turns.pairs != qk_total)
     STD_TORCH_CHECK(2 * turns.pairs == norm_width(heads), "rope: wanted ", qk_total / 2,
                     " pairs, or those of one of equal heads; got ", turns.pairs);
-  heads.rope = {floats(2 * turns.tokens * turns.pairs), turns.tokens, turns.pairs};
+  return {floats(2 * turns.tokens * turns.pairs), turns.tokens, turns.pairs};
 }
 
-void check_tokens(const gohsp::Heads& heads, int64_t tokens) {
+// The biases of all groups, from the words that hold them.
+template <class Words>
+gohsp::ScoreBias read_bias(int64_t heads, const HeadNumbers& numbers, Words&& floats) {
+  const int64_t groups = numbers.bias_groups, tokens = numbers.bias_tokens;
+  STD_TORCH_CHECK(groups > 0 && groups < kMostColumns && tokens >= 0 && tokens < kMostColumns,
+                  "biases: wanted a group, no negative number of tokens, and no gigantic ones");
+  const int64_t stride = gohsp::ScoreBias::row_stride_of(tokens);
+  int64_t count = groups;
+  for (const int64_t size : {heads, tokens, stride})
+    STD_TORCH_CHECK(!__builtin_mul_overflow(count, size, &count), "biases: wanted no gigantic one");
+  return {floats(count), groups, tokens};
+}
+
+// Norms, angles and biases of heads whose widths are there, from the words that hold them.
+template <class Words>
+void read_heads(gohsp::Heads& heads, const HeadNumbers& turns, int64_t qk_total, Words&& floats) {
+  heads.norm = turns.norm;
+  if (turns.normalised) heads.qk_norm = floats(4 * norm_width(heads));
+  if (turns.pairs != 0) heads.rope = read_rope(heads, turns, qk_total, floats);
+  if (turns.bias_groups != 0) heads.bias = read_bias(heads.count, turns, floats);
+}
+
+void check_images(const gohsp::Heads& heads, int64_t batch, int64_t tokens) {
   STD_TORCH_CHECK(heads.rope.angles == nullptr || heads.rope.tokens == tokens, "x: wanted ", heads.rope.tokens,
                   " tokens, for which rotary positions were packed; got ", tokens);
+  if (heads.bias.values == nullptr) return;
+  STD_TORCH_CHECK(heads.bias.tokens == tokens, "x: wanted ", heads.bias.tokens,
+                  " tokens, for which biases of attention were packed; got ", tokens);
+  STD_TORCH_CHECK(batch % heads.bias.groups == 0, "x: wanted a multiple of ", heads.bias.groups,
+                  " images, which have biases of their own in turns; got ", batch);
 }
 
 int64_t inner_features(int64_t features, int64_t kept) {
@@ -236,13 +266,13 @@ int64_t inner_features(int64_t features, int64_t kept) {
   return features;
 }
 
-// Order of the numbers: heads, turns, features of the inner norm, columns in, columns out, QK widths, V widths.
+// Order of the numbers: heads, numbers of these, features of the inner norm, columns in, columns out, QK widths, V widths.
 gohsp::Attention read_attention(Packed& packed, const double* constants, int64_t features) {
   gohsp::Attention a{};
   const int64_t count = packed.number();
-  const bool normalised = packed.number() != 0;
-  a.norm = norm_of(packed.number());
-  const int64_t tokens = packed.number(), pairs = packed.number(), inner = packed.number();
+  const HeadNumbers numbers = head_numbers(packed.numbers(kHeadNumbers));
+  a.norm = numbers.norm;
+  const int64_t inner = packed.number();
   a.in = packed.columns(features);
   a.out = packed.columns(features);
   a.heads = {count,
@@ -256,7 +286,7 @@ gohsp::Attention read_attention(Packed& packed, const double* constants, int64_t
   a.k = packed.matrix(totals.qk, a.in.count);
   a.v = packed.matrix(totals.v, a.in.count);
   a.proj = packed.matrix(a.out.count, totals.v);
-  read_heads(a.heads, {normalised, a.norm, tokens, pairs}, totals.qk, [&](int64_t n) { return packed.floats(n); });
+  read_heads(a.heads, numbers, totals.qk, [&](int64_t n) { return packed.floats(n); });
   a.inner = {inner_features(inner, totals.v), static_cast<float>(constants[3])};
   a.eps = static_cast<float>(constants[0]);
   return a;
@@ -333,15 +363,15 @@ Tensor cpu_attention(Tensor qkv, Tensor widths, Tensor words, std::vector<int64_
   const int64_t* w = indices(widths, "widths");
   gohsp::Heads heads{count, w, w + count, nullptr, static_cast<float>(eps), static_cast<float>(scale)};
   const Totals totals = totals_of(heads);
-  STD_TORCH_CHECK(numbers.size() == 4, "numbers: wanted 4; got ", numbers.size());
+  STD_TORCH_CHECK(numbers.size() == kHeadNumbers, "numbers: wanted ", kHeadNumbers, "; got ", numbers.size());
   Reader<int32_t> reader(contents<int32_t>(words, ScalarType::Int, "words", "int32"), words.numel(), "words");
-  read_heads(heads, {numbers[0] != 0, norm_of(numbers[1]), numbers[2], numbers[3]}, totals.qk,
+  read_heads(heads, head_numbers(numbers.data()), totals.qk,
              [&](int64_t n) { return reinterpret_cast<const float*>(reader.take(n)); });
-  STD_TORCH_CHECK(reader.empty(), "words: wanted no more than norms and angles");
+  STD_TORCH_CHECK(reader.empty(), "words: wanted no more than norms, angles and biases");
   STD_TORCH_CHECK(qkv.dim() == 3 && qkv.size(2) == 2 * totals.qk + totals.v && v_total == totals.v,
                   "qkv: wanted [batch, tokens, ", 2 * totals.qk + totals.v, "]");
   const gohsp::Shape shape{qkv.size(0), qkv.size(1), qkv.size(2), num_queries};
-  check_tokens(heads, shape.tokens);
+  check_images(heads, shape.batch, shape.tokens);
   STD_TORCH_CHECK(num_queries >= 0 && num_queries <= shape.tokens, "num_queries: wanted 0 to ", shape.tokens);
   Tensor y = new_tensor(qkv, {shape.batch, num_queries, totals.v});
   gohsp::kernels().attention(heads, floats(qkv, "qkv"), shape, data(y), pool());
@@ -366,7 +396,7 @@ Tensor cpu_sublayers(Tensor x, std::vector<Tensor> panels, std::vector<Tensor> l
                     " was packed for; got ", shape.features);
     if (kind == gohsp::SublayerKind::attention) {
       const gohsp::Attention attention = read_attention(packed, own, shape.features);
-      check_tokens(attention.heads, shape.tokens);
+      check_images(attention.heads, shape.batch, shape.tokens);
       chain.add(attention);
     } else {
       chain.add(read_mlp(packed, own, shape.features));

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -65,16 +65,21 @@ class Count:
     tokens: int
 
 
+Size = TypeVar("Size", bound="BlockSize")
+
+
 @dataclass(frozen=True)
 class BlockSize:
     """The widths that the cost of a block depends on.
 
     Attributes:
+        heads: Heads that are left.
         qk, v: QK and V channels, summed over the heads.
         hidden: Neurons of the MLP.
         attn_in, attn_out, mlp_in, mlp_out: Residual features read and written.
     """
 
+    heads: int
     qk: int
     v: int
     hidden: int
@@ -84,9 +89,9 @@ class BlockSize:
     mlp_out: int
 
     @classmethod
-    def whole(cls, size: BlockGeometry) -> BlockSize:
+    def whole(cls: type[Size], size: BlockGeometry) -> Size:
         """Return the widths of a block that keeps everything."""
-        return cls(size.span, size.span, size.hidden, size.dim, size.dim, size.dim, size.dim)
+        return cls(size.num_heads, size.span, size.span, size.hidden, size.dim, size.dim, size.dim, size.dim)
 
 
 class Kept(Protocol):
@@ -102,8 +107,8 @@ def count(model: nn.Module, input_size: int | Sequence[int] | None = None, *, ma
 
     A multiply-accumulate is one product of a matrix product: convolution, linear layers, QK^T and PV by their true
     widths. Norms, softmax, activations and additions are not counted, as in torch.utils.flop_counter (which counts two
-    FLOPs for each). The shortcut of a compressed model that computes only the class token in its last block is not
-    taken into account.
+    FLOPs for each), nor is what reads no image, such as what makes a table of relative positions. The shortcut of a
+    compressed model that computes only the class token in its last block is not taken into account.
 
     Args:
         model: Dense timm vision transformer, or a compressed one.
@@ -134,7 +139,10 @@ def count_opened(
     height, width = _image_size(opened.model, input_size)
     tokens = _tokens(opened.model, height, width)
     costs = _count_dense(opened, mask, tokens)
-    return _count_all(opened.model, [block.module for block in opened.blocks], costs, (height, width), tokens)
+    inside = [block.module for block in opened.blocks]
+    if mask is not None:
+        inside += opened.family.taken_over(opened.model)
+    return _count_all(opened.model, inside, costs, (height, width), tokens)
 
 
 def _count_all(
@@ -183,6 +191,7 @@ def count_block(block: OpenBlock, size: BlockSize, tokens: int) -> BlockCount:
     attention_params = count_parameters(attention.q_norm, attention.k_norm)
     attention_params += _sublayer(attention, size.attn_in, rows, size.v, size.attn_out)
     attention_params += _norm_params(attention.inner_norm, size.v)
+    attention_params += 0 if attention.bias is None else size.heads * len(attention.bias.table)
     mlp_params = _sublayer(mlp, size.mlp_in, _rows(block.geometry, size), size.hidden, size.mlp_out)
     mlp_params += _norm_params(mlp.inner_norm, size.hidden)
     attention_macs, mlp_macs = _block_macs(block.geometry, size, tokens)

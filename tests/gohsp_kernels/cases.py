@@ -22,7 +22,7 @@ from torch import Tensor
 
 import gohsp_kernels as gk
 from gohsp_kernels import cpu
-from gohsp_kernels.descriptors import GATED, INNER_NORM, NORM_KINDS, RMS_NORM, ROPE_PAIRS, ROTARY
+from gohsp_kernels.descriptors import BIASED, GATED, INNER_NORM, NORM_KINDS, RMS_NORM, ROPE_PAIRS, ROTARY
 from gohsp_kernels.registry import BACKENDS
 from gohsp_kernels.testing import TOLERANCE, Call, Maker, error, poisoned
 
@@ -120,6 +120,8 @@ def calls(draw: st.DrawFn, operator: str, parts: Collection[str] = ()) -> Call:
     if ROTARY in parts and all(width % 2 == 0 for width in qk):
         pairs = draw(st.sampled_from(ROPE_PAIRS))
         options |= {"rope": maker.rope(tokens, qk), "rope_pairs": pairs}
+    if BIASED in parts and draw(st.booleans()):
+        options |= maker.bias(heads, tokens, draw(st.sampled_from([0, 1, batch])))
     if operator == "ragged_attention":
         return maker.attention(batch, tokens, qk, v, **options, **norms)
     options |= draw(inner_parts(maker, sum(v), parts))

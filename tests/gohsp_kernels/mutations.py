@@ -90,6 +90,16 @@ MUTATIONS = {
     "rotary positions: every head takes the angles of the first": Mutation(
         ATTENTION, "pair += half;", "", "test_operators.py::test_edges"
     ),
+    "biased scores: every image takes the first group": Mutation(
+        ATTENTION, "(image % bias.groups * heads + head)", "head", "test_operators.py::test_edges"
+    ),
+    "biased scores: every head takes those of the first": Mutation(
+        ATTENTION, "(image % bias.groups * heads + head)", "(image % bias.groups * heads)",
+        "test_operators.py::test_edges",
+    ),
+    "biased scores: queries of a later tile take those of the first": Mutation(
+        ATTENTION, "bias.row(r0 + i)", "bias.row(i)", "test_operators.py::test_edges"
+    ),
     "gather: the first column of the next vector is taken": Mutation(
         ROWS, "kept[next] < first + W)", "kept[next] <= first + W)",
         "test_cpu.py::test_batches_and_threads",

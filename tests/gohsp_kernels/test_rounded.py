@@ -77,7 +77,7 @@ def test_result_does_not_depend_on_threads_or_batch(form: str, threads: int) -> 
 
 @needs_native
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("part", ["rotary positions", "a gate", "an inner norm", "RMSNorm"])
+@pytest.mark.parametrize("part", ["rotary positions", "biased scores", "a gate", "an inner norm", "RMSNorm"])
 def test_every_part_beside_every_format(part: str, form: str) -> None:
     """Each behaves as the format's own description says, between sublayers without any."""
     maker = Maker(12)
@@ -85,6 +85,8 @@ def test_every_part_beside_every_format(part: str, form: str) -> None:
     mlp: dict[str, Any] = {}
     if part == "rotary positions":
         attention = {"rope": maker.rope(20, [12, 6, 70]), "rope_pairs": "neighbours"}
+    elif part == "biased scores":
+        attention = maker.bias(3, 20, 3)
     elif part == "a gate":
         mlp = {"activation": "silu", **maker.gate(50, 29)}
     elif part == "an inner norm":

@@ -24,7 +24,8 @@ def attend(
     """Return the outputs of ragged heads, side by side, in plain PyTorch: one call of SDPA a head.
 
     Args:
-        attn: Module with ``qk_widths``, ``v_widths``, ``scale``, ``q_norm``, ``k_norm`` and ``rope_pairs``.
+        attn: Module with ``qk_widths``, ``v_widths``, ``scale``, ``q_norm``, ``k_norm``, ``rope_pairs`` and
+            ``position_bias``.
         qkv: [B, N, 2 * sum(qk_widths) + sum(v_widths)].
         masks: One a head; see :func:`head_masks`.
         is_causal: Attend to earlier tokens only.
@@ -46,6 +47,7 @@ def attend(
     ]
     halves = [width // 2 for width in attn.qk_widths]
     turns: Sequence[Tensor | None] = [None] * len(halves) if rope is None else rope.split(halves, dim=-1)
+    masks, is_causal = _with_biases(masks, is_causal, attn.position_bias, qkv)
     outputs = []
     for q, k, value, mask, angles in zip(*parts, masks, turns, strict=True):
         if q.shape[-1] == 0:
@@ -58,6 +60,25 @@ def attend(
         out = F.scaled_dot_product_attention(q, k, value, mask, dropout, is_causal, scale=attn.scale)
         outputs.append(out[:, 0])
     return torch.cat(outputs, dim=-1)
+
+
+def _with_biases(
+    masks: Sequence[Tensor | None], is_causal: bool, position_bias: Any, qkv: Tensor
+) -> tuple[Sequence[Tensor | None], bool]:
+    """Attention masks of the heads with what is added for relative positions, and whether the call is still causal."""
+    if position_bias is None:
+        return masks, is_causal
+    biases = position_bias().to(qkv.dtype).split(1, dim=1)
+    if is_causal:
+        tokens = qkv.shape[1]
+        masks = [torch.ones(tokens, tokens, dtype=torch.bool, device=qkv.device).tril()] * len(biases)
+    return [_added(bias, mask) for bias, mask in zip(biases, masks, strict=True)], False
+
+
+def _added(bias: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
 
 
 def head_angles(rope: Tensor, num_heads: int, heads: Sequence[int]) -> Tensor:

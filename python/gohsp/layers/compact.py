@@ -22,6 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 import gohsp_kernels as gk
 from gohsp.layers.attention import attend, head_angles, head_masks
 from gohsp.layers.norms import CompactNorm, norm_kind
+from gohsp.layers.position_bias import PositionBias
 from gohsp.masks.layout import BlockLayout
 from gohsp.masks.mask import BlockMask
 from gohsp.models.base import Attention, CompactBlock, Mlp, OpenBlock, Projection
@@ -97,6 +98,7 @@ class PrunedAttention(nn.Module):
         self.k_norm = copy.deepcopy(attn.k_norm)
         self.inner_norm = _cut_norm(attn.inner_norm, layout.proj_cols)
         self.rope_pairs = attn.rope_pairs
+        self.position_bias = None if attn.bias is None else PositionBias(attn.bias, layout.heads)
         self.attn_drop = copy.deepcopy(attn.drop)
         self.proj = _cut_linear(attn.write, layout.attn_out, layout.proj_cols)
         self.proj_drop = copy.deepcopy(attn.write_drop)
@@ -144,6 +146,7 @@ class PrunedAttention(nn.Module):
         fused = all(_is_as_made(norm) and not _is_hooked(norm) for norm in (self.q_norm, self.k_norm))
         if fused and attn_mask is None and not is_causal and dropout == 0.0:
             more: dict[str, Any] = {"rope": rope, "rope_pairs": self.rope_pairs, **self.qk_norm_arguments()}
+            more |= self.bias_arguments()
             heads = gk.ragged_attention(qkv, self.qk_widths, self.v_widths, self.scale, **more)
         else:
             masks = head_masks(attn_mask, is_causal, self.heads, (x.shape[0], self.num_heads, x.shape[1]), x.dtype)
@@ -165,6 +168,11 @@ class PrunedAttention(nn.Module):
             "norm": norm_kind(q),
             "eps": q.eps,
         }
+
+    def bias_arguments(self) -> dict[str, Any]:
+        """Return what is added to scores as :func:`gohsp_kernels.ragged_attention` takes it; empty without."""
+        bias = self.position_bias
+        return {} if bias is None else {"bias_table": bias.table, "bias_index": bias.index}
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, qk={self.qk_widths}, v={self.v_widths}, scale={self.scale:.6g}"
@@ -312,7 +320,8 @@ class PrunedBlock(CompactBlock):
     def _inside(self) -> tuple[nn.Module, ...]:
         attn = self.attn
         norms = self.norm1, attn.q_norm, attn.k_norm, attn.inner_norm, self.norm2, self.mlp.inner_norm
-        return attn, self.mlp, *norms, *self._holders(), self.ls1, self.ls2, *self._drop_modules()
+        bias = () if attn.position_bias is None else (attn.position_bias,)
+        return attn, self.mlp, *norms, *bias, *self._holders(), self.ls1, self.ls2, *self._drop_modules()
 
     def _drop_modules(self) -> tuple[nn.Module, ...]:
         attn, mlp = self.attn, self.mlp
@@ -362,6 +371,7 @@ class PrunedBlock(CompactBlock):
             rope=attn.rope if rope is None else rope,
             rope_pairs=attn.rope_pairs,
             **_inner_norm_arguments(attn.inner_norm),
+            **attn.bias_arguments(),
             **qk_norm,
         )
 
@@ -440,7 +450,7 @@ def _compute_weight(holder: nn.Module) -> None:
 _CODE = {
     kind.forward
     for kind in (
-        *(CompactLinear, CompactLayerScale, CompactNorm, PrunedAttention, PrunedMlp),
+        *(CompactLinear, CompactLayerScale, CompactNorm, PositionBias, PrunedAttention, PrunedMlp),
         *(nn.LayerNorm, LayerNorm, nn.RMSNorm, RmsNorm, nn.Identity, nn.Dropout, DropPath),
     )
 }

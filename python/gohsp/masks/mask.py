@@ -106,7 +106,7 @@ class BlockMask:
         """Return the widths that the cost of what is kept depends on."""
         layout = self.layout()
         kept = (int(columns.sum()) for columns in (self.attn_in, self.attn_out, self.mlp_in, self.mlp_out))
-        return BlockSize(sum(layout.qk_widths), sum(layout.v_widths), layout.hidden.numel(), *kept)
+        return BlockSize(len(layout.heads), sum(layout.qk_widths), sum(layout.v_widths), layout.hidden.numel(), *kept)
 
     def layout(self) -> BlockLayout:
         """Return the ragged layout of what this mask keeps."""

@@ -284,6 +284,25 @@ class Sublayer:
 
 
 @dataclass(frozen=True)
+class ScoreBias:
+    """What is added to the scores of each query and key for their relative position, by head.
+
+    Attributes:
+        table: [positions, H]; a parameter, or computed of some.
+        index: int64 [N, N], the row of the table for each query and key.
+        trains: Whether training changes the table.
+    """
+
+    table: Tensor
+    index: Tensor
+    trains: bool
+
+    def __call__(self) -> Tensor:
+        """Return the biases, [1, H, N, N]."""
+        return self.table[self.index].movedim(-1, 0)[None]
+
+
+@dataclass(frozen=True)
 class Attention(Sublayer):
     """The attention half of a block. ``read`` gives all q, then all k, then all v, head after head.
 
@@ -296,6 +315,7 @@ class Attention(Sublayer):
         rope: Rotary positions, float [2, H or 1, N, d / 2]: cosine and sine of the angle of each pair of channels of q
             and k, for the tokens of an image of the model's own size; None where there are none.
         rope_pairs: Which channels are a pair; see :func:`gohsp_kernels.ragged_attention`.
+        bias: What is added to the scaled scores, or None.
     """
 
     softmax_scale: float
@@ -306,6 +326,7 @@ class Attention(Sublayer):
     inner_norm: Any = field(default_factory=nn.Identity)
     rope: Tensor | None = None
     rope_pairs: str = "halves"
+    bias: ScoreBias | None = None
     prefix: ClassVar[str] = "attn"
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -318,12 +339,14 @@ class Attention(Sublayer):
         """Return softmax(Q K^T) of each head [B, H, N, N] for what ``read`` gave, [B, N, 3 H d]."""
         q, k, _ = self.split(read)
         q, k = self._finished(q, k)
-        return (q * self.softmax_scale @ k.mT).softmax(dim=-1)
+        scores = q * self.softmax_scale @ k.mT
+        return (scores if self.bias is None else scores + self.bias()).softmax(dim=-1)
 
     def hidden(self, read: Tensor) -> Tensor:
         """Return the outputs of all heads side by side, [B, N, H d], for what ``read`` gave, [B, N, 3 H d]."""
         q, k, v = self.split(read)
-        heads = F.scaled_dot_product_attention(*self._finished(q, k), v, scale=self.softmax_scale)
+        bias = None if self.bias is None else self.bias()
+        heads = F.scaled_dot_product_attention(*self._finished(q, k), v, bias, scale=self.softmax_scale)
         inner: Tensor = self.inner_norm(heads.transpose(1, 2).flatten(2))
         return inner
 
@@ -556,6 +579,10 @@ class Family(ABC):
     @abstractmethod
     def assemble(self, model: nn.Module, blocks: Sequence[CompactBlock]) -> nn.Module:
         """Return a copy of a dense model with compact blocks in the place of its own."""
+
+    def taken_over(self, model: nn.Module) -> list[nn.Module]:
+        """Return the modules outside the blocks that a compressed model has not: its blocks do their work."""
+        return []
 
     def refresh(self, model: nn.Module) -> None:  # noqa: B027
         """Bring up to date what the blocks of a compressed model hold of the rest of it, and what no file holds.

@@ -18,46 +18,44 @@ from timm.layers import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from torch import Tensor, nn
 
-from gohsp.files import check_keys, cut, shown
 from gohsp.layers import (
-    CompactLayerScale,
     FrozenBlock,
-    FrozenLinear,
-    PlaceColumns,
     PrunedAttention,
     PrunedBlock,
     PrunedBlocks,
     RaggedAttention,
-    has_additions,
     head_angles,
     plain_linear,
 )
 from gohsp.models.base import (
-    MAX_DEPTH,
     Attention,
     BlockGeometry,
     CompactBlock,
     CompressedModel,
-    Geometry,
     OpenBlock,
     Projection,
     wrong_kind,
 )
 from gohsp.models.refusals import why_altered, why_computed, why_linear
 from gohsp.models.registry import register
+from gohsp.models.timm_named import COMMON_ARGUMENTS, TimmNamed
 from gohsp.models.timm_parts import (
+    SplitBiases,
     check_blocks,
     is_gated,
+    layer_scale,
     open_mlp,
+    placed,
     plain_mlp,
     plain_norm,
     then_select,
     tokens_read,
     unfilled,
+    whole_gamma,
     why_mlp,
     why_norms,
 )
-from gohsp.models.timm_vit import TimmVit, softmax_scale
+from gohsp.models.timm_vit import softmax_scale
 
 
 def angles_of(rope: Tensor, pairs: str, tokens: int) -> Tensor:
@@ -82,45 +80,6 @@ def angles_of(rope: Tensor, pairs: str, tokens: int) -> Tensor:
     prefix = (0, 0, tokens - rope.shape[-2], 0)
     angles = torch.stack((F.pad(cos[..., once], prefix, value=1.0), F.pad(sin[..., once], prefix)))
     return angles if rope.dim() == 3 else angles[:, None]
-
-
-class EvaProjection(Projection):
-    """The q, k and v of timm's EvaAttention: one matrix, with biases for q and for v.
-
-    Args:
-        attn: The attention. Its parameters are what is read and written.
-    """
-
-    def __init__(self, attn: Any) -> None:
-        super().__init__(attn.qkv)
-        self._q_bias, self._k_bias, self._v_bias = attn.q_bias, attn.k_bias, attn.v_bias
-
-    @property
-    def bias(self) -> Tensor | None:
-        return torch.cat((self._q_bias, self._k_bias, self._v_bias))
-
-    @property
-    def has_bias(self) -> bool:
-        return False
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-    @torch.no_grad()
-    def write_(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().write_(weight)
-        if bias is not None:
-            q, _, v = bias.chunk(3)
-            self._q_bias.copy_(q)
-            self._v_bias.copy_(v)
-
-    @torch.no_grad()
-    def clear_(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-        super().clear_(rows, columns)
-        if rows is not None:
-            q, _, v = rows.to(self._q_bias.device).chunk(3)
-            self._q_bias[q] = 0
-            self._v_bias[v] = 0
 
 
 class PrunedEvaBlock(PrunedBlock):
@@ -245,13 +204,25 @@ class PrunedEva(CompressedModel, Eva):
                 block.attn.rope = block.attn.angles(angles_of(turns, block.attn.rope_pairs, tokens))
 
 
-class TimmEva(TimmVit):
+_ARGUMENTS = (
+    *COMMON_ARGUMENTS,
+    *("num_kv_heads", "qkv_fused", "qk_norm", "swiglu_mlp", "swiglu_align_to", "scale_mlp"),
+    *("scale_attn_inner", "attn_type", "pos_drop_rate"),
+    *("attn_only_layer_scale", "class_token", "num_reg_tokens", "no_embed_class"),
+    *("use_abs_pos_emb", "use_rot_pos_emb", "rope_type", "rope_grid_offset", "rope_grid_indexing"),
+    *("rope_temperature", "rope_rotate_half", "rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"),
+    *("rope_mrope_section", "use_pre_transformer_norm", "use_post_transformer_norm", "use_fc_norm"),
+    *("attn_pool_num_heads", "attn_pool_mlp_ratio", "dynamic_img_size", "dynamic_img_pad", "ref_feat_shape"),
+    "head_init_scale",
+)
+
+
+class TimmEva(TimmNamed):
     """Adapter for timm's Eva. What is not here is as in a VisionTransformer."""
 
     wanted = "a timm Eva (EVA-02, DINOv3, ...; not a subclass)"
-
-    def claims(self, model: nn.Module) -> bool:
-        return isinstance(model, Eva)
+    dense, frozen_block = Eva, FrozenEvaBlock
+    arguments = _ARGUMENTS
 
     def open_blocks(self, model: Any) -> tuple[OpenBlock, ...]:
         if type(model) is not Eva:
@@ -272,16 +243,6 @@ class TimmEva(TimmVit):
             )
         tokens: Tensor = model.norm_pre(model._pos_embed(model.patch_embed(images))[0])
         return tokens
-
-    def modules_outside(self, model: Any, height: int, width: int) -> list[tuple[nn.Module, tuple[int, ...]]]:
-        dim, tokens = model.embed_dim, self.tokens(model, height, width)
-        channels = model.patch_embed.proj.in_channels
-        parts: list[tuple[nn.Module | None, tuple[int, ...]]] = [
-            (model.patch_embed, (1, channels, height, width)),
-            (model.attn_pool, (1, tokens, dim)),
-            (model.head, (1, dim)),
-        ]
-        return [(module, shape) for module, shape in parts if module is not None]
 
     def assemble(self, model: nn.Module, blocks: Sequence[CompactBlock]) -> nn.Module:
         result: Any = copy.deepcopy(model)
@@ -312,53 +273,8 @@ class TimmEva(TimmVit):
         del result.own_rope
         return result
 
-    def freeze(self, model: Any, blocks: Any, embedding: str = "float32") -> nn.Module:
-        result: Any = copy.deepcopy(model, {id(model.blocks): model.blocks})
-        for block in blocks:
-            block.__class__ = FrozenEvaBlock
-        result.blocks = blocks
-        if type(model.head) is nn.Linear and not has_additions(model.head):
-            result.head = FrozenLinear(model.head)
-        return result
-
-    def describe(self, model: Any, geometry: Geometry) -> dict[str, Any]:
-        """Return timm's name of the architecture, and the arguments that it was given beside."""
-        config = getattr(model, "pretrained_cfg", None) or {}
-        name = config.get("architecture")
-        if not timm.is_model(name or ""):
-            raise ValueError("model: wanted an Eva that timm.create_model made; plan.json can describe no other")
-        own = {"num_classes": model.num_classes, "global_pool": model.global_pool, "in_chans": model.in_chans}
-        arguments = {**getattr(model, "_model_args", {}), **own, "depth": len(model.blocks)}
-        arguments["img_size"] = list(model.patch_embed.img_size)
-        arguments["use_fc_norm"] = not isinstance(model.fc_norm, nn.Identity)
-        return {
-            "class": "Eva",
-            "architecture": ".".join(filter(None, (name, config.get("tag")))),
-            "arguments": _plain(arguments),
-        }
-
-    def check_description(self, description: Mapping[str, Any], geometry: Geometry) -> None:
-        check_keys(description, ("class", "architecture", "arguments"), "plan.model")
-        arguments = _plain(description["arguments"])
-        if not isinstance(depth := arguments.get("depth"), int) or depth != geometry.depth or depth > MAX_DEPTH:
-            raise ValueError(f"mask: it is made for {geometry}, but plan.model.arguments.depth is {shown(depth)}")
-
     def build(self, description: Mapping[str, Any]) -> nn.Module:
-        check_keys(description, ("class", "architecture", "arguments"), "plan.model")
-        name = description["architecture"]
-        # What is registered is code of timm's; other names, such as "hf-hub:", would make it fetch or read something.
-        if not isinstance(name, str) or not timm.is_model(name):
-            raise ValueError(f"plan.model.architecture: this timm ({timm.__version__}) knows no {shown(name)}")
-        arguments = _plain(description["arguments"])
-        try:
-            with torch.device("meta"):
-                dense: Any = timm.create_model(name, **arguments)
-        except Exception as error:  # timm asserts, divides and indexes with what it is given
-            raise ValueError(f"plan.model.arguments: they do not make a {name}: {cut(error)}") from error
-        if type(dense) is not Eva:
-            raise ValueError(f"plan.model: wanted an Eva, but timm made a {type(dense).__name__}")
-        if dense.patch_embed.num_patches > _MOST_PATCHES:
-            raise ValueError(f"plan.model.arguments.img_size: wanted at most {_MOST_PATCHES} patches")
+        dense: Any = super().build(description)
         if dense.rope is not None:  # no file holds its tables: they follow from the arguments
             dense.rope.to_empty(device="cpu")
             dense.rope.init_non_persistent_buffers()
@@ -416,25 +332,10 @@ def _why_attention(attn: Any) -> str | None:
     return next(filter(None, reasons), None)
 
 
-class _Gamma(nn.Module):
-    """Layer scale that timm's EvaBlock keeps as a parameter of its own, as a module."""
-
-    def __init__(self, gamma: nn.Parameter) -> None:
-        super().__init__()
-        self.gamma = gamma
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
-def _scale(gamma: nn.Parameter | None) -> nn.Module:
-    return nn.Identity() if gamma is None else _Gamma(gamma)
-
-
 def _reads(attn: Any) -> Projection:
     if attn.qkv is None:
         return Projection(attn.q_proj, attn.k_proj, attn.v_proj)
-    return EvaProjection(attn) if getattr(attn, "q_bias", None) is not None else Projection(attn.qkv)
+    return SplitBiases(attn) if getattr(attn, "q_bias", None) is not None else Projection(attn.qkv)
 
 
 def _open(block: Any, rope: Tensor | None) -> OpenBlock:
@@ -455,7 +356,7 @@ def _open(block: Any, rope: Tensor | None) -> OpenBlock:
         body=attn,
         read=read,
         write=Projection(attn.proj),
-        scale=_scale(block.gamma_1),
+        scale=layer_scale(block.gamma_1),
         drop_path=block.drop_path1,
         geometry=size,
         softmax_scale=softmax_scale(attn),
@@ -467,7 +368,7 @@ def _open(block: Any, rope: Tensor | None) -> OpenBlock:
         rope=None if rope is None or tokens is None else angles_of(rope, pairs, tokens),
         rope_pairs=pairs,
     )
-    return OpenBlock(block, attention, open_mlp(block, _scale(block.gamma_2), size))
+    return OpenBlock(block, attention, open_mlp(block, layer_scale(block.gamma_2), size))
 
 
 def _plain_block(block: PrunedBlock, prefix: int, by_head: bool) -> nn.Module:
@@ -477,28 +378,14 @@ def _plain_block(block: PrunedBlock, prefix: int, by_head: bool) -> nn.Module:
     # timm's own takes the rotary positions of all heads that there were.
     of_all = not by_head or len(attn.heads) == attn.num_heads
     plain.attn = _plain_attention(attn, prefix, of_all)
-    plain.gamma_1 = _whole_gamma(block.ls1)
+    plain.gamma_1 = whole_gamma(block.ls1)
     plain.drop_path1 = block.drop_path1
     plain.norm2 = then_select(block.norm2, mlp.in_cols)
     plain.mlp = plain_mlp(mlp)
-    plain.mlp.fc2 = _placed(mlp.fc2, mlp.out_cols, mlp.dim)
-    plain.gamma_2 = _whole_gamma(block.ls2)
+    plain.mlp.fc2 = placed(mlp.fc2, mlp.out_cols, mlp.dim)
+    plain.gamma_2 = whole_gamma(block.ls2)
     plain.drop_path2 = block.drop_path2
     return cast(nn.Module, plain.train(block.training))
-
-
-def _placed(linear: Any, cols: Tensor | None, features: int) -> nn.Module:
-    plain = plain_linear(linear)
-    return plain if cols is None else nn.Sequential(plain, PlaceColumns(cols, features))
-
-
-def _whole_gamma(scale: nn.Module) -> nn.Parameter | None:
-    if not isinstance(scale, CompactLayerScale):
-        return None
-    if scale.out_cols is None:
-        return scale.gamma
-    whole = scale.gamma.detach().new_ones(scale.dim).index_copy(0, scale.out_cols, scale.gamma.detach())
-    return nn.Parameter(whole, requires_grad=scale.gamma.requires_grad)
 
 
 def _plain_attention(attn: PrunedAttention, prefix: int, of_all: bool) -> nn.Module:
@@ -507,7 +394,7 @@ def _plain_attention(attn: PrunedAttention, prefix: int, of_all: bool) -> nn.Mod
     if of_all and len(widths) == 1 and 0 not in widths and whole and math.isclose(attn.scale, min(widths) ** -0.5):
         return _librarys_attention(attn, prefix)
     plain: Any = PlainEvaAttention(attn)
-    plain.proj = _placed(attn.proj, attn.out_cols, attn.dim)
+    plain.proj = placed(attn.proj, attn.out_cols, attn.dim)
     return plain
 
 
@@ -518,43 +405,8 @@ def _librarys_attention(attn: PrunedAttention, prefix: int) -> nn.Module:
     plain.head_dim, plain.scale = width, width**-0.5
     plain.attn_dim = plain.kv_dim = len(attn.heads) * width
     plain.num_prefix_tokens, plain.rotate_half = prefix, attn.rope_pairs == "halves"
-    plain.qkv, plain.proj = plain_linear(attn.qkv), _placed(attn.proj, attn.out_cols, attn.dim)
+    plain.qkv, plain.proj = plain_linear(attn.qkv), placed(attn.proj, attn.out_cols, attn.dim)
     plain.q_norm, plain.k_norm = attn.q_norm, attn.k_norm
     plain.norm = plain_norm(attn.inner_norm, plain.attn_dim)
     plain.attn_drop, plain.proj_drop = attn.attn_drop, attn.proj_drop
     return cast(nn.Module, plain)
-
-
-_ARGUMENTS = (
-    *("img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth", "num_heads"),
-    *("num_kv_heads", "qkv_bias", "qkv_fused", "qk_norm", "mlp_ratio", "swiglu_mlp", "swiglu_align_to", "scale_mlp"),
-    *("scale_attn_inner", "attn_type", "drop_rate", "pos_drop_rate", "proj_drop_rate", "attn_drop_rate"),
-    *("drop_path_rate", "init_values", "attn_only_layer_scale", "class_token", "num_reg_tokens", "no_embed_class"),
-    *("use_abs_pos_emb", "use_rot_pos_emb", "rope_type", "rope_grid_offset", "rope_grid_indexing"),
-    *("rope_temperature", "rope_rotate_half", "rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"),
-    *("rope_mrope_section", "use_pre_transformer_norm", "use_post_transformer_norm", "use_fc_norm"),
-    *("attn_pool_num_heads", "attn_pool_mlp_ratio", "dynamic_img_size", "dynamic_img_pad", "ref_feat_shape"),
-    "head_init_scale",
-)
-"""All that a description gives to timm; one that names anything else, such as weights to fetch, is refused."""
-
-_MOST, _MOST_PATCHES = 2**24, 2**20
-
-
-def _plain(arguments: Any) -> dict[str, Any]:
-    """Return the arguments of a description, which are numbers, names and short lists of these."""
-    if not isinstance(arguments, Mapping):
-        raise ValueError(f"plan.model.arguments: wanted a mapping, got {type(arguments).__name__}")
-    found = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
-    for name, value in found.items():
-        if name not in _ARGUMENTS:
-            raise ValueError(f"plan.model.arguments: wanted no {shown(name)}, which {shown(value)} is given for")
-        for part in value if isinstance(value, list) else [value]:
-            fits = (
-                part is None or isinstance(part, bool | str) or (isinstance(part, int | float) and abs(part) <= _MOST)
-            )
-            if not fits:
-                raise ValueError(
-                    f"plan.model.arguments.{name}: wanted a number up to {_MOST} or a name, got {shown(part)}"
-                )
-    return found

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from timm.layers import GELU, GELUTanh, GluMlp, LayerNorm, QuickGELU, RmsNorm, SwiGLU
 from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
 
-from gohsp.layers import PrunedMlp, SelectColumns, norm_kind, plain_linear
+from gohsp.layers import CompactLayerScale, PlaceColumns, PrunedMlp, SelectColumns, norm_kind, plain_linear
 from gohsp.models.base import BlockGeometry, Mlp, Projection
 from gohsp.models.refusals import why_linear
 
@@ -79,9 +80,9 @@ def open_mlp(block: Any, scale: nn.Module, size: BlockGeometry) -> Mlp:
 def why_norms(block: Any) -> str | None:
     """Return why the norms of a block are not those of the kernels, or None if they are."""
     attn = block.attn
-    inner = getattr(attn, "norm", nn.Identity())
+    q_norm, k_norm, inner = (getattr(attn, name, nn.Identity()) for name in ("q_norm", "k_norm", "norm"))
     halves = (
-        {"norm1": block.norm1, "attn.q_norm": attn.q_norm, "attn.k_norm": attn.k_norm, "attn.norm": inner},
+        {"norm1": block.norm1, "attn.q_norm": q_norm, "attn.k_norm": k_norm, "attn.norm": inner},
         {"norm2": block.norm2, "mlp.norm": getattr(block.mlp, "norm", nn.Identity())},
     )
     for norms in halves:
@@ -93,10 +94,10 @@ def why_norms(block: Any) -> str | None:
                 return f"{name} has no learned scale or no eps"
         if len({norm_kind(norm) for norm in there.values()}) > 1:
             return f"{', '.join(there)} are norms of different kinds"
-    if isinstance(attn.q_norm, nn.Identity) != isinstance(attn.k_norm, nn.Identity):
+    if isinstance(q_norm, nn.Identity) != isinstance(k_norm, nn.Identity):
         return "a norm on q or on k alone"
-    if getattr(attn.q_norm, "eps", None) != getattr(attn.k_norm, "eps", None):
-        return f"q and k norms of different eps ({attn.q_norm.eps} and {attn.k_norm.eps})"
+    if getattr(q_norm, "eps", None) != getattr(k_norm, "eps", None):
+        return f"q and k norms of different eps ({q_norm.eps} and {k_norm.eps})"
     return None
 
 
@@ -134,7 +135,9 @@ def tokens_read(model: Any, prefix: int) -> int | None:
         model: Its head reads ``prefix`` tokens where it does not pool the patches.
         prefix: Two where a distillation token is read whatever the pooling, else one.
     """
-    if model.training or model.grad_checkpointing or len(model.blocks) == 0 or model.attn_pool is not None:
+    if model.training or model.grad_checkpointing or len(model.blocks) == 0:
+        return None
+    if getattr(model, "attn_pool", None) is not None:
         return None
     # A hook may look at tokens that the head does not read.
     if any(m._forward_hooks or m._forward_pre_hooks for m in (model.blocks, model.norm)):
@@ -182,3 +185,74 @@ def plain_mlp(mlp: PrunedMlp) -> nn.Module:
     plain.fc2 = plain_linear(mlp.fc2)
     plain.drop1, plain.drop2 = mlp.drop1, mlp.drop2
     return cast(nn.Module, plain)
+
+
+class SplitBiases(Projection):
+    """The q, k and v of an attention of timm's that is one matrix, with biases for q and for v apart from it.
+
+    Args:
+        attn: The attention. Its parameters are what is read and written.
+    """
+
+    def __init__(self, attn: Any) -> None:
+        super().__init__(attn.qkv)
+        self._q_bias, self._k_bias, self._v_bias = attn.q_bias, attn.k_bias, attn.v_bias
+
+    @property
+    def bias(self) -> Tensor | None:
+        return torch.cat((self._q_bias, self._k_bias, self._v_bias))
+
+    @property
+    def has_bias(self) -> bool:
+        return False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    @torch.no_grad()
+    def write_(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().write_(weight)
+        if bias is not None:
+            q, _, v = bias.chunk(3)
+            self._q_bias.copy_(q)
+            self._v_bias.copy_(v)
+
+    @torch.no_grad()
+    def clear_(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+        super().clear_(rows, columns)
+        if rows is not None:
+            q, _, v = rows.to(self._q_bias.device).chunk(3)
+            self._q_bias[q] = 0
+            self._v_bias[v] = 0
+
+
+class _Gamma(nn.Module):
+    """Layer scale that a block of timm's keeps as a parameter of its own, as a module."""
+
+    def __init__(self, gamma: nn.Parameter) -> None:
+        super().__init__()
+        self.gamma = gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+def layer_scale(gamma: nn.Parameter | None) -> nn.Module:
+    """Return the layer scale of a block that keeps it as a parameter, as a module."""
+    return nn.Identity() if gamma is None else _Gamma(gamma)
+
+
+def placed(linear: Any, cols: Tensor | None, features: int) -> nn.Module:
+    """Return a plain linear layer with the parameters of a compact one, whose outputs go where they belong."""
+    plain = plain_linear(linear)
+    return plain if cols is None else nn.Sequential(plain, PlaceColumns(cols, features))
+
+
+def whole_gamma(scale: nn.Module) -> nn.Parameter | None:
+    """Return a factor for each residual feature, as timm's blocks keep them; None without layer scale."""
+    if not isinstance(scale, CompactLayerScale):
+        return None
+    if scale.out_cols is None:
+        return scale.gamma
+    whole = scale.gamma.detach().new_ones(scale.dim).index_copy(0, scale.out_cols, scale.gamma.detach())
+    return nn.Parameter(whole, requires_grad=scale.gamma.requires_grad)

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gohsp.count import BlockSize, count_block
-from gohsp.models.base import BlockGeometry, OpenBlock
+from gohsp.models.base import OpenBlock
 
 COSTS = ("params", "macs", "ms")
 ATTENTION_GROUPS = ("heads", "qk", "v", "attn_in", "attn_out")
@@ -45,28 +45,8 @@ class Step:
 
 
 @dataclass(frozen=True)
-class BlockBudget:
+class BlockBudget(BlockSize):
     """What a block keeps: heads, QK and V channels summed over these, neurons, residual features read and written."""
-
-    heads: int
-    qk: int
-    v: int
-    hidden: int
-    attn_in: int
-    attn_out: int
-    mlp_in: int
-    mlp_out: int
-
-    @classmethod
-    def whole(cls, size: BlockGeometry) -> BlockBudget:
-        """Return the budget of a block that keeps everything."""
-        return cls(size.num_heads, **asdict(BlockSize.whole(size)))
-
-    def size(self) -> BlockSize:
-        """Return the widths that the block's cost depends on."""
-        widths = asdict(self)
-        del widths["heads"]
-        return BlockSize(**widths)
 
 
 @dataclass(frozen=True)
@@ -104,7 +84,7 @@ def counted(block: OpenBlock, tokens: int, kind: str) -> BlockCost:
     """Return the exact cost of a dense block's halves, in "params" or "macs", as a function of what it keeps."""
 
     def cost(budget: BlockBudget) -> tuple[float, float]:
-        found = count_block(block, budget.size(), tokens)
+        found = count_block(block, budget, tokens)
         return getattr(found, f"attn_{kind}"), getattr(found, f"mlp_{kind}")
 
     return cost

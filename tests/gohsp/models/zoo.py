@@ -63,6 +63,16 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "rotary positions of every block and head": partial(_named, "vit_small_patch16_rope_mixed_224"),
     "Perception Encoder, pooled by attention": partial(_named, "vit_pe_core_tiny_patch16_384"),
     "Sapiens2, RMSNorm and qk-norm": partial(_named, "vit_base_patch16_sapiens2", num_kv_heads=3),
+    "BEiT": partial(_named, "beit_base_patch16_224"),
+    "BEiT v2 with biases of all blocks, pooled by its class token": partial(
+        _named, "beitv2_base_patch16_224", use_shared_rel_pos_bias=True, global_pool="token"
+    ),
+    "relative positions by an MLP": partial(_named, "vit_relpos_base_patch16_clsgap_224", init_values=0.5),
+    "relative positions by an MLP for all blocks": partial(_named, "vit_srelpos_small_patch16_224", init_values=0.5),
+    "relative positions by the MLP of Swin v2, and qk-norm": partial(
+        _named, "vit_relpos_base_patch16_224", rel_pos_type="mlp_swin", qk_norm=True
+    ),
+    "relative positions by a table": partial(_named, "vit_relpos_base_patch16_cls_224", rel_pos_type="bias"),
     "timm VisionTransformer": partial(_timm, init_values=0.5),
     "timm hybrid": partial(timm.create_model, "vit_tiny_r_s16_p8_224", img_size=SIDE, depth=2, num_classes=5),
     "ViTModel": partial(_hugging_face, "ViTModel", "ViTConfig", WIDE),
