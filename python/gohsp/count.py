@@ -56,13 +56,15 @@ class Count:
         params: All parameters; on a compressed model exactly ``sum(p.numel() for p in model.parameters())``.
         macs: All multiply-accumulates, with every token computed in every block.
         blocks: The cost of each block.
-        tokens: Tokens that the blocks see, class and register tokens included.
+        tokens: Tokens that the blocks see, class and register tokens included; of a model with stages the first ones.
+        attended: Of each block how many tokens it sees, and to how many each of them attends.
     """
 
     params: int
     macs: int
     blocks: tuple[BlockCount, ...]
     tokens: int
+    attended: tuple[tuple[int, int], ...]
 
 
 Size = TypeVar("Size", bound="BlockSize")
@@ -123,9 +125,12 @@ def count(model: nn.Module, input_size: int | Sequence[int] | None = None, *, ma
         return count_opened(open_model(model), input_size, mask=mask)
     blocks = find_compact_blocks(model)
     height, width = _image_size(model, input_size)
-    tokens = _tokens(model, height, width)
-    costs = [_count_modules(block.halves(), block.geometry, block.mask.size(), tokens) for block in blocks]
-    return _count_all(model, blocks, costs, (height, width), tokens)
+    attended = _attended(model, height, width, len(blocks))
+    costs = [
+        _count_modules(block.halves(), block.geometry, block.mask.size(), sizes)
+        for block, sizes in zip(blocks, attended, strict=True)
+    ]
+    return _count_all(model, blocks, costs, (height, width), attended)
 
 
 def count_opened(
@@ -137,16 +142,20 @@ def count_opened(
         ValueError: The input size does not suit the model, or the mask does not fit it.
     """
     height, width = _image_size(opened.model, input_size)
-    tokens = _tokens(opened.model, height, width)
-    costs = _count_dense(opened, mask, tokens)
+    attended = _attended(opened.model, height, width, len(opened.blocks))
+    costs = _count_dense(opened, mask, attended)
     inside = [block.module for block in opened.blocks]
     if mask is not None:
         inside += opened.family.taken_over(opened.model)
-    return _count_all(opened.model, inside, costs, (height, width), tokens)
+    return _count_all(opened.model, inside, costs, (height, width), attended)
 
 
 def _count_all(
-    model: nn.Module, blocks: Sequence[nn.Module], costs: Sequence[BlockCount], size: tuple[int, int], tokens: int
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    costs: Sequence[BlockCount],
+    size: tuple[int, int],
+    attended: Sequence[tuple[int, int]],
 ) -> Count:
     """Add what stands outside the blocks to their costs."""
     outside = count_parameters(model) - count_parameters(*blocks)
@@ -155,36 +164,35 @@ def _count_all(
         params=outside + sum(cost.params for cost in costs),
         macs=macs + sum(cost.macs for cost in costs),
         blocks=tuple(costs),
-        tokens=tokens,
+        tokens=attended[0][0],
+        attended=tuple(attended),
     )
 
 
-def _count_dense(opened: OpenModel, mask: Kept | None, tokens: int) -> list[BlockCount]:
+def _count_dense(opened: OpenModel, mask: Kept | None, attended: Sequence[tuple[int, int]]) -> list[BlockCount]:
     if mask is None:
         halves = [[(half.norm, half.body, half.scale) for half in block.sublayers] for block in opened.blocks]
         sizes = [BlockSize.whole(block.geometry) for block in opened.blocks]
-        geometries = opened.geometry.blocks
-        return [_count_modules(*own, tokens) for own in zip(halves, geometries, sizes, strict=True)]
+        return list(map(_count_modules, halves, opened.geometry.blocks, sizes, attended))
     mask.check_fits(opened.geometry)
-    pairs = zip(opened.blocks, mask.blocks, strict=True)
-    return [count_block(block, kept.size(), tokens) for block, kept in pairs]
+    return list(map(count_block, opened.blocks, [kept.size() for kept in mask.blocks], attended))
 
 
 def _count_modules(
-    halves: Sequence[Sequence[nn.Module]], geometry: BlockGeometry, size: BlockSize, tokens: int
+    halves: Sequence[Sequence[nn.Module]], geometry: BlockGeometry, size: BlockSize, attended: tuple[int, int]
 ) -> BlockCount:
     attention, mlp = (count_parameters(*modules) for modules in halves)
-    attention_macs, mlp_macs = _block_macs(geometry, size, tokens)
+    attention_macs, mlp_macs = _block_macs(geometry, size, attended)
     return BlockCount(attention, attention_macs, mlp, mlp_macs)
 
 
-def count_block(block: OpenBlock, size: BlockSize, tokens: int) -> BlockCount:
+def count_block(block: OpenBlock, size: BlockSize, attended: tuple[int, int]) -> BlockCount:
     """Count what a dense block would cost if it were cut to the given widths.
 
     Args:
         block: Tells which parts it has: biases, layer scale, norms on q and k.
         size: The widths.
-        tokens: Tokens in a sequence.
+        attended: How many tokens the block sees, and to how many each of them attends.
     """
     attention, mlp = block.sublayers
     rows = 2 * size.qk + size.v
@@ -194,7 +202,7 @@ def count_block(block: OpenBlock, size: BlockSize, tokens: int) -> BlockCount:
     attention_params += 0 if attention.bias is None else size.heads * len(attention.bias.table)
     mlp_params = _sublayer(mlp, size.mlp_in, _rows(block.geometry, size), size.hidden, size.mlp_out)
     mlp_params += _norm_params(mlp.inner_norm, size.hidden)
-    attention_macs, mlp_macs = _block_macs(block.geometry, size, tokens)
+    attention_macs, mlp_macs = _block_macs(block.geometry, size, attended)
     return BlockCount(attention_params, attention_macs, mlp_params, mlp_macs)
 
 
@@ -215,11 +223,11 @@ def _norm_params(norm: nn.Module, width: int) -> int:
     return width * sum(1 for _ in norm.parameters())
 
 
-def _block_macs(geometry: BlockGeometry, size: BlockSize, tokens: int) -> tuple[int, int]:
-    rows = 2 * size.qk + size.v
+def _block_macs(geometry: BlockGeometry, size: BlockSize, attended: tuple[int, int]) -> tuple[int, int]:
+    rows, (tokens, keys) = 2 * size.qk + size.v, attended
     products = tokens * (size.attn_in * rows + size.v * size.attn_out)
     mlp_macs = tokens * (size.mlp_in * _rows(geometry, size) + size.hidden * size.mlp_out)
-    return products + tokens * tokens * (size.qk + size.v), mlp_macs
+    return products + tokens * keys * (size.qk + size.v), mlp_macs
 
 
 def _image_size(model: nn.Module, input_size: int | Sequence[int] | None) -> tuple[int, int]:
@@ -234,9 +242,11 @@ def _image_size(model: nn.Module, input_size: int | Sequence[int] | None) -> tup
     return sizes
 
 
-def _tokens(model: nn.Module, height: int, width: int) -> int:
+def _attended(model: nn.Module, height: int, width: int, blocks: int) -> list[tuple[int, int]]:
+    family = family_of(model)
     try:
-        return family_of(model).tokens(model, height, width)
+        tokens = family.tokens(model, height, width)
+        return family.attended(model, height, width) or [(tokens, tokens)] * blocks
     except ValueError as error:
         raise ValueError(f"input_size: {error}") from error
 

@@ -68,7 +68,7 @@ def _with_biases(
     """Attention masks of the heads with what is added for relative positions, and whether the call is still causal."""
     if position_bias is None:
         return masks, is_causal
-    biases = position_bias().to(qkv.dtype).split(1, dim=1)
+    biases = position_bias(len(qkv)).to(qkv.dtype).split(1, dim=1)
     if is_causal:
         tokens = qkv.shape[1]
         masks = [torch.ones(tokens, tokens, dtype=torch.bool, device=qkv.device).tril()] * len(biases)

@@ -172,7 +172,9 @@ class PrunedAttention(nn.Module):
     def bias_arguments(self) -> dict[str, Any]:
         """Return what is added to scores as :func:`gohsp_kernels.ragged_attention` takes it; empty without."""
         bias = self.position_bias
-        return {} if bias is None else {"bias_table": bias.table, "bias_index": bias.index}
+        if bias is None:
+            return {}
+        return {"bias_table": bias.table, "bias_index": bias.index, "bias_mask": bias.mask}
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, qk={self.qk_widths}, v={self.v_widths}, scale={self.scale:.6g}"

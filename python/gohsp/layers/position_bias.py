@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from gohsp.models.base import ScoreBias
+from gohsp.models.base import ScoreBias, score_bias
 
 
 class PositionBias(nn.Module):
@@ -19,16 +19,19 @@ class PositionBias(nn.Module):
     """
 
     index: Tensor
+    mask: Tensor | None
 
     def __init__(self, bias: ScoreBias, heads: Sequence[int]) -> None:
         super().__init__()
         self.table = nn.Parameter(bias.table.detach()[:, list(heads)].clone(), requires_grad=bias.trains)
-        real = self.table.device.type == "meta"  # no file holds the index
-        self.register_buffer("index", bias.index if real else bias.index.to(self.table.device), persistent=False)
+        real = self.table.device.type == "meta"  # no file holds index and mask
+        for name, values in (("index", bias.index), ("mask", bias.mask)):
+            kept = values if real or values is None else values.to(self.table.device)
+            self.register_buffer(name, kept, persistent=False)
 
-    def forward(self) -> Tensor:
-        """Return the biases, [1, heads, N, N]."""
-        return self.table[self.index].movedim(-1, 0)[None]
+    def forward(self, batch: int) -> Tensor:
+        """Return the biases for so many sequences, [batch or 1, heads, N, N]."""
+        return score_bias(self.table, self.index, self.mask, batch)
 
     def extra_repr(self) -> str:
         return f"{self.table.shape[0]} positions, {self.table.shape[1]} heads"

@@ -9,7 +9,7 @@ the model. Ranking, pruning, masks, layers and training see these objects and ne
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -257,6 +257,13 @@ class Sublayer:
         """Return the residual stream after this sublayer in evaluation mode, [B, N, D] from [B, N, D]."""
         return self.trace(x).after
 
+    def enter(self, x: Tensor) -> Tensor:
+        """Return the residual stream as this sublayer reads it, for that behind the one before it.
+
+        The two are the same but where a model has something between its blocks, which may change all sizes.
+        """
+        return x
+
     def trace(self, x: Tensor) -> Trace:
         """Compute step by step what the model does in evaluation mode, and return all of it.
 
@@ -284,22 +291,50 @@ class Sublayer:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """Which tokens attend to each other, where not all of an image do: those of one window.
+
+    Attributes:
+        order: int64 [windows, n], the tokens of each window; every token is in one.
+    """
+
+    order: Tensor
+
+    def split(self, x: Tensor) -> Tensor:
+        """Return the tokens window by window, [B * windows, n, m] from [B, N, m]."""
+        return x.index_select(1, self.order.flatten()).unflatten(1, self.order.shape).flatten(0, 1)
+
+    def join(self, x: Tensor) -> Tensor:
+        """Undo :meth:`split`."""
+        inverse = self.order.flatten().argsort()
+        return x.unflatten(0, (-1, len(self.order))).flatten(1, 2).index_select(1, inverse)
+
+
+@dataclass(frozen=True)
 class ScoreBias:
-    """What is added to the scores of each query and key for their relative position, by head.
+    """What is added to the scores of each query and key, by head: for their relative position, and as a mask.
 
     Attributes:
         table: [positions, H]; a parameter, or computed of some.
         index: int64 [N, N], the row of the table for each query and key.
         trains: Whether training changes the table.
+        mask: [windows, N, N], added to the scores of every head of a window; None for none.
     """
 
     table: Tensor
     index: Tensor
     trains: bool
+    mask: Tensor | None = None
 
-    def __call__(self) -> Tensor:
-        """Return the biases, [1, H, N, N]."""
-        return self.table[self.index].movedim(-1, 0)[None]
+    def __call__(self, batch: int) -> Tensor:
+        """Return the biases for so many sequences, [batch or 1, H, N, N]."""
+        return score_bias(self.table, self.index, self.mask, batch)
+
+
+def score_bias(table: Tensor, index: Tensor, mask: Tensor | None, batch: int) -> Tensor:
+    """Return the biases of :class:`ScoreBias` for so many sequences, [batch or 1, H, N, N]."""
+    bias = table[index].movedim(-1, 0)[None]
+    return bias if mask is None else bias + mask.to(bias.dtype)[:, None].repeat(batch // len(mask), 1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -316,6 +351,8 @@ class Attention(Sublayer):
             and k, for the tokens of an image of the model's own size; None where there are none.
         rope_pairs: Which channels are a pair; see :func:`gohsp_kernels.ragged_attention`.
         bias: What is added to the scaled scores, or None.
+        windows: Which tokens attend to each other, or None where all do.
+        transition: What the model has between the block before and this one; None for nothing.
     """
 
     softmax_scale: float
@@ -327,7 +364,12 @@ class Attention(Sublayer):
     rope: Tensor | None = None
     rope_pairs: str = "halves"
     bias: ScoreBias | None = None
+    windows: Windows | None = None
+    transition: Callable[[Tensor], Tensor] | None = None
     prefix: ClassVar[str] = "attn"
+
+    def enter(self, x: Tensor) -> Tensor:
+        return x if self.transition is None else self.transition(x)
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v, [B, H, N, d] each, of what ``read`` gave, [B, N, 3 H d]. Norms are not applied."""
@@ -336,18 +378,22 @@ class Attention(Sublayer):
         return q, k, v
 
     def probabilities(self, read: Tensor) -> Tensor:
-        """Return softmax(Q K^T) of each head [B, H, N, N] for what ``read`` gave, [B, N, 3 H d]."""
-        q, k, _ = self.split(read)
+        """Return softmax(Q K^T) of each head [B, H, N, N] for what ``read`` gave, [B, N, 3 H d].
+
+        Where tokens attend in windows, B counts these.
+        """
+        q, k, _ = self.split(read if self.windows is None else self.windows.split(read))
         q, k = self._finished(q, k)
         scores = q * self.softmax_scale @ k.mT
-        return (scores if self.bias is None else scores + self.bias()).softmax(dim=-1)
+        return (scores if self.bias is None else scores + self.bias(len(q))).softmax(dim=-1)
 
     def hidden(self, read: Tensor) -> Tensor:
         """Return the outputs of all heads side by side, [B, N, H d], for what ``read`` gave, [B, N, 3 H d]."""
-        q, k, v = self.split(read)
-        bias = None if self.bias is None else self.bias()
+        q, k, v = self.split(read if self.windows is None else self.windows.split(read))
+        bias = None if self.bias is None else self.bias(len(q))
         heads = F.scaled_dot_product_attention(*self._finished(q, k), v, bias, scale=self.softmax_scale)
-        inner: Tensor = self.inner_norm(heads.transpose(1, 2).flatten(2))
+        heads = heads.transpose(1, 2).flatten(2)
+        inner: Tensor = self.inner_norm(heads if self.windows is None else self.windows.join(heads))
         return inner
 
     def _finished(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -571,6 +617,13 @@ class Family(ABC):
         Raises:
             ValueError: The model is fixed to another size.
         """
+
+    def attended(self, model: nn.Module, height: int, width: int) -> list[tuple[int, int]] | None:
+        """Return for each block how many tokens it sees, and to how many each attends, for images of a size.
+
+        None where every block sees the tokens that :meth:`tokens` tells of, and each attends to all.
+        """
+        return None
 
     @abstractmethod
     def modules_outside(self, model: nn.Module, height: int, width: int) -> list[tuple[nn.Module, tuple[int, ...]]]:

@@ -64,27 +64,34 @@ class TimmNamed(TimmVit):
         return cast(nn.Module, result)
 
     def describe(self, model: Any, geometry: Geometry) -> dict[str, Any]:
-        """Return timm's name of the architecture, and the arguments that it was given beside."""
+        own = {"num_classes": model.num_classes, "global_pool": model.global_pool, "in_chans": model.in_chans}
+        own |= {"depth": len(model.blocks), "img_size": list(model.patch_embed.img_size)}
+        return self.described(model, {**own, self.fc_norm: not isinstance(model.fc_norm, nn.Identity)})
+
+    def described(self, model: Any, own: Mapping[str, Any]) -> dict[str, Any]:
+        """Return timm's name of the architecture, and the arguments that it was given beside.
+
+        Args:
+            model: Compressed or dense.
+            own: Arguments that the live model tells better than those that it was made with.
+
+        Raises:
+            ValueError: timm.create_model did not make the model.
+        """
         config = getattr(model, "pretrained_cfg", None) or {}
         name = config.get("architecture")
         if not timm.is_model(name or ""):
             kind = self.dense.__name__
-            raise ValueError(
-                f"model: wanted one of {kind} that timm.create_model made; plan.json can describe no other"
-            )
-        own = {"num_classes": model.num_classes, "global_pool": model.global_pool, "in_chans": model.in_chans}
-        arguments = {**getattr(model, "_model_args", {}), **own, "depth": len(model.blocks)}
-        arguments["img_size"] = list(model.patch_embed.img_size)
-        arguments[self.fc_norm] = not isinstance(model.fc_norm, nn.Identity)
+            raise ValueError(f"model: wanted one of {kind} made by timm.create_model; plan.json can describe no other")
         return {
             "class": self.dense.__name__,
             "architecture": ".".join(filter(None, (name, config.get("tag")))),
-            "arguments": self._plain(arguments),
+            "arguments": self.plain({**getattr(model, "_model_args", {}), **own}),
         }
 
     def check_description(self, description: Mapping[str, Any], geometry: Geometry) -> None:
         check_keys(description, ("class", "architecture", "arguments"), "plan.model")
-        arguments = self._plain(description["arguments"])
+        arguments = self.plain(description["arguments"])
         if not isinstance(depth := arguments.get("depth"), int) or depth != geometry.depth or depth > MAX_DEPTH:
             raise ValueError(f"mask: it is made for {geometry}, but plan.model.arguments.depth is {shown(depth)}")
 
@@ -94,7 +101,7 @@ class TimmNamed(TimmVit):
         # What is registered is code of timm's; other names, such as "hf-hub:", would make it fetch or read something.
         if not isinstance(name, str) or not timm.is_model(name):
             raise ValueError(f"plan.model.architecture: this timm ({timm.__version__}) knows no {shown(name)}")
-        arguments = self._plain(description["arguments"])
+        arguments = self.plain(description["arguments"])
         try:
             with torch.device("meta"):
                 dense: Any = timm.create_model(name, **arguments)
@@ -107,7 +114,7 @@ class TimmNamed(TimmVit):
             raise ValueError(f"plan.model.arguments.img_size: wanted at most {_MOST_PATCHES} patches")
         return made
 
-    def _plain(self, arguments: Any) -> dict[str, Any]:
+    def plain(self, arguments: Any) -> dict[str, Any]:
         """Return the arguments of a description, which are numbers, names and short lists of these."""
         if not isinstance(arguments, Mapping):
             raise ValueError(f"plan.model.arguments: wanted a mapping, got {type(arguments).__name__}")

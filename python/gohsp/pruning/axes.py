@@ -34,7 +34,7 @@ from gohsp.models.base import Attention, BlockGeometry, OpenModel, Trace
 from gohsp.models.hooks import evaluating
 from gohsp.models.registry import open_model
 from gohsp.progress import ticking
-from gohsp.pruning.calibration import each_chunk, embed, through_
+from gohsp.pruning.calibration import each_chunk, embed, entered, through_
 from gohsp.pruning.moments import Moments, Sums, sums_of
 from gohsp.pruning.ranking import Similarity, show_heads
 from gohsp.pruning.sensitivity import Sensitivity, measure_sensitivities
@@ -108,6 +108,7 @@ def turn_heads_(
     x = stream.clone()
     for index, block in enumerate(opened.blocks):
         layer, sensitivity = block.attention, sensitivities[2 * index]
+        x = entered(layer, x)
         queries, outputs = _pass(layer, x, sensitivity, share, graphs[index] if graphs else None)
         if "qk" in groups and not layer.geometry.qk_whole:
             _turn_scores_(layer, queries, sensitivity)

@@ -80,11 +80,17 @@ def parse_target(target: Mapping[str, float]) -> tuple[str, float]:
     return kind, float(share)
 
 
-def counted(block: OpenBlock, tokens: int, kind: str) -> BlockCost:
-    """Return the exact cost of a dense block's halves, in "params" or "macs", as a function of what it keeps."""
+def counted(block: OpenBlock, attended: tuple[int, int], kind: str) -> BlockCost:
+    """Return the exact cost of a dense block's halves, in "params" or "macs", as a function of what it keeps.
+
+    Args:
+        block: The dense block.
+        attended: How many tokens it sees, and to how many each of them attends.
+        kind: "params" or "macs".
+    """
 
     def cost(budget: BlockBudget) -> tuple[float, float]:
-        found = count_block(block, budget, tokens)
+        found = count_block(block, budget, attended)
         return getattr(found, f"attn_{kind}"), getattr(found, f"mlp_{kind}")
 
     return cost

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.arguments import check_whole
-from gohsp.models.base import OpenModel
+from gohsp.models.base import Attention, Mlp, OpenModel
 
 CHUNK = 16  # images that go through a block at once: small enough for the caches, large enough for the GEMMs
 
@@ -125,6 +125,15 @@ def each_chunk(work: Callable[..., T], take: Callable[[T], object], *streams: Te
                     take(waiting.popleft().result())
             finally:
                 pool.shutdown(cancel_futures=True)
+
+
+def entered(layer: Attention | Mlp, stream: Tensor) -> Tensor:
+    """Return a stream as a sublayer reads it, [images, N, D]: the same but where the model has something between."""
+    if not isinstance(layer, Attention) or layer.transition is None:
+        return stream
+    parts: list[Tensor] = []
+    each_chunk(layer.transition, parts.append, stream)
+    return torch.cat(parts)
 
 
 def through_(function: Callable[[Tensor], Tensor], stream: Tensor) -> None:

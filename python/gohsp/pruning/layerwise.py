@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from gohsp.masks.mask import BlockMask, ModelMask
-from gohsp.models.base import Attention, BlockGeometry, Mlp, OpenModel, Projection, Sublayer
+from gohsp.models.base import Attention, BlockGeometry, Mlp, OpenModel, Projection
 from gohsp.pruning import layerwise_admm
 from gohsp.pruning.budget import BlockBudget
-from gohsp.pruning.calibration import all_threads, background, each_chunk, through_
+from gohsp.pruning.calibration import all_threads, background, each_chunk, entered, through_
 from gohsp.pruning.criteria import CRITERIA, RIDGE, LayerStatistics, PruningGroups, by_score, head_guide
 from gohsp.pruning.moments import Moments, Sums, damped, sums_of
 from gohsp.pruning.scoring import (
@@ -74,6 +74,7 @@ class LayerwisePruner:
         with background() as do:
             ahead = do(partial(_after, self.dense_layers[0], self.dense))
             for block, budget in enumerate(budgets):
+                self.stream = entered(self.layers[2 * block], self.stream)
                 before = self.stream.clone() if self.settings.refine else self.stream
                 for index, cut in ((2 * block, self._cut_attention), (2 * block + 1, self._cut_mlp)):
                     self.dense = ahead.result()
@@ -281,11 +282,12 @@ class LayerwisePruner:
         through_(opened, self.stream)
 
 
-def _after(layer: Sublayer, stream: Tensor) -> Tensor:
+def _after(layer: Attention | Mlp, stream: Tensor) -> Tensor:
     """Return the stream after a sublayer of the dense model."""
-    stream = stream.clone()
-    through_(layer, stream)
-    return stream
+    inside = entered(layer, stream)
+    inside = stream.clone() if inside is stream else inside
+    through_(layer, inside)
+    return inside
 
 
 def _is_normalised(layer: Attention | Mlp) -> bool:

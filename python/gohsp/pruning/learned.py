@@ -138,7 +138,7 @@ def _choices(opened: OpenModel, nodes: Sequence[Sequence[Tensor]]) -> list[list[
     """
     found = []
     for index, (layer, of) in enumerate(zip(opened.sublayers, nodes, strict=True)):
-        cost = counted(opened.blocks[index // 2], 1, "params")
+        cost = counted(opened.blocks[index // 2], (1, 1), "params")
         full = BlockBudget.whole(layer.geometry)
         left = [sum(len(node) for node in of[gone:]) for gone in range(len(of))]
         found.append([Option(cost(_with(full, layer, columns))[index % 2], 0.0, {}) for columns in left])
@@ -153,7 +153,7 @@ def _with(full: BlockBudget, layer: Attention | Mlp, columns: int) -> BlockBudge
 
 def _features(opened: OpenModel, x: Tensor) -> Tensor:
     for layer in opened.sublayers:
-        x = layer(x)
+        x = layer(layer.enter(x))
     return opened.features(x)
 
 
@@ -163,7 +163,7 @@ def _means(opened: OpenModel, stream: Tensor) -> list[Tensor]:
     for part in stream.split(CHUNK):
         sums = []
         for layer in opened.sublayers:
-            trace = layer.trace(part)
+            trace = layer.trace(layer.enter(part))
             part = trace.after
             sums.append(trace.hidden.double().mean(dim=1).sum(dim=0))
         totals = [total + more for total, more in zip(totals, sums, strict=True)] if totals else sums

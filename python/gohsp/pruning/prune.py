@@ -279,5 +279,8 @@ def _plans(
         assert latency is not None
         return [BlockPlan(full, steps, latency.block_cost) for (_, full), steps in pairs], latency.outside
     outside = getattr(dense, kind) - sum(getattr(block, kind) for block in dense.blocks)
-    plans = [BlockPlan(full, steps, counted(block, dense.tokens, kind)) for (block, full), steps in pairs]
+    plans = [
+        BlockPlan(full, steps, counted(block, sizes, kind))
+        for ((block, full), steps), sizes in zip(pairs, dense.attended, strict=True)
+    ]
     return plans, outside

@@ -206,7 +206,7 @@ def rank_heads(
         for images in each(read_images(batches, model, max_images), advance):
             x = opened.embed(images)
             for index, layer in enumerate(opened.sublayers):
-                trace = layer.trace(x)
+                trace = layer.trace(layer.enter(x))
                 x = trace.after
                 if isinstance(layer, Attention):
                     show_heads(graphs[index // 2], layer, trace)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gohsp.models.base import Attention, BlockGeometry, Mlp, OpenModel, Sublayer, Trace
 from gohsp.pruning.budget import Step
-from gohsp.pruning.calibration import background, each_chunk
+from gohsp.pruning.calibration import background, each_chunk, entered
 from gohsp.pruning.criteria import (
     CRITERIA,
     LayerStatistics,
@@ -122,6 +122,7 @@ def score_groups(
     with background() as do:
         for layer, sensitivity in zip(opened.sublayers, sensitivities, strict=True):
             size, graph = layer.geometry, None
+            x = entered(layer, x)
             if isinstance(layer, Attention) and importance is None and graphs is None:
                 graph = SIMILARITIES[settings.similarity](size.num_heads, size.head_dim, x.device)
             known = _sublayer_statistics(layer, x, sensitivity, settings, share, generator, graph)

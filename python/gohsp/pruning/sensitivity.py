@@ -71,24 +71,26 @@ def measure_sensitivities(
     share = share or Share.of(len(stream), shared=False)
     layers = opened.sublayers
     generator = torch.Generator().manual_seed(seed)
-    _, tokens, dim = stream.shape
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=stream.device)
 
-    found = [
-        Sensitivity(
-            metric=zeros(dim, dim),
-            tokens=zeros(tokens),
-            taylor=zeros(layer.write.in_features),
-            taylor_in=zeros(dim),
-            rows=zeros(layer.read.out_features),
-            queries=zeros(*_heads(layer)),
-        )
-        for layer in layers
-    ]
+    found, x = [], stream[:1]
     with torch.no_grad():
-        features = opened.features(stream[:1])
+        for layer in layers:
+            x = layer(layer.enter(x))
+            dim = layer.geometry.dim
+            found.append(
+                Sensitivity(
+                    metric=zeros(dim, dim),
+                    tokens=zeros(x.shape[1]),
+                    taylor=zeros(layer.write.in_features),
+                    taylor_in=zeros(dim),
+                    rows=zeros(layer.read.out_features),
+                    queries=zeros(*_heads(layer)),
+                )
+            )
+        features = opened.features(x)
     signs = torch.randint(0, 2, (share.total, *features.shape[1:]), generator=generator, device="cpu").mul(2).sub(1)
     signs = signs[share.first : share.first + len(stream)]
 
@@ -153,7 +155,7 @@ def _traced_gradients(opened: OpenModel, x: Tensor, signs: Tensor) -> list[_Trac
         x = x.clone().requires_grad_()
         traces = []
         for layer in opened.sublayers:
-            traces.append(layer.trace(x))
+            traces.append(layer.trace(layer.enter(x)))
             x = traces[-1].after
         value = (opened.features(x) * signs.clone()).sum()
         flat = torch.autograd.grad(value, [t for trace in traces for t in (trace.read, trace.hidden, trace.after)])

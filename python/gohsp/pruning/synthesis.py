@@ -112,7 +112,7 @@ def poverty(opened: OpenModel, images: Tensor) -> Tensor:
     neurons, patches = [], []
     x = opened.embed(images)
     for layer in opened.sublayers:
-        trace = layer.trace(x)
+        trace = layer.trace(layer.enter(x))
         seen, x = trace.hidden, trace.after
         if isinstance(layer, Attention):
             patches.append(_similarity_entropy(seen))

@@ -74,6 +74,11 @@ def typed_graph(opened: OpenModel, stream: Tensor, sensitivities: Sequence[Sensi
         stream: Tokens before its first block, [images, N, D]; some of the images are enough.
         sensitivities: Of its sublayers.
     """
+    if any(block.attention.transition is not None for block in opened.blocks):
+        raise ValueError(
+            "method: wanted one that looks at one block at a time: this model has stages, and with them no residual "
+            "stream that all of its blocks share"
+        )
     nodes = nodes_of(opened, sensitivities)
     starts = torch.tensor([0, *map(len, nodes)], device="cpu").cumsum(0).tolist()
     count = starts[-1]

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from gohsp import serialization
 from gohsp.files import alone, check_keys, read_json, replacing, write_json
 from gohsp.masks.mask import ModelMask
+from gohsp.models import registry
 from gohsp.models.registry import is_compressed
 from gohsp.recipe import ModelSource, Recipe, make_recipe, read_recipe, read_yaml, write_recipe
 from gohsp.runs.classifier import collect, fit_ridge
@@ -303,8 +304,9 @@ def _set_drop_path(model: Any, rate: float) -> None:
 
     if rate == 0:
         return
-    for index, block in enumerate(model.blocks):
-        share = rate * index / max(1, len(model.blocks) - 1)
+    blocks: list[Any] = [block.module for block in registry.open_model(model).blocks]
+    for index, block in enumerate(blocks):
+        share = rate * index / max(1, len(blocks) - 1)
         block.drop_path1, block.drop_path2 = DropPath(share), DropPath(share)
 
 

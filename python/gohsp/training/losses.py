@@ -92,7 +92,7 @@ def stream_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Ten
 
 def _relative(student: Tensor, teacher: Tensor) -> Tensor:
     dtype = torch.promote_types(student.dtype, torch.float32)
-    student, teacher = student.to(dtype), teacher.to(dtype)
+    student, teacher = (stream.to(dtype).flatten(1, -2) for stream in (student, teacher))  # of some models [B, H, W, D]
     return ((student - teacher).square().mean(dim=(1, 2)) / teacher.var(dim=(1, 2), correction=0)).mean()
 
 

@@ -204,7 +204,7 @@ def test_a_model_made_by_hand_is_not_saved(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Eva(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, use_rot_pos_emb=True)
     small = gohsp.compress(model.eval(), ModelMask.full(model))
-    with pytest.raises(ValueError, match=r"wanted one of Eva that timm\.create_model made"):
+    with pytest.raises(ValueError, match=r"wanted one of Eva made by timm\.create_model"):
         gohsp.save(small, tmp_path)
 
 

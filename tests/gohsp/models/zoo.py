@@ -47,6 +47,8 @@ def _named(name: str, **arguments: Any) -> nn.Module:
     return timm.create_model(name, **sizes | arguments)
 
 
+SWIN = {"window_size": 4, "drop_path_rate": 0.0}
+
 ZOO: dict[str, Callable[[], nn.Module]] = {
     "AIMv2, RMSNorm and a gated MLP": partial(_named, "aimv2_large_patch14_224"),
     "DINOv2 giant, a gated MLP": partial(_named, "vit_giant_patch14_dinov2"),
@@ -73,6 +75,9 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
         _named, "vit_relpos_base_patch16_224", rel_pos_type="mlp_swin", qk_norm=True
     ),
     "relative positions by a table": partial(_named, "vit_relpos_base_patch16_cls_224", rel_pos_type="bias"),
+    "Swin, three stages": partial(
+        _named, "swin_tiny_patch4_window7_224", patch_size=2, depth=None, depths=(2, 3, 1), num_heads=(3, 6, 12), **SWIN
+    ),
     "timm VisionTransformer": partial(_timm, init_values=0.5),
     "timm hybrid": partial(timm.create_model, "vit_tiny_r_s16_p8_224", img_size=SIDE, depth=2, num_classes=5),
     "ViTModel": partial(_hugging_face, "ViTModel", "ViTConfig", WIDE),

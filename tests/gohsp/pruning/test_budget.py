@@ -42,7 +42,7 @@ def plans_for(
     model: Any, queues: list[dict[str, list[Step]]], kind: str = "params", tokens: int = 10
 ) -> list[BlockPlan]:
     pairs = zip(open_model(model).blocks, queues, strict=True)
-    return [BlockPlan(FULL, queue, counted(block, tokens, kind)) for block, queue in pairs]
+    return [BlockPlan(FULL, queue, counted(block, (tokens, tokens), kind)) for block, queue in pairs]
 
 
 def outside(model: Any, kind: str = "params") -> int:

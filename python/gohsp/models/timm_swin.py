@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""timm's SwinTransformer: stages of growing width, whose blocks attend within windows that are shifted in every second.
+
+Windows are an order of the tokens. A compact block puts its tokens into that order once, shift and partition in one
+read, runs both of its sublayers on windows, and puts them back: norms, MLP and residual know nothing of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from timm.layers import PatchEmbed
+from timm.models.swin_transformer import (
+    SwinTransformer,
+    SwinTransformerBlock,
+    WindowAttention,
+    get_relative_position_index,
+)
+from torch import Tensor, nn
+
+from gohsp.files import check_keys, shown
+from gohsp.layers import (
+    FrozenBlock,
+    FrozenLinear,
+    PrunedAttention,
+    PrunedBlock,
+    RaggedAttention,
+    SelectColumns,
+    has_additions,
+    plain_linear,
+)
+from gohsp.models.base import (
+    MAX_DEPTH,
+    Attention,
+    BlockGeometry,
+    CompactBlock,
+    CompressedModel,
+    Geometry,
+    OpenBlock,
+    Projection,
+    ScoreBias,
+    Windows,
+    wrong_kind,
+)
+from gohsp.models.refusals import why_altered, why_computed, why_linear
+from gohsp.models.registry import register
+from gohsp.models.timm_named import COMMON_ARGUMENTS, TimmNamed
+from gohsp.models.timm_parts import open_mlp, placed, plain_mlp, then_select, unfilled, why_mlp, why_norms
+
+
+class _InWindows:
+    """What compact and frozen blocks have in common: the order of their tokens.
+
+    Attributes:
+        order, inverse: int64 [N], which token comes where in the windows, and the way back.
+        windows: How many there are in an image.
+        grid: (height, width) of the map of tokens.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    windows: int
+    grid: tuple[int, int]
+
+    def split(self, x: Tensor) -> Tensor:
+        """Return the tokens window by window, [B * windows, n, D] from [B, height, width, D]."""
+        if tuple(x.shape[1:3]) != self.grid:
+            raise ValueError(f"x: wanted a map of {self.grid} tokens, which the windows are for; got {list(x.shape)}")
+        return x.flatten(1, 2).index_select(1, self.order).unflatten(1, (self.windows, -1)).flatten(0, 1)
+
+    def join(self, x: Tensor) -> Tensor:
+        """Undo :meth:`split`."""
+        return x.unflatten(0, (-1, self.windows)).flatten(1, 2).index_select(1, self.inverse).unflatten(1, self.grid)
+
+
+class PrunedSwinBlock(_InWindows, PrunedBlock):
+    """Block with compact parameters, called like timm's SwinTransformerBlock.
+
+    Attributes:
+        window_size, shift_size: (height, width) each, as timm's block has them.
+    """
+
+    window_size: tuple[int, int]
+    shift_size: tuple[int, int]
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Return the block's output [B, height, width, D] for x of that shape."""
+        return self.join(self.run(self.split(x)))
+
+    def _by_modules(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None) -> Tensor:
+        # A path is dropped for an image and not for a window.
+        attended = self.join(self.attn(self.norm1(x)))
+        y = self.join(x) + self.drop_path1(self.ls1(attended))
+        return self.split(y + self.drop_path2(self.ls2(self.mlp(self.norm2(y)))))
+
+
+class FrozenSwinBlock(_InWindows, FrozenBlock):
+    """Packed block, called like timm's SwinTransformerBlock."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Return the block's output [B, height, width, D] for x of that shape; no gradient flows through it."""
+        return self.join(FrozenBlock.forward(self, self.split(x)))
+
+
+class PlainWindowAttention(RaggedAttention):
+    """Attention of heads of any width in plain PyTorch, called like timm's WindowAttention; the mask is its own."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x)
+
+
+class PrunedSwinTransformer(CompressedModel, SwinTransformer):
+    """A timm SwinTransformer whose blocks are compact. Made by :func:`gohsp.compress`."""
+
+    def set_input_size(self, *_: object, **__: object) -> None:
+        """Refuse timm's call: windows and their tables are those of one size of images.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "model: its windows are for one size of images; wanted the dense model, whose set_input_size gives it "
+            "another"
+        )
+
+
+class TimmSwin(TimmNamed):
+    """Adapter for timm's SwinTransformer."""
+
+    wanted = "a timm SwinTransformer (not a subclass)"
+    dense, frozen_block = SwinTransformer, FrozenSwinBlock
+    arguments = (
+        *(name for name in COMMON_ARGUMENTS if name not in ("depth", "init_values")),
+        *("depths", "head_dim", "window_size", "always_partition"),
+    )
+
+    def open_blocks(self, model: Any) -> tuple[OpenBlock, ...]:
+        if type(model) is not SwinTransformer:
+            raise wrong_kind(self.wanted, model)
+        found = []
+        for number, stage in enumerate(model.layers):
+            between: Callable[[Tensor], Tensor] | None = None
+            if not isinstance(stage.downsample, nn.Identity):
+                between = partial(_merged, stage)
+            for index, block in enumerate(stage.blocks):
+                if reason := _why_unsupported(block):
+                    raise ValueError(f"model: cannot prune layers.{number}.blocks.{index}: {reason}")
+                found.append(_open(block, between))
+                between = None
+        if not found:
+            raise ValueError("model: it has no transformer blocks")
+        return tuple(found)
+
+    def open_block(self, block: nn.Module) -> OpenBlock | None:
+        if type(block) is not SwinTransformerBlock:
+            return None
+        if reason := _why_unsupported(block):
+            raise ValueError(f"block: cannot prune it: {reason}")
+        return _open(block, None)
+
+    def dress(self, compact: CompactBlock, block: Any) -> CompactBlock:
+        dressed: Any = compact
+        dressed.__class__ = PrunedSwinBlock
+        dressed.window_size, dressed.shift_size = tuple(block.window_size), tuple(block.shift_size)
+        _put_in_order(dressed, _order(block), block.input_resolution)
+        return compact
+
+    def embed(self, model: Any, images: Tensor) -> Tensor:
+        tokens: Tensor = model.patch_embed(images)
+        return tokens.flatten(1, 2)
+
+    def features(self, model: Any, x: Tensor) -> Tensor:
+        pooled: Tensor = model.forward_head(_map_behind(model, x), pre_logits=True)
+        return pooled if pooled.dim() == 2 else pooled.flatten(1, -2)
+
+    def answers(self, model: Any, x: Tensor) -> Tensor | None:
+        if model.num_classes == 0:
+            return None
+        logits: Tensor = model.forward_head(_map_behind(model, x))
+        return logits if logits.dim() == 2 else None
+
+    def stream_places(self, model: Any) -> list[nn.Module]:
+        return [*_blocks(model), model.norm]
+
+    def stream_shape(self, model: Any) -> tuple[int, int, int]:
+        """Return (blocks, tokens, features) of the residual stream; of tokens and features those of the last stage."""
+        return len(_blocks(model)), math.prod(model.layers[-1].output_resolution), model.num_features
+
+    def tokens(self, model: Any, height: int, width: int) -> int:
+        embed: PatchEmbed = model.patch_embed
+        if embed.img_size is None or (height, width) != tuple(embed.img_size):
+            raise ValueError(f"wanted {embed.img_size}, which the windows are made for, got {(height, width)}")
+        return int(embed.num_patches)
+
+    def attended(self, model: Any, height: int, width: int) -> list[tuple[int, int]]:
+        return [
+            (math.prod(stage.output_resolution), math.prod(block.window_size))
+            for stage in model.layers
+            for block in stage.blocks
+        ]
+
+    def modules_outside(self, model: Any, height: int, width: int) -> list[tuple[nn.Module, tuple[int, ...]]]:
+        channels = model.patch_embed.proj.in_channels
+        parts: list[tuple[nn.Module, tuple[int, ...]]] = [(model.patch_embed, (1, channels, height, width))]
+        parts += [
+            (stage.downsample, (1, *stage.input_resolution, stage.dim))
+            for stage in model.layers
+            if not isinstance(stage.downsample, nn.Identity)
+        ]
+        return [*parts, (model.head, (1, *model.layers[-1].output_resolution, model.num_features))]
+
+    def assemble(self, model: nn.Module, blocks: Sequence[CompactBlock]) -> nn.Module:
+        result: Any = copy.deepcopy(model)
+        _replace(result, [self.dress(compact, dense) for compact, dense in zip(blocks, _blocks(model), strict=True)])
+        result.__class__ = PrunedSwinTransformer
+        return cast(nn.Module, result)
+
+    def disassemble(self, model: Any) -> nn.Module:
+        for index, block in enumerate(_blocks(model)):
+            if reason := why_computed(block):
+                raise ValueError(f"model: cannot make block {index} plain: {reason}")
+        result: Any = copy.deepcopy(model)
+        _replace(result, [_plain_block(block) for block in _blocks(result)])
+        result.__class__ = SwinTransformer
+        return cast(nn.Module, result)
+
+    def freeze(self, model: Any, blocks: Any, embedding: str = "float32") -> nn.Module:
+        compact = _blocks(model)
+        result: Any = copy.deepcopy(model, {id(block): block for block in compact})
+        for frozen, block in zip(blocks, compact, strict=True):
+            frozen.__class__ = FrozenSwinBlock
+            _put_in_order(frozen, block.order.view(block.windows, -1), block.grid)
+            frozen.window_size = block.window_size
+        _replace(result, list(blocks))
+        if type(model.head.fc) is nn.Linear and not has_additions(model.head.fc):
+            result.head.fc = FrozenLinear(model.head.fc)
+        return cast(nn.Module, result)
+
+    def describe(self, model: Any, geometry: Geometry) -> dict[str, Any]:
+        own = {
+            "num_classes": model.num_classes,
+            "global_pool": model.head.global_pool.pool_type,
+            "img_size": list(model.patch_embed.img_size),
+            "in_chans": model.patch_embed.proj.in_channels,
+            "depths": [len(stage.blocks) for stage in model.layers],
+        }
+        return self.described(model, own)
+
+    def check_description(self, description: Mapping[str, Any], geometry: Geometry) -> None:
+        check_keys(description, ("class", "architecture", "arguments"), "plan.model")
+        depths = self.plain(description["arguments"]).get("depths")
+        listed = depths if isinstance(depths, list) else []
+        whole = all(type(depth) is int and 0 < depth <= MAX_DEPTH for depth in listed)
+        if not whole or sum(listed) != geometry.depth:
+            raise ValueError(f"mask: it is made for {geometry}, but plan.model.arguments.depths is {shown(depths)}")
+
+
+register(TimmSwin())
+
+
+def _blocks(model: Any) -> list[Any]:
+    return [block for stage in model.layers for block in stage.blocks]
+
+
+def _replace(model: Any, blocks: Sequence[nn.Module]) -> None:
+    """Put blocks in the place of a model's own, in the order of the data."""
+    waiting = iter(blocks)
+    for stage in model.layers:
+        for index in range(len(stage.blocks)):
+            stage.blocks[index] = next(waiting)
+
+
+def _merged(stage: Any, x: Tensor) -> Tensor:
+    """Return what the first block of a stage reads [B, N, D], for what the last one of the stage before gave."""
+    tokens: Tensor = stage.downsample(x.unflatten(1, stage.input_resolution))
+    return tokens.flatten(1, 2)
+
+
+def _map_behind(model: Any, x: Tensor) -> Tensor:
+    """Return what the head reads [B, height, width, D], for the residual stream behind the last block."""
+    normed: Tensor = model.norm(x.unflatten(1, model.layers[-1].output_resolution))
+    return normed
+
+
+def _put_in_order(block: Any, order: Tensor, grid: Sequence[int]) -> None:
+    """Tell a compact or frozen block which tokens [windows, n] stand together in a map of so many."""
+    block.windows, block.grid = len(order), tuple(grid)
+    block.register_buffer("order", order.flatten(), persistent=False)
+    block.register_buffer("inverse", order.flatten().argsort(), persistent=False)
+
+
+def _order(block: Any) -> Tensor:
+    """Return the tokens of each window of a block, int64 [windows, n], shifted as the block shifts them."""
+    height, width = block.input_resolution
+    rows, columns = block.window_size
+    places = torch.arange(height * width, device="cpu").view(height, width)
+    places = places.roll((-block.shift_size[0], -block.shift_size[1]), dims=(0, 1))
+    return places.view(height // rows, rows, width // columns, columns).transpose(1, 2).reshape(-1, rows * columns)
+
+
+def _why_unsupported(block: Any) -> str | None:
+    """Return why this block cannot be pruned exactly, or None if it can."""
+    if type(block) is not SwinTransformerBlock:
+        return f"wanted timm's SwinTransformerBlock, got {type(block).__name__}"
+    if block.dynamic_mask:
+        return "windows for images of any size; wanted strict_img_size"
+    if any(side % window for side, window in zip(block.input_resolution, block.window_size, strict=True)):
+        return f"windows of {tuple(block.window_size)} do not divide its {tuple(block.input_resolution)} tokens"
+    if type(block.attn) is not WindowAttention:
+        return f"attn is {type(block.attn).__name__}; wanted timm's WindowAttention"
+    return (
+        why_altered(block)
+        or why_norms(block)
+        or why_linear("attn.qkv", block.attn.qkv)
+        or why_linear("attn.proj", block.attn.proj)
+        or why_mlp(block.mlp, block.norm2.normalized_shape[0])
+    )
+
+
+def _bias(block: Any) -> ScoreBias:
+    """Return what the attention of a block adds to its scores; no file holds index and mask."""
+    attn, mask = block.attn, block.attn_mask
+    table, index = attn.relative_position_bias_table, attn.relative_position_index
+    if index.is_meta:
+        index = get_relative_position_index(*attn.window_size)
+        mask = block.get_attn_mask(device=torch.device("cpu"), dtype=table.dtype)
+    return ScoreBias(table, index, table.requires_grad, mask)
+
+
+def _open(block: Any, between: Callable[[Tensor], Tensor] | None) -> OpenBlock:
+    attn = block.attn
+    read = Projection(attn.qkv)
+    size = BlockGeometry(
+        dim=read.in_features,
+        num_heads=attn.num_heads,
+        head_dim=read.out_features // 3 // attn.num_heads,
+        hidden=block.mlp.fc2.in_features,
+    )
+    attention = Attention(
+        norm=block.norm1,
+        body=attn,
+        read=read,
+        write=Projection(attn.proj),
+        scale=nn.Identity(),
+        drop_path=block.drop_path1,
+        geometry=size,
+        softmax_scale=size.head_dim**-0.5 if attn.fused_attn else attn.scale,
+        q_norm=nn.Identity(),
+        k_norm=nn.Identity(),
+        drop=attn.attn_drop,
+        write_drop=attn.proj_drop,
+        bias=_bias(block),
+        windows=Windows(_order(block).to(attn.qkv.weight.device)),
+        transition=between,
+    )
+    return OpenBlock(block, attention, open_mlp(block, nn.Identity(), size))
+
+
+def _plain_block(block: PrunedSwinBlock) -> nn.Module:
+    attn, mlp = block.attn, block.mlp
+    bias: Any = attn.position_bias
+    sizes = {"input_resolution": block.grid, "window_size": block.window_size, "shift_size": block.shift_size}
+    plain = unfilled(SwinTransformerBlock, dim=2, num_heads=1, **sizes)
+    plain.dim, plain.attn_mask = attn.dim, bias.mask
+    plain.norm1, plain.attn = block.norm1, _plain_attention(attn, block.window_size)
+    plain.norm2, plain.mlp = then_select(block.norm2, mlp.in_cols), plain_mlp(mlp)
+    plain.mlp.fc2 = placed(mlp.fc2, mlp.out_cols, mlp.dim)
+    plain.drop_path1, plain.drop_path2 = block.drop_path1, block.drop_path2
+    return cast(nn.Module, plain.train(block.training))
+
+
+def _plain_attention(attn: PrunedAttention, window_size: tuple[int, int]) -> nn.Module:
+    widths = {*attn.qk_widths, *attn.v_widths}
+    whole = len(widths) == 1 and 0 not in widths and math.isclose(attn.scale, min(widths) ** -0.5)
+    bias: Any = attn.position_bias
+    plain: Any = PlainWindowAttention(attn)
+    if whole:
+        plain = unfilled(WindowAttention, dim=2, num_heads=1, window_size=window_size)
+        plain.num_heads, plain.scale = len(attn.heads), attn.scale
+        plain.relative_position_bias_table = bias.table
+        plain.relative_position_index = bias.index
+        plain.attn_drop, plain.proj_drop = attn.attn_drop, attn.proj_drop
+    qkv = plain_linear(attn.qkv)
+    # timm's block takes the number of features from what its norm gives.
+    plain.qkv = qkv if attn.in_cols is None else nn.Sequential(SelectColumns(attn.in_cols), qkv)
+    plain.proj = placed(attn.proj, attn.out_cols, attn.dim)
+    return cast(nn.Module, plain)
