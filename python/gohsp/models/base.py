@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gohsp_kernels import ACTIVATIONS
 from gohsp_kernels.reference import turned
@@ -191,6 +192,10 @@ class Projection:
             for layer, values in zip(self.layers, bias.split(sizes), strict=True):
                 if layer.bias is not None:
                     layer.bias.copy_(values)
+
+    def watch_inputs(self, function: Callable[[Tensor], Tensor]) -> RemovableHandle:
+        """Let each call read what a function gives for the inputs [..., inputs], until the handle is removed."""
+        return self.layers[0].register_forward_pre_hook(lambda _, inputs: function(inputs[0]))
 
     @torch.no_grad()
     def clear_(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gohsp.layers import CompactLayerScale, PlaceColumns, PrunedMlp, SelectColumns, norm_kind, plain_linear
 from gohsp.models.base import BlockGeometry, Mlp, Projection
-from gohsp.models.refusals import why_linear
+from gohsp.models.refusals import why_altered, why_linear
 
 # name in gohsp_kernels -> plain module that computes it
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -113,6 +113,21 @@ def why_mlp(mlp: Any, dim: int) -> str | None:
     if activation_name(mlp.act) is None:
         return f"activation {type(mlp.act).__name__}; known are {', '.join(ACTIVATIONS)}"
     return None
+
+
+def why_half_blocks(block: Any) -> str | None:
+    """Return why the two halves of a block cannot be pruned exactly, whatever its attention does between its matrices.
+
+    Args:
+        block: It has ``norm1``, ``attn`` with ``qkv`` and ``proj``, ``norm2`` and ``mlp``.
+    """
+    return (
+        why_altered(block)
+        or why_norms(block)
+        or why_linear("attn.qkv", block.attn.qkv)
+        or why_linear("attn.proj", block.attn.proj)
+        or why_mlp(block.mlp, block.norm2.normalized_shape[0])
+    )
 
 
 def check_blocks(model: Any, why: Callable[[Any], str | None]) -> None:

@@ -32,7 +32,7 @@ from gohsp.models.base import (
     ScoreBias,
     wrong_kind,
 )
-from gohsp.models.refusals import why_altered, why_computed, why_linear
+from gohsp.models.refusals import why_computed
 from gohsp.models.registry import register
 from gohsp.models.timm_named import COMMON_ARGUMENTS, TimmNamed
 from gohsp.models.timm_parts import (
@@ -47,8 +47,7 @@ from gohsp.models.timm_parts import (
     tokens_read,
     unfilled,
     whole_gamma,
-    why_mlp,
-    why_norms,
+    why_half_blocks,
 )
 
 
@@ -289,13 +288,7 @@ def _why_not(block: Any, attention: type[nn.Module]) -> str | None:
     attn = block.attn
     if type(attn) is not attention:
         return f"attn is {type(attn).__name__}; wanted timm's {attention.__name__}"
-    return (
-        why_altered(block)
-        or why_norms(block)
-        or why_linear("attn.qkv", attn.qkv)
-        or why_linear("attn.proj", attn.proj)
-        or why_mlp(block.mlp, block.norm2.normalized_shape[0])
-    )
+    return why_half_blocks(block)
 
 
 def _open(block: Any, bias: ScoreBias | None) -> OpenBlock:

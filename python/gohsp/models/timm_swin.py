@@ -7,7 +7,6 @@ read, runs both of its sublayers on windows, and puts them back: norms, MLP and 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -26,12 +25,10 @@ from torch import Tensor, nn
 from gohsp.files import check_keys, shown
 from gohsp.layers import (
     FrozenBlock,
-    FrozenLinear,
     PrunedAttention,
     PrunedBlock,
     RaggedAttention,
     SelectColumns,
-    has_additions,
     plain_linear,
 )
 from gohsp.models.base import (
@@ -45,12 +42,11 @@ from gohsp.models.base import (
     Projection,
     ScoreBias,
     Windows,
-    wrong_kind,
 )
-from gohsp.models.refusals import why_altered, why_computed, why_linear
 from gohsp.models.registry import register
-from gohsp.models.timm_named import COMMON_ARGUMENTS, TimmNamed
-from gohsp.models.timm_parts import open_mlp, placed, plain_mlp, then_select, unfilled, why_mlp, why_norms
+from gohsp.models.timm_named import COMMON_ARGUMENTS
+from gohsp.models.timm_parts import open_mlp, placed, plain_mlp, then_select, unfilled, why_half_blocks
+from gohsp.models.timm_stages import TimmStages
 
 
 class _InWindows:
@@ -129,39 +125,46 @@ class PrunedSwinTransformer(CompressedModel, SwinTransformer):
         )
 
 
-class TimmSwin(TimmNamed):
+class TimmSwin(TimmStages):
     """Adapter for timm's SwinTransformer."""
 
     wanted = "a timm SwinTransformer (not a subclass)"
-    dense, frozen_block = SwinTransformer, FrozenSwinBlock
+    dense, compressed, frozen_block = SwinTransformer, PrunedSwinTransformer, FrozenSwinBlock
+    block, place = SwinTransformerBlock, "layers.{}.blocks.{}"
     arguments = (
         *(name for name in COMMON_ARGUMENTS if name not in ("depth", "init_values")),
         *("depths", "head_dim", "window_size", "always_partition"),
     )
 
-    def open_blocks(self, model: Any) -> tuple[OpenBlock, ...]:
-        if type(model) is not SwinTransformer:
-            raise wrong_kind(self.wanted, model)
-        found = []
-        for number, stage in enumerate(model.layers):
-            between: Callable[[Tensor], Tensor] | None = None
-            if not isinstance(stage.downsample, nn.Identity):
-                between = partial(_merged, stage)
-            for index, block in enumerate(stage.blocks):
-                if reason := _why_unsupported(block):
-                    raise ValueError(f"model: cannot prune layers.{number}.blocks.{index}: {reason}")
-                found.append(_open(block, between))
-                between = None
-        if not found:
-            raise ValueError("model: it has no transformer blocks")
-        return tuple(found)
+    def stages(self, model: Any) -> list[nn.Sequential]:
+        return [stage.blocks for stage in model.layers]
 
-    def open_block(self, block: nn.Module) -> OpenBlock | None:
-        if type(block) is not SwinTransformerBlock:
-            return None
-        if reason := _why_unsupported(block):
-            raise ValueError(f"block: cannot prune it: {reason}")
-        return _open(block, None)
+    def between(self, model: Any, stage: int) -> Callable[[Tensor], Tensor] | None:
+        own = model.layers[stage]
+        return None if isinstance(own.downsample, nn.Identity) else partial(_merged, own)
+
+    def why_unsupported(self, block: Any) -> str | None:
+        if block.dynamic_mask:
+            return "windows for images of any size; wanted strict_img_size"
+        if any(side % window for side, window in zip(block.input_resolution, block.window_size, strict=True)):
+            return f"windows of {tuple(block.window_size)} do not divide its {tuple(block.input_resolution)} tokens"
+        if type(block.attn) is not WindowAttention:
+            return f"attn is {type(block.attn).__name__}; wanted timm's WindowAttention"
+        return why_half_blocks(block)
+
+    def opened(self, block: Any, model: Any | None, stage: int) -> OpenBlock:
+        return _open(block)
+
+    def plain_block(self, block: Any) -> nn.Module:
+        return _plain_block(block)
+
+    def freeze_block(self, frozen: Any, block: Any) -> None:
+        frozen.__class__ = FrozenSwinBlock
+        _put_in_order(frozen, block.order.view(block.windows, -1), block.grid)
+        frozen.window_size = block.window_size
+
+    def classifier(self, model: Any) -> tuple[Any, str]:
+        return model.head, "fc"
 
     def dress(self, compact: CompactBlock, block: Any) -> CompactBlock:
         dressed: Any = compact
@@ -184,12 +187,9 @@ class TimmSwin(TimmNamed):
         logits: Tensor = model.forward_head(_map_behind(model, x))
         return logits if logits.dim() == 2 else None
 
-    def stream_places(self, model: Any) -> list[nn.Module]:
-        return [*_blocks(model), model.norm]
-
     def stream_shape(self, model: Any) -> tuple[int, int, int]:
         """Return (blocks, tokens, features) of the residual stream; of tokens and features those of the last stage."""
-        return len(_blocks(model)), math.prod(model.layers[-1].output_resolution), model.num_features
+        return len(self.blocks(model)), math.prod(model.layers[-1].output_resolution), model.num_features
 
     def tokens(self, model: Any, height: int, width: int) -> int:
         embed: PatchEmbed = model.patch_embed
@@ -214,33 +214,6 @@ class TimmSwin(TimmNamed):
         ]
         return [*parts, (model.head, (1, *model.layers[-1].output_resolution, model.num_features))]
 
-    def assemble(self, model: nn.Module, blocks: Sequence[CompactBlock]) -> nn.Module:
-        result: Any = copy.deepcopy(model)
-        _replace(result, [self.dress(compact, dense) for compact, dense in zip(blocks, _blocks(model), strict=True)])
-        result.__class__ = PrunedSwinTransformer
-        return cast(nn.Module, result)
-
-    def disassemble(self, model: Any) -> nn.Module:
-        for index, block in enumerate(_blocks(model)):
-            if reason := why_computed(block):
-                raise ValueError(f"model: cannot make block {index} plain: {reason}")
-        result: Any = copy.deepcopy(model)
-        _replace(result, [_plain_block(block) for block in _blocks(result)])
-        result.__class__ = SwinTransformer
-        return cast(nn.Module, result)
-
-    def freeze(self, model: Any, blocks: Any, embedding: str = "float32") -> nn.Module:
-        compact = _blocks(model)
-        result: Any = copy.deepcopy(model, {id(block): block for block in compact})
-        for frozen, block in zip(blocks, compact, strict=True):
-            frozen.__class__ = FrozenSwinBlock
-            _put_in_order(frozen, block.order.view(block.windows, -1), block.grid)
-            frozen.window_size = block.window_size
-        _replace(result, list(blocks))
-        if type(model.head.fc) is nn.Linear and not has_additions(model.head.fc):
-            result.head.fc = FrozenLinear(model.head.fc)
-        return cast(nn.Module, result)
-
     def describe(self, model: Any, geometry: Geometry) -> dict[str, Any]:
         own = {
             "num_classes": model.num_classes,
@@ -261,18 +234,6 @@ class TimmSwin(TimmNamed):
 
 
 register(TimmSwin())
-
-
-def _blocks(model: Any) -> list[Any]:
-    return [block for stage in model.layers for block in stage.blocks]
-
-
-def _replace(model: Any, blocks: Sequence[nn.Module]) -> None:
-    """Put blocks in the place of a model's own, in the order of the data."""
-    waiting = iter(blocks)
-    for stage in model.layers:
-        for index in range(len(stage.blocks)):
-            stage.blocks[index] = next(waiting)
 
 
 def _merged(stage: Any, x: Tensor) -> Tensor:
@@ -303,25 +264,6 @@ def _order(block: Any) -> Tensor:
     return places.view(height // rows, rows, width // columns, columns).transpose(1, 2).reshape(-1, rows * columns)
 
 
-def _why_unsupported(block: Any) -> str | None:
-    """Return why this block cannot be pruned exactly, or None if it can."""
-    if type(block) is not SwinTransformerBlock:
-        return f"wanted timm's SwinTransformerBlock, got {type(block).__name__}"
-    if block.dynamic_mask:
-        return "windows for images of any size; wanted strict_img_size"
-    if any(side % window for side, window in zip(block.input_resolution, block.window_size, strict=True)):
-        return f"windows of {tuple(block.window_size)} do not divide its {tuple(block.input_resolution)} tokens"
-    if type(block.attn) is not WindowAttention:
-        return f"attn is {type(block.attn).__name__}; wanted timm's WindowAttention"
-    return (
-        why_altered(block)
-        or why_norms(block)
-        or why_linear("attn.qkv", block.attn.qkv)
-        or why_linear("attn.proj", block.attn.proj)
-        or why_mlp(block.mlp, block.norm2.normalized_shape[0])
-    )
-
-
 def _bias(block: Any) -> ScoreBias:
     """Return what the attention of a block adds to its scores; no file holds index and mask."""
     attn, mask = block.attn, block.attn_mask
@@ -332,7 +274,7 @@ def _bias(block: Any) -> ScoreBias:
     return ScoreBias(table, index, table.requires_grad, mask)
 
 
-def _open(block: Any, between: Callable[[Tensor], Tensor] | None) -> OpenBlock:
+def _open(block: Any) -> OpenBlock:
     attn = block.attn
     read = Projection(attn.qkv)
     size = BlockGeometry(
@@ -356,7 +298,6 @@ def _open(block: Any, between: Callable[[Tensor], Tensor] | None) -> OpenBlock:
         write_drop=attn.proj_drop,
         bias=_bias(block),
         windows=Windows(_order(block).to(attn.qkv.weight.device)),
-        transition=between,
     )
     return OpenBlock(block, attention, open_mlp(block, nn.Identity(), size))
 

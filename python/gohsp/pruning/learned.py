@@ -176,11 +176,10 @@ def _gated(opened: OpenModel, gates: Sequence[Tensor], means: Sequence[Tensor]) 
     with ExitStack() as stack:
         for layer, gate, mean in zip(opened.sublayers, gates, means, strict=True):
 
-            def close(_: object, inputs: tuple[Tensor], gate: Tensor = gate, mean: Tensor = mean) -> Tensor:
-                return mean + (inputs[0] - mean) * gate.to(mean.dtype)
+            def close(x: Tensor, gate: Tensor = gate, mean: Tensor = mean) -> Tensor:
+                return mean + (x - mean) * gate.to(mean.dtype)
 
-            handle = layer.write.layers[0].register_forward_pre_hook(close)
-            stack.callback(handle.remove)
+            stack.callback(layer.write.watch_inputs(close).remove)
         yield
 
 

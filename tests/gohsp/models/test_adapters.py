@@ -64,7 +64,7 @@ def test_compressed_plain_and_frozen_it_is_the_masked_one(name: str) -> None:
 def test_heads_of_one_width_become_the_librarys_own_attention(name: str) -> None:
     model, x = make(name), images()
     # Their attention has as many channels as the residual stream.
-    heads = 1.0 if any(kind in name for kind in ("torchvision", "BEiT", "relative")) else 0.7
+    heads = 1.0 if any(kind in name for kind in ("torchvision", "BEiT", "relative", "NesT")) else 0.7
     mask = ModelMask.random(model, {"heads": heads, "hidden": 0.5}, torch.Generator().manual_seed(0))
     plain = gohsp.densify(gohsp.compress(model, mask))
     opened = open_model(model)

@@ -229,7 +229,9 @@ def test_it_is_saved_and_loaded(tower: Any, images: Tensor, tmp_path: Path) -> N
     (known,) = (found for found in FAMILIES if isinstance(found, TowerFamily))
     FAMILIES.remove(known)
     try:
-        known_names = r"\['HfVit', 'TimmBeit', 'TimmEva', 'TimmRelPos', 'TimmSwin', 'TimmVit', 'TorchvisionVit'\]"
+        known_names = (
+            r"\['HfVit', 'TimmBeit', 'TimmEva', 'TimmNest', 'TimmRelPos', 'TimmSwin', 'TimmVit', 'TorchvisionVit'\]"
+        )
         with pytest.raises(ValueError, match=rf"plan\.model\.family: wanted one of {known_names}, got 'TowerFamily'"):
             gohsp.load(tmp_path)
     finally:

@@ -11,6 +11,7 @@ import timm
 import torch
 import torchvision
 import transformers
+from timm.models.nest import Nest
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -77,6 +78,9 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "relative positions by a table": partial(_named, "vit_relpos_base_patch16_cls_224", rel_pos_type="bias"),
     "Swin, three stages": partial(
         _named, "swin_tiny_patch4_window7_224", patch_size=2, depth=None, depths=(2, 3, 1), num_heads=(3, 6, 12), **SWIN
+    ),
+    "NesT, two levels": partial(
+        Nest, SIDE, 3, 4, 2, (24, 48), (3, 6), (2, 1), num_classes=5, drop_path_rate=0.0, pad_type="same"
     ),
     "timm VisionTransformer": partial(_timm, init_values=0.5),
     "timm hybrid": partial(timm.create_model, "vit_tiny_r_s16_p8_224", img_size=SIDE, depth=2, num_classes=5),

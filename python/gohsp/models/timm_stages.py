@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What families of timm's have in common whose blocks stand in stages, with something between these."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+
+from gohsp.layers import FrozenLinear, has_additions
+from gohsp.models.base import CompactBlock, OpenBlock, wrong_kind
+from gohsp.models.refusals import why_computed
+from gohsp.models.timm_named import TimmNamed
+
+
+class TimmStages(TimmNamed):
+    """Adapter for one class of timm's that has stages.
+
+    Attributes:
+        compressed: What a compressed model of the class is.
+        block: Class of the blocks.
+        place: Where they are, for messages.
+    """
+
+    compressed: ClassVar[type[nn.Module]]
+    block: ClassVar[type[nn.Module]]
+    place: ClassVar[str]
+
+    @abstractmethod
+    def stages(self, model: Any) -> list[nn.Sequential]:
+        """Return what holds the blocks of each stage, in the order of the data."""
+
+    @abstractmethod
+    def between(self, model: Any, stage: int) -> Callable[[Tensor], Tensor] | None:
+        """Return what the model has in front of a stage; see :class:`gohsp.models.base.Attention`."""
+
+    @abstractmethod
+    def why_unsupported(self, block: Any) -> str | None:
+        """Return why a block cannot be pruned exactly, or None if it can."""
+
+    @abstractmethod
+    def opened(self, block: Any, model: Any | None, stage: int) -> OpenBlock:
+        """Return a block that there is nothing against, opened.
+
+        Args:
+            block: The block.
+            model: What it is of, or None for a block alone.
+            stage: Its number in the model.
+        """
+
+    @abstractmethod
+    def plain_block(self, block: Any) -> nn.Module:
+        """Return a compact block as the library's own, in plain PyTorch."""
+
+    @abstractmethod
+    def freeze_block(self, frozen: Any, block: Any) -> None:
+        """Let a packed block be called as the compact one is that it was made of."""
+
+    def classifier(self, model: Any) -> tuple[Any, str]:
+        """Return the module that holds the classifier, and its name there."""
+        return model, "head"
+
+    def blocks(self, model: Any) -> list[Any]:
+        """Return the blocks of a model, in the order of the data."""
+        return [block for stage in self.stages(model) for block in stage]
+
+    def open_blocks(self, model: Any) -> tuple[OpenBlock, ...]:
+        if type(model) is not self.dense:
+            raise wrong_kind(self.wanted, model)
+        found = []
+        for number, stage in enumerate(self.stages(model)):
+            for index, block in enumerate(stage):
+                if reason := self._why_not(block):
+                    raise ValueError(f"model: cannot prune {self.place.format(number, index)}: {reason}")
+                opened = self.opened(block, model, number)
+                if index == 0:
+                    entered = replace(opened.attention, transition=self.between(model, number))
+                    opened = replace(opened, attention=entered)
+                found.append(opened)
+        if not found:
+            raise ValueError("model: it has no transformer blocks")
+        return tuple(found)
+
+    def open_block(self, block: nn.Module) -> OpenBlock | None:
+        if type(block) is not self.block:
+            return None
+        if reason := self.why_unsupported(block):
+            raise ValueError(f"block: cannot prune it: {reason}")
+        return self.opened(block, None, 0)
+
+    def _why_not(self, block: nn.Module) -> str | None:
+        if type(block) is not self.block:
+            return f"wanted timm's {self.block.__name__}, got {type(block).__name__}"
+        return self.why_unsupported(block)
+
+    def stream_places(self, model: Any) -> list[nn.Module]:
+        return [*self.blocks(model), model.norm]
+
+    def assemble(self, model: nn.Module, blocks: Sequence[CompactBlock]) -> nn.Module:
+        result: Any = copy.deepcopy(model)
+        dense = self.blocks(model)
+        self._replace(result, [self.dress(compact, block) for compact, block in zip(blocks, dense, strict=True)])
+        result.__class__ = self.compressed
+        return cast(nn.Module, result)
+
+    def disassemble(self, model: Any) -> nn.Module:
+        for index, block in enumerate(self.blocks(model)):
+            if reason := why_computed(block):
+                raise ValueError(f"model: cannot make block {index} plain: {reason}")
+        result: Any = copy.deepcopy(model)
+        self._replace(result, [self.plain_block(block) for block in self.blocks(result)])
+        result.__class__ = self.dense
+        return cast(nn.Module, result)
+
+    def freeze(self, model: Any, blocks: Any, embedding: str = "float32") -> nn.Module:
+        compact = self.blocks(model)
+        result: Any = copy.deepcopy(model, {id(block): block for block in compact})
+        for frozen, block in zip(blocks, compact, strict=True):
+            self.freeze_block(frozen, block)
+        self._replace(result, list(blocks))
+        owner, name = self.classifier(result)
+        if type(layer := getattr(owner, name)) is nn.Linear and not has_additions(layer):
+            setattr(owner, name, FrozenLinear(layer))
+        return cast(nn.Module, result)
+
+    def _replace(self, model: Any, blocks: Sequence[nn.Module]) -> None:
+        """Put blocks in the place of a model's own."""
+        waiting = iter(blocks)
+        for stage in self.stages(model):
+            for index in range(len(stage)):
+                stage[index] = next(waiting)
