@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The image encoders of Hugging Face transformers: ViT, DeiT, ViTMSN, IJepa, Dinov2, Dinov2WithRegisters, CLIP, SigLIP.
+"""The image encoders of Hugging Face transformers: ViT, DeiT, MSN, IJepa, DINOv2, DINOv3, CLIP, SigLIP.
 
 Imported where such a model is met, because transformers is optional. A model stays one of its class: only its layers
 are replaced. transformers calls these one by one, so that each is a chain of its own; those of a frozen model are one.
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 import transformers
 from packaging.version import Version
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -26,6 +27,7 @@ from transformers.models.clip import modeling_clip as clip
 from transformers.models.deit import modeling_deit as deit
 from transformers.models.dinov2 import modeling_dinov2 as dinov2
 from transformers.models.dinov2_with_registers import modeling_dinov2_with_registers as registers
+from transformers.models.dinov3_vit import modeling_dinov3_vit as dinov3
 from transformers.models.ijepa import modeling_ijepa as ijepa
 from transformers.models.siglip import modeling_siglip as siglip
 from transformers.models.vit import modeling_vit as vit
@@ -40,6 +42,7 @@ from gohsp.layers import (
     PrunedBlock,
     RaggedAttention,
     SelectColumns,
+    head_angles,
     plain_linear,
 )
 from gohsp.models.base import (
@@ -87,6 +90,9 @@ class Names:
         prefix: How many tokens stand in front of the patches, for a configuration.
         attn, norms: In a layer: attention, and the norms in front of attention and MLP.
         write, heads, scale, drop: In the attention.
+        fc1, fc2, act: In the MLP: its matrices and the module of its activation.
+        gated: Class of the MLP with a gate, and the name of that in it, where the architecture knows one.
+        rope: What gives rotary positions for images, in the encoder; empty where there are none.
         any_size: Whether positions follow the size of the images.
         pixels: Mean and deviation that pixels are normalised with.
     """
@@ -104,6 +110,11 @@ class Names:
     heads: str = "num_attention_heads"
     scale: str = "scaling"
     drop: str = "attention_dropout"
+    fc1: str = "fc1"
+    fc2: str = "fc2"
+    act: str = "activation_fn"
+    gated: tuple[type[nn.Module], str] | None = None
+    rope: str = ""
     any_size: bool = False
     pixels: tuple[Sequence[float], Sequence[float]] = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
@@ -155,9 +166,24 @@ DINOV2 = _dinov2_names(dinov2.Dinov2Layer, dinov2.Dinov2Attention, dinov2.Dinov2
 REGISTERS = _dinov2_names(
     registers.Dinov2WithRegistersLayer, registers.Dinov2WithRegistersAttention, registers.Dinov2WithRegistersMLP
 )
+DINOV3 = Names(
+    *(dinov3.DINOv3ViTLayer, dinov3.DINOv3ViTAttention, dinov3.DINOv3ViTMLP, "model.layer"),
+    *("embeddings.patch_embeddings", "norm"),
+    prefix=lambda config: 1 + config.num_register_tokens,
+    attn="attention",
+    norms=("norm1", "norm2"),
+    heads="num_heads",
+    drop="dropout",
+    fc1="up_proj",
+    fc2="down_proj",
+    act="act_fn",
+    gated=(dinov3.DINOv3ViTGatedMLP, "gate_proj"),
+    rope="rope_embeddings",
+    any_size=True,
+)
 CLIP = _clip_names(*(clip.CLIPEncoderLayer, clip.CLIPAttention, clip.CLIPMLP, 1), (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
 SIGLIP = _clip_names(siglip.SiglipEncoderLayer, siglip.SiglipAttention, siglip.SiglipMLP, 0, _HALVES)
-LAYERS = {names.layer: names for names in (VIT, DEIT, MSN, IJEPA, DINOV2, REGISTERS, CLIP, SIGLIP)}
+LAYERS = {names.layer: names for names in (VIT, DEIT, MSN, IJEPA, DINOV2, REGISTERS, DINOV3, CLIP, SIGLIP)}
 
 
 def _all(names: Names, encoder: Any, x: Tensor) -> Tensor:
@@ -248,6 +274,7 @@ KINDS: dict[type[Any], Kind] = {
             *(registers.Dinov2WithRegistersForImageClassification, REGISTERS, "dinov2_with_registers"),
             *(_first_and_mean, ("classifier",)),
         ),
+        Kind(dinov3.DINOv3ViTModel, DINOV3, "", _all),
         Kind(clip.CLIPVisionModel, CLIP, "", _all),
         Kind(clip.CLIPVisionModelWithProjection, CLIP, "vision_model", _first),
         Kind(clip.CLIPForImageClassification, CLIP, "vision_model", _mean_of_bare_patches, ("classifier",)),
@@ -266,7 +293,14 @@ class PrunedLayer(PrunedBlock):
     """A compact layer, called as transformers calls its own. Each of their classes has a subclass that is one as well.
 
     So transformers finds the layers where it gives hidden states or checkpoints gradients.
+
+    Attributes:
+        positions: Rotary positions that the layer holds, see :meth:`hold`.
+        prefix: How many tokens in front of the patches have none.
     """
+
+    positions: Tensor
+    prefix: int
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Return the residual stream after the layer, [B, N, D].
@@ -274,12 +308,38 @@ class PrunedLayer(PrunedBlock):
         Args:
             hidden_states: [B, N, D].
             attention_mask: Bool (True = may attend) or additive, broadcastable to [B, heads of the dense layer, N, N].
+            kwargs: Of transformers; ``position_embeddings`` are cosine and sine of rotary positions.
 
         Raises:
             ValueError: The probabilities of attention are asked for, or the mask has another form.
         """
         _refuse_attentions(kwargs)
-        return super().forward(hidden_states, *_masked(attention_mask, kwargs))
+        rope = self._turns(kwargs.get("position_embeddings"), hidden_states.shape[1])
+        return self.run(hidden_states, *_masked(attention_mask, kwargs), rope=rope)
+
+    def hold(self, positions: Tensor) -> None:
+        """Let the layer hold rotary positions, for its packed weights.
+
+        Args:
+            positions: [2, patches, d], cosine and sine.
+        """
+        with torch.inference_mode(False):  # training reads them too
+            self.positions = positions.detach().clone()
+            self.attn.rope = self.attn.angles(angles_of(self.positions, self.prefix + positions.shape[1]))
+
+    def _turns(self, given: tuple[Tensor, Tensor] | None, tokens: int) -> Tensor | None:
+        """Return the positions that a call is given, or None where the layer holds them.
+
+        In inference it takes over those of the images that come, so that of one size all but the first find it ready.
+        """
+        if given is None:
+            return None
+        fixed = given[0].device.type == "cpu" and not torch.compiler.is_compiling() and not self.training
+        if not fixed or torch.is_grad_enabled():
+            return self.attn.angles(angles_of(torch.stack(given), tokens))
+        if not _same(given, self.positions):
+            self.hold(torch.stack(given))
+        return None
 
     def is_hooked(self) -> bool:
         return any(not _records(hook) for hook in self._forward_hooks.values()) or any(
@@ -287,12 +347,39 @@ class PrunedLayer(PrunedBlock):
         )
 
 
-class FrozenLayers(nn.Module):
-    """All layers of a frozen model, in the place of the list's first."""
+def angles_of(positions: Tensor, tokens: int) -> Tensor:
+    """Return rotary positions as :class:`gohsp.models.base.Attention` has them.
 
-    def __init__(self, blocks: FrozenBlocks) -> None:
+    Args:
+        positions: [2, patches, d], cosine and sine, each once for both channels of a pair.
+        tokens: In all; those in front of the patches have no position.
+
+    Returns:
+        [2, 1, tokens, d / 2].
+    """
+    cos, sin = positions[..., : positions.shape[-1] // 2]
+    prefix = (0, 0, tokens - positions.shape[1], 0)
+    return torch.stack((F.pad(cos, prefix, value=1.0), F.pad(sin, prefix)))[:, None]
+
+
+def _same(given: tuple[Tensor, Tensor], held: Tensor) -> bool:
+    return given[0].shape == held.shape[1:] and given[0].dtype == held.dtype and all(map(torch.equal, given, held))
+
+
+class FrozenLayers(nn.Module):
+    """All layers of a frozen model, in the place of the list's first.
+
+    Args:
+        blocks: The layers.
+        positions: Rotary positions that they hold, see :meth:`PrunedLayer.hold`; None for none.
+    """
+
+    def __init__(self, blocks: FrozenBlocks, positions: Tensor | None) -> None:
         super().__init__()
         self.blocks = blocks
+        self.register_buffer("positions", positions, persistent=False)
+
+    positions: Tensor | None
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Return the residual stream after the last layer, [B, N, D].
@@ -305,6 +392,12 @@ class FrozenLayers(nn.Module):
             raise ValueError("output_hidden_states: wanted False; got True, but a frozen model runs its layers as one")
         if attention_mask is not None or kwargs.get("is_causal"):
             raise ValueError("attention_mask: wanted None; got one, which a frozen model does not take")
+        given = kwargs.get("position_embeddings")
+        if given is not None and self.positions is not None and not _same(given, self.positions):
+            raise ValueError(
+                "pixel_values: wanted images of the size in the configuration, whose rotary positions a frozen model "
+                "holds; set config.image_size before gohsp.freeze"
+            )
         return self.blocks(hidden_states)
 
 
@@ -315,7 +408,11 @@ class PlainRagged(RaggedAttention):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         """Return the attention's output [B, N, D], and None in place of the probabilities."""
-        return super().forward(hidden_states, *_masked(attention_mask, kwargs)), None
+        given, angles = kwargs.get("position_embeddings"), None
+        if given is not None:
+            turns = angles_of(torch.stack(given), hidden_states.shape[1])
+            angles = head_angles(turns, self.num_heads, self.heads)
+        return super().forward(hidden_states, *_masked(attention_mask, kwargs), angles), None
 
 
 def _refuse_attentions(asked: Mapping[str, Any]) -> None:
@@ -397,15 +494,18 @@ class HfVit(Family):
         for index, layer in enumerate(layers):
             if reason := _why_unsupported(layer, names):
                 raise ValueError(f"model: cannot prune {names.layers}.{index}: {reason}")
-        return tuple(_open(layer, names) for layer in layers)
+        rope = _own_angles(kind, model)
+        return tuple(_open(layer, names, rope) for layer in layers)
 
     def open_block(self, block: nn.Module) -> OpenBlock | None:
         names = LAYERS.get(type(block))
         if names is None:
             return None
+        if names.rope:
+            raise ValueError("block: cannot prune it: its model gives it rotary positions; wanted the model")
         if reason := _why_unsupported(block, names):
             raise ValueError(f"block: cannot prune it: {reason}")
-        return _open(block, names)
+        return _open(block, names, None)
 
     def dress(self, compact: CompactBlock, block: nn.Module) -> CompactBlock:
         compact.__class__ = globals()[f"Pruned{type(block).__name__}"]
@@ -489,7 +589,19 @@ class HfVit(Family):
         result = _copy_without_layers(model)
         kind.layers(result).extend(map(self.dress, blocks, kind.layers(model)))
         result.__class__ = kind.compressed
+        self.refresh(result)
         return result
+
+    def refresh(self, model: Any) -> None:
+        """Let the layers hold the rotary positions of images of the size in the configuration."""
+        kind = _kind(model)
+        if kind.names.rope:  # a model in float64 has its frequencies in it
+            rope: Any = getattr(kind.encoder(model), kind.names.rope)
+            rope.to(torch.promote_types(rope.inv_freq.dtype, kind.patches(model).weight.dtype))
+        positions = _own_positions(kind, model)
+        for layer in kind.layers(model) if positions is not None else ():
+            layer.prefix = kind.names.prefix(kind.encoder(model).config)
+            layer.hold(positions)
 
     def disassemble(self, model: nn.Module) -> nn.Module:
         kind = _kind(model)
@@ -506,8 +618,9 @@ class HfVit(Family):
 
     def freeze(self, model: nn.Module, blocks: nn.Module, embedding: str = "float32") -> nn.Module:
         """Return a copy with packed layers. Embedding and heads stay as they are."""
-        result = _copy_without_layers(model)
-        _kind(model).layers(result).append(FrozenLayers(blocks))  # type: ignore[arg-type]
+        kind, result = _kind(model), _copy_without_layers(model)
+        frozen = FrozenLayers(blocks, _own_positions(kind, model))  # type: ignore[arg-type]
+        kind.layers(result).append(frozen)
         return result.eval()
 
     def describe(self, model: Any, geometry: Geometry) -> dict[str, Any]:
@@ -561,7 +674,7 @@ def _why_unsupported(layer: Any, names: Names) -> str | None:
     attention, mlp = getattr(layer, names.attn), layer.mlp
     if type(attention) is not names.attention:
         return f"{names.attn} is {type(attention).__name__}; wanted {names.attention.__name__}"
-    if type(mlp) is not names.mlp:
+    if type(mlp) is not names.mlp and not _is_gated(mlp, names):
         gated = " (a gated MLP, whose two products no kernel multiplies)" if "SwiGLU" in type(mlp).__name__ else ""
         return f"mlp is {type(mlp).__name__}{gated}; wanted {names.mlp.__name__}"
     linear = ("q_proj", "k_proj", "v_proj", names.write)
@@ -569,7 +682,7 @@ def _why_unsupported(layer: Any, names: Names) -> str | None:
         why_altered(layer),
         *(why_norm(name, getattr(layer, name)) for name in names.norms),
         *(why_linear(f"{names.attn}.{name}", getattr(attention, name)) for name in linear),
-        *(why_linear(f"mlp.{name}", getattr(mlp, name)) for name in ("fc1", "fc2")),
+        *(why_linear(f"mlp.{name}", getattr(mlp, name)) for name in (*_reads(mlp, names), names.fc2)),
     ]
     return next((reason for reason in reasons if reason), None) or _why_sizes(attention, mlp, names)
 
@@ -580,22 +693,58 @@ def _why_sizes(attention: Any, mlp: Any, names: Names) -> str | None:
     dim = attention.q_proj.in_features
     if widths != [span] * 3:
         return f"q, k and v have {widths} channels; wanted {span} each ({names.heads} x head_dim)"
-    for written in (getattr(attention, names.write).out_features, mlp.fc2.out_features):
+    for written in (getattr(attention, names.write).out_features, getattr(mlp, names.fc2).out_features):
         if written != dim:
             return f"{written} features are written into a residual stream of {dim}"
-    if type(mlp.activation_fn) not in ACTIVATIONS:
+    activation = getattr(mlp, names.act)
+    if type(activation) not in ACTIVATIONS:
         known = ", ".join(sorted(set(ACTIVATIONS.values())))
-        return f"activation {type(mlp.activation_fn).__name__}; known are {known}"
+        return f"activation {type(activation).__name__}; known are {known}"
     return None
 
 
-def _open(layer: Any, names: Names) -> OpenBlock:
+def _is_gated(mlp: Any, names: Names) -> bool:
+    return names.gated is not None and type(mlp) is names.gated[0]
+
+
+def _reads(mlp: Any, names: Names) -> tuple[str, ...]:
+    """Return what the first matrices of an MLP are called: a gate comes first."""
+    return (names.gated[1], names.fc1) if names.gated is not None and _is_gated(mlp, names) else (names.fc1,)
+
+
+@torch.no_grad()
+def _own_positions(kind: Kind, model: Any) -> Tensor | None:
+    """Return the rotary positions of images of the size in the configuration, [2, patches, d], or None."""
+    if not kind.names.rope:
+        return None
+    encoder = kind.encoder(model)
+    rope = getattr(encoder, kind.names.rope)
+    weight, training = kind.patches(model).weight, rope.training
+    rope.eval()  # which shifts them at random otherwise
+    try:
+        size = _pair(encoder.config.image_size)
+        return torch.stack(rope(torch.zeros((1, 1, *size), dtype=weight.dtype, device=rope.inv_freq.device)))
+    finally:
+        rope.train(training)
+
+
+def _own_angles(kind: Kind, model: Any) -> Tensor | None:
+    positions = _own_positions(kind, model)
+    if positions is None:
+        return None
+    return angles_of(positions, positions.shape[1] + kind.names.prefix(kind.encoder(model).config))
+
+
+def _open(layer: Any, names: Names, rope: Tensor | None) -> OpenBlock:
     attention, mlp = getattr(layer, names.attn), layer.mlp
+    fc2 = getattr(mlp, names.fc2)
     size = BlockGeometry(
         dim=attention.q_proj.in_features,
         num_heads=getattr(attention, names.heads),
         head_dim=attention.head_dim,
-        hidden=mlp.fc1.out_features,
+        hidden=fc2.in_features,
+        rope=rope is not None,
+        gated=_is_gated(mlp, names),
     )
     nothing, drop = nn.Identity(), getattr(layer, "dropout", nn.Identity())
     path = DropPath(rate) if (rate := getattr(getattr(layer, "drop_path", None), "drop_prob", 0.0)) else nothing
@@ -614,16 +763,18 @@ def _open(layer: Any, names: Names) -> OpenBlock:
             k_norm=nothing,
             drop=nn.Dropout(getattr(attention, names.drop)),
             write_drop=drop,
+            rope=rope,
         ),
         Mlp(
             norm=getattr(layer, names.norms[1]),
             body=mlp,
-            read=Projection(mlp.fc1),
-            write=Projection(mlp.fc2),
+            read=Projection(*(getattr(mlp, name) for name in _reads(mlp, names))),
+            write=Projection(fc2),
             scale=_scale(layer, "layer_scale2"),
             drop_path=path,
             geometry=size,
-            activation=ACTIVATIONS[type(mlp.activation_fn)],
+            activation=ACTIVATIONS[type(getattr(mlp, names.act))],
+            gate="first" if _is_gated(mlp, names) else "",
             drop=nothing,
             write_drop=drop,
         ),
@@ -662,7 +813,9 @@ def _plain_layer(block: Any, names: Names, config: Any) -> nn.Module:
             factors = scale(scale.gamma.detach().new_ones(scale.dim)).detach()
             getattr(layer, name).lambda1 = nn.Parameter(factors, requires_grad=scale.gamma.requires_grad)
     setattr(layer, names.attn, _plain_attention(attn, getattr(layer, names.attn), names))
-    layer.mlp.fc1, layer.mlp.fc2 = plain_linear(mlp.fc1), _placed(plain_linear(mlp.fc2), mlp)
+    for name, part in zip(_reads(layer.mlp, names), [p for p in (mlp.gate, mlp.fc1) if p is not None], strict=True):
+        setattr(layer.mlp, name, plain_linear(part))
+    setattr(layer.mlp, names.fc2, _placed(plain_linear(mlp.fc2), mlp))
     return layer.train(block.training)
 
 
@@ -735,6 +888,16 @@ class _Config(_Strict):
     num_register_tokens: Annotated[int, Field(ge=0, le=MAX_SIZE)] = 0
     projection_dim: _Size = 1
     vision_use_head: bool = True
+    query_bias: bool = True
+    key_bias: bool = True
+    value_bias: bool = True
+    proj_bias: bool = True
+    mlp_bias: bool = True
+    use_gated_mlp: bool = False
+    rope_theta: Annotated[float, Field(gt=0, le=1e9)] = 100.0
+    pos_embed_shift: Annotated[float, Field(ge=0, le=MAX_SIZE)] | None = None
+    pos_embed_jitter: Annotated[float, Field(ge=0, le=MAX_SIZE)] | None = None
+    pos_embed_rescale: Annotated[float, Field(ge=0, le=MAX_SIZE)] | None = None
 
 
 class _Options(_Strict):
@@ -766,4 +929,7 @@ def _make(kind: Kind, config: dict[str, Any], options: dict[str, Any], labels: l
     if hasattr(embeddings, "position_ids"):  # not in the weights, and so on no other device
         positions = torch.arange(embeddings.num_positions).expand(1, -1)
         embeddings.register_buffer("position_ids", positions, persistent=False)
+    if kind.names.rope:
+        encoder = kind.encoder(dense)
+        setattr(encoder, kind.names.rope, type(getattr(encoder, kind.names.rope))(encoder.config))
     return dense

@@ -32,7 +32,8 @@ OUTSIDE: dict[str, Outside] = {
     "transformers": Outside(
         "HfVit",
         "gohsp.models.hf_vit",
-        "a transformers ViT, DeiT, ViTMSN, IJepa, Dinov2, Dinov2WithRegisters, CLIPVision or SiglipVision model",
+        "a transformers ViT, DeiT, ViTMSN, IJepa, Dinov2, Dinov2WithRegisters, DINOv3ViT, CLIPVision or SiglipVision "
+        "model",
     ),
     "torchvision": Outside("TorchvisionVit", "gohsp.models.torchvision_vit", "a torchvision VisionTransformer"),
 }
@@ -105,7 +106,8 @@ def known_block(block: nn.Module) -> tuple[Family, OpenBlock]:
     if found is None:
         kind = type(block)
         raise TypeError(
-            "block: wanted timm's Block, torchvision's EncoderBlock, or a layer of transformers' ViT, DeiT, ViTMSN, "
+            "block: wanted timm's Block or SwinTransformerBlock, or TransformerLayer of its Nest, torchvision's "
+            "EncoderBlock, or a layer of transformers' ViT, DeiT, ViTMSN, "
             f"IJepa, Dinov2, Dinov2WithRegisters, CLIP or Siglip; got {kind.__module__}.{kind.__name__}"
         )
     return found

@@ -296,3 +296,49 @@ def test_words_attend_to_earlier_ones_alone(clip: Any, padded: bool, attention: 
         layer = fast.text_model.encoder.layers[0]
         with pytest.raises(ValueError, match=r"attention_mask: wanted \[B, heads, N, N\].*got \[2, 3\]"):
             layer(torch.zeros(2, 3, 24, dtype=torch.float64), torch.ones(2, 3))
+
+
+def dinov3() -> tuple[Any, Any]:
+    """The masked DINOv3 and the compressed one, in float64."""
+    model = make("DINOv3ViTModel")
+    mask = ModelMask.random(model, 0.7, torch.Generator().manual_seed(2))
+    return mask.apply_(copy.deepcopy(model)), gohsp.compress(model, mask)
+
+
+def test_layers_hold_the_rotary_positions_of_the_images_that_come() -> None:
+    masked, small = dinov3()
+    held = small.model.layer[0].positions
+    for size in ((48, 24), (32, 32), (24, 48)):
+        x = torch.randn(2, 3, *size, dtype=torch.float64)
+        with torch.no_grad():
+            assert difference(small(x).last_hidden_state, masked(x).last_hidden_state) < 1e-12
+        assert small.model.layer[0].positions.shape[1] == size[0] * size[1] // 64
+        assert difference(small(x).last_hidden_state, masked(x).last_hidden_state) < 1e-12  # and with gradients
+    if gk.can_run("cpu"):
+        frozen = gohsp.freeze(small.float())
+        assert small.model.layer[0].positions.shape == held.shape
+        with torch.no_grad():
+            wanted = masked(images()).last_hidden_state
+        assert difference(frozen(images().float()).last_hidden_state, wanted) < 1e-5
+        with pytest.raises(ValueError, match="whose rotary positions a frozen model holds"):
+            frozen(torch.randn(1, 3, 24, 48))
+
+
+def test_positions_that_training_shifts_are_those_of_the_step() -> None:
+    masked, small = dinov3()
+    for model in (masked, small):
+        for layer in model.model.layer:
+            layer.drop_path = layer.drop_path1 = layer.drop_path2 = nn.Identity()
+    answers = []
+    for model in (masked, small):
+        torch.manual_seed(3)
+        answers.append(model.train()(images()).last_hidden_state)
+    assert difference(*answers) < 1e-6  # transformers computes angles in float32
+    with torch.no_grad():
+        assert difference(small.eval()(images()).last_hidden_state, answers[1]) > 1e-3
+
+
+def test_a_layer_alone_knows_no_positions() -> None:
+    model = make("DINOv3ViTModel")
+    with pytest.raises(ValueError, match="its model gives it rotary positions; wanted the model"):
+        gohsp.compress_block(model.model.layer[0], gohsp.BlockMask.full_of(open_model(model).blocks[0]))

@@ -39,6 +39,7 @@ def _torchvision(**arguments: Any) -> nn.Module:
 
 
 DINO = {**SIZES, "mlp_ratio": 2}
+DINOV3 = {**SIZES, "intermediate_size": 40, "num_attention_heads": 3, "num_register_tokens": 2}
 REGISTERS = {**DINO, "num_register_tokens": 2}
 
 
@@ -110,6 +111,10 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     ),
     "Dinov2WithRegistersForImageClassification": partial(
         _hugging_face, "Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersConfig", REGISTERS
+    ),
+    "DINOv3ViTModel": partial(_hugging_face, "DINOv3ViTModel", "DINOv3ViTConfig", {**DINOV3, "drop_path_rate": 0.1}),
+    "DINOv3ViTModel with a gated MLP": partial(
+        _hugging_face, "DINOv3ViTModel", "DINOv3ViTConfig", {**DINOV3, "use_gated_mlp": True, "hidden_act": "silu"}
     ),
     "CLIPVisionModel": partial(_hugging_face, "CLIPVisionModel", "CLIPVisionConfig", WIDE),
     "CLIPVisionModelWithProjection": partial(
