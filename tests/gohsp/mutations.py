@@ -161,7 +161,7 @@ MUTATIONS = {
         "test_count.py::test_compressed_models_agree_with_torch",
     ),
     "count: products with V of the width of QK": Mutation(
-        "count.py", "tokens * tokens * (size.qk + size.v)", "tokens * tokens * (size.qk + size.qk)",
+        "count.py", "tokens * keys * (size.qk + size.v)", "tokens * keys * (size.qk + size.qk)",
         "test_count.py::test_compressed_models_agree_with_torch",
     ),
     "count: layer scale of all features": Mutation(
@@ -337,7 +337,7 @@ MUTATIONS = {
         "pruning/test_typed_graph.py::test_heads_are_compared_anew_after_each_removal",
     ),
     "learned: a closed gate leaves nothing in the place of the mean": Mutation(
-        "pruning/learned.py", "mean + (inputs[0] - mean) * gate.to(mean.dtype)", "inputs[0] * gate.to(mean.dtype)",
+        "pruning/learned.py", "mean + (x - mean) * gate.to(mean.dtype)", "x * gate.to(mean.dtype)",
         "pruning/test_learned.py::test_open_gates_change_nothing_and_closed_ones_leave_the_mean",
     ),
     "learned: a node stays only where as many go as before it": Mutation(

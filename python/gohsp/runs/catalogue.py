@@ -22,6 +22,8 @@ import timm
 import torch
 import torchvision
 from timm.models.eva import Eva
+from timm.models.nest import Nest
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from gohsp.compress import compress, densify
@@ -210,14 +212,24 @@ _MAKERS: dict[str, Callable[[str], nn.Module]] = {
 
 
 def _smaller_timm(name: str, model: Any) -> nn.Module:
-    """Return one block behind the embedding, for images of few patches."""
-    embed = model.patch_embed
+    """Return one block behind the embedding, for images of few patches; of stages the first ones, short."""
+    embed, classes = model.patch_embed, min(model.num_classes, 5)
+    if isinstance(model, SwinTransformer):
+        windows = [
+            2 * step * side for step, side in zip(embed.patch_size, model.layers[0].blocks[0].window_size, strict=True)
+        ]
+        return _timm(name, img_size=windows, depths=(2, *[1] * (len(model.layers) - 1)), num_classes=classes)
+    if isinstance(model, Nest):
+        levels = [level.transformer_encoder[0].attn for level in model.levels[:2]]
+        dims, heads = [attn.qkv.in_features for attn in levels], [attn.num_heads for attn in levels]
+        side = 4 * model.patch_size
+        return Nest(side, 3, model.patch_size, 2, dims, heads, (1, 1), num_classes=classes, pad_type="same")
     ratio = getattr(embed, "feature_ratio", (1, 1))
     sizes = tuple(2 * patch * step for patch, step in zip(embed.patch_size, ratio, strict=True))
     own = getattr(model.blocks[0].attn, "num_kv_heads", None)
     # A list of one for each block, where the architecture has one, is too long for a single block.
     kv = {"num_kv_heads": own} if own and isinstance(model, Eva) else {}
-    return _timm(name, img_size=sizes, depth=1, num_classes=min(model.num_classes, 5), **kv)
+    return _timm(name, img_size=sizes, depth=1, num_classes=classes, **kv)
 
 
 def _smaller_torchvision(name: str, model: Any) -> nn.Module:
