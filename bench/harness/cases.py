@@ -129,6 +129,8 @@ def _make_constants_matter(model: nn.Module) -> None:
             parameter.normal_(std=0.05)
         elif re.search(r"gamma(_[12])?$", name):  # timm's Eva has gamma_1 and gamma_2
             parameter.uniform_(0.5, 1.0)
+        elif name.endswith("bias_table"):
+            parameter.normal_(std=0.5)
         elif "norm" in name and parameter.dim() == 1:
             parameter.normal_(mean=1.0, std=0.1)
 
