@@ -10,6 +10,7 @@ import gohsp.models.timm_swin
 import gohsp.models.timm_vit  # noqa: F401  registers the family
 from gohsp.compress import accelerate, compress, compress_block, densify
 from gohsp.count import count
+from gohsp.expand import expand
 from gohsp.freeze import freeze
 from gohsp.keyframes import KeyframeModel
 from gohsp.masks.mask import BlockMask, ModelMask
@@ -43,6 +44,7 @@ __all__ = [
     "compress_block",
     "count",
     "densify",
+    "expand",
     "freeze",
     "load",
     "prune",

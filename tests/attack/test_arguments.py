@@ -45,7 +45,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
             {"model": dense, "batches": [IMAGES], "target": target, "method": "gohsp", "groups": ["heads", "hidden"]}
             | {"optimiser": "ridge", "refine": 0, "budgets": None, "floors": {}, "latency": None, "importance": None}
             | {"similarity": "cka", "teleport": 0.0, "high_is": "important", "guidance": 1.0, "ridge": 0.3}
-            | {"max_images": None, "seed": 0, "on_progress": None, "axes": "principal"},
+            | {"max_images": None, "seed": 0, "on_progress": None, "axes": "principal", "ignore": []},
         ),
         "principal_axes": (
             principal_axes,
@@ -62,6 +62,7 @@ def calls() -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
         ),
         "compress": (gohsp.compress, {"model": dense, "mask": mask_of(dense)}),
         "densify": (gohsp.densify, {"model": compressed}),
+        "expand": (gohsp.expand, {"model": compressed}),
         "freeze": (gohsp.freeze, {"model": compressed, "weights": "float32"}),
         "KeyframeModel": (gohsp.KeyframeModel, {"dense": dense, "pruned": compressed, "every": 2}),
         "count": (gohsp.count, {"model": dense}),

@@ -44,6 +44,10 @@ class TimmNamed(TimmVit):
     def claims(self, model: nn.Module) -> bool:
         return isinstance(model, self.dense)
 
+    def architecture(self, model: nn.Module) -> str:
+        name = super().architecture(model)
+        return self.dense.__name__ if name == type(model).__name__ else name
+
     def modules_outside(self, model: Any, height: int, width: int) -> list[tuple[nn.Module, tuple[int, ...]]]:
         dim, tokens = model.embed_dim, self.tokens(model, height, width)
         channels = model.patch_embed.proj.in_channels

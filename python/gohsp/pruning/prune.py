@@ -43,7 +43,16 @@ from gohsp.models.registry import open_model
 from gohsp.progress import ticking
 from gohsp.pruning import learned, typed_graph  # noqa: F401  register their criteria
 from gohsp.pruning.axes import turn_heads_, turned_copy
-from gohsp.pruning.budget import GROUPS, BlockBudget, BlockPlan, allocate, counted, parse_target
+from gohsp.pruning.budget import (
+    ATTENTION_GROUPS,
+    GROUPS,
+    MLP_GROUPS,
+    BlockBudget,
+    BlockPlan,
+    allocate,
+    counted,
+    parse_target,
+)
 from gohsp.pruning.calibration import embed, one_thread
 from gohsp.pruning.criteria import CRITERIA, Criterion
 from gohsp.pruning.latency import LatencyTable
@@ -110,6 +119,7 @@ def prune(
     refine: int = 0,
     budgets: Sequence[BlockBudget] | None = None,
     floors: Mapping[str, float] = MappingProxyType({}),
+    ignore: Sequence[nn.Module | str] = (),
     latency: LatencyTable | None = None,
     importance: Sequence[Tensor] | None = None,
     similarity: str = "cka",
@@ -143,6 +153,9 @@ def prune(
         refine: Steps of training that each block gets after its fit, towards the dense block's output.
         budgets: What each block keeps, instead of a target, such as the budgets in another report.
         floors: The least share of a kind of group that stays in each block, such as {"heads": 0.5}.
+        ignore: What keeps all of its groups, such as ``[model.blocks[0], "blocks.11.mlp"]``: blocks, attentions and
+            MLPs of the model, or what holds or is held by them, as modules or by name. The others give more. What
+            proj and fc2 read still comes from a pruned network, so their weights are fitted like all others.
         latency: What the sublayers cost on this machine, for a target in milliseconds.
         importance: Scores of the heads, non-negative [H] a block, high = keep: those of :func:`gohsp.rank_heads`, or a
             ranking of one's own. By default the graph ranks them here, on all of the images.
@@ -193,6 +206,9 @@ def prune(
         method, tuple(groups), optimiser, refine, similarity, teleport, high_is, float(guidance), float(ridge), axes
     )
     _check(settings, floors, size)
+    ignored = _ignored(opened, ignore)
+    if ignored and budgets is not None:
+        raise ValueError("ignore: wanted none beside budgets, which say what each block keeps")
     check_kind("shared", shared, bool, "True or False")
     check_shared(shared)
     if shared and type(CRITERIA[method]).survey is not Criterion.survey:
@@ -226,6 +242,7 @@ def prune(
                 sensitivities = [replace(of, prices=found) for of, found in zip(sensitivities, prices, strict=True)]
             tick()
             scores = score_groups(opened, stream, sensitivities, settings, mine, generator, tick, importance, graphs)
+            scores = _without(scores, ignored)
             dense = count_opened(opened, image_size)
             if budgets is None:
                 plans, outside = _plans(opened, scores, dense, kind, latency)
@@ -257,6 +274,41 @@ def _check(settings: PruneSettings, floors: Mapping[str, float], size: Geometry)
     check_reading(settings.similarity, settings.teleport, settings.high_is)
     check_name("axes", settings.axes, AXES)
     check_whole("refine", settings.refine, 0)
+
+
+def _ignored(opened: OpenModel, ignore: Sequence[nn.Module | str]) -> set[tuple[int, str]]:
+    """Return the numbers of the blocks, and "attn" or "mlp", of what holds some modules or is held by them."""
+    check_sequence("ignore", ignore, "a list of modules or names")
+    found: set[tuple[int, str]] = set()
+    for wanted in ignore:
+        check_kind("ignore", wanted, (nn.Module, str), "modules or names of modules")
+        try:
+            module = opened.model.get_submodule(wanted) if isinstance(wanted, str) else wanted
+        except AttributeError as error:
+            raise ValueError(f"ignore: the model has no module {wanted!r}") from error
+        inside = set(module.modules())
+        own = {
+            (index, layer.prefix)
+            for index, block in enumerate(opened.blocks)
+            for layer in block.sublayers
+            if block.module in inside or layer.body in inside or module in set(layer.body.modules())
+        }
+        if not own:
+            shown = wanted if isinstance(wanted, str) else type(wanted).__name__
+            raise ValueError(f"ignore: wanted modules in or around the model's blocks, got {shown}")
+        found |= own
+    return found
+
+
+def _without(scores: Scores, ignored: set[tuple[int, str]]) -> Scores:
+    """Return the scores without the steps that would take something from what is ignored."""
+    halves = {"attn": ATTENTION_GROUPS, "mlp": MLP_GROUPS}
+    gone = {(index, group) for index, half in ignored for group in halves[half]}
+    steps = [
+        {group: [] if (index, group) in gone else own for group, own in of.items()}
+        for index, of in enumerate(scores.steps)
+    ]
+    return replace(scores, steps=steps)
 
 
 def _check_latency(latency: LatencyTable | None, settings: PruneSettings, size: Geometry) -> None:

@@ -523,3 +523,38 @@ def test_a_compressed_model_is_refused(make_model, images) -> None:
     compact = compress(model, ModelMask.full(model))
     with pytest.raises(ValueError, match="already compressed"):
         prune(compact, batches_of(images, 8))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_what_is_ignored_stays_whole(make_model, images, by_name: bool) -> None:
+    model = make_model(**SMALL)
+    ignore = ["blocks.0.attn.qkv", "blocks.1.mlp"] if by_name else [model.blocks[0].attn, model.blocks[1].mlp]
+    result = prune(model, batches_of(images), {"params": 0.8}, ignore=ignore)
+    first, last = result.mask.blocks
+    assert first.heads.all() and first.qk.all() and first.v.all() and last.hidden.all()
+    assert not first.hidden.all()
+    assert result.report.pruned.params <= 0.8 * result.report.dense.params
+    whole = prune(model, batches_of(images), {"params": 0.9}, ignore=["blocks.0"]).mask.blocks[0]
+    assert whole == ModelMask.full(model).blocks[0]
+
+
+@pytest.mark.parametrize(
+    ("ignore", "error", "message"),
+    [
+        (["blocks.7"], ValueError, "ignore: the model has no module 'blocks.7'"),
+        (["patch_embed"], ValueError, "ignore: wanted modules in or around the model's blocks, got patch_embed"),
+        ([3], TypeError, "ignore: wanted modules or names of modules, got int"),
+        ("blocks.0", TypeError, "ignore: wanted a list of modules or names"),
+        (["blocks"], ValueError, "target: "),
+    ],
+)
+def test_what_cannot_be_ignored_is_said(make_model, images, ignore: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        prune(make_model(**SMALL), batches_of(images), {"params": 0.5}, ignore=ignore)
+
+
+def test_budgets_leave_nothing_to_ignore(make_model, images) -> None:
+    model = make_model(**SMALL)
+    budgets = prune(model, batches_of(images), {"params": 0.8}).report.budgets
+    with pytest.raises(ValueError, match="ignore: wanted none beside budgets"):
+        prune(model, batches_of(images), budgets=budgets, ignore=["blocks.0"])
