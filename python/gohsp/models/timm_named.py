@@ -25,6 +25,21 @@ COMMON_ARGUMENTS = (
 _MOST, _MOST_PATCHES = 2**24, 2**20
 
 
+class OfOneSize:
+    """Marks the classes of compressed models that hold what belongs to one size of images: tables, windows."""
+
+    def set_input_size(self, *_: object, **__: object) -> None:
+        """Refuse timm's call.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "model: its positions are for one size of images; wanted the dense model, whose set_input_size gives it "
+            "another"
+        )
+
+
 class TimmNamed(TimmVit):
     """Adapter for one class of timm's. What is not here is as in a VisionTransformer.
 

@@ -34,7 +34,7 @@ from gohsp.models.base import (
 )
 from gohsp.models.refusals import why_computed
 from gohsp.models.registry import register
-from gohsp.models.timm_named import COMMON_ARGUMENTS, TimmNamed
+from gohsp.models.timm_named import COMMON_ARGUMENTS, OfOneSize, TimmNamed
 from gohsp.models.timm_parts import (
     SplitBiases,
     check_blocks,
@@ -83,7 +83,7 @@ class PlainRelPosAttention(RaggedAttention):
         return super().forward(x)
 
 
-class PrunedRelPosModel(CompressedModel):
+class PrunedRelPosModel(OfOneSize, CompressedModel):
     """What the compressed models of both classes have in common."""
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -95,17 +95,6 @@ class PrunedRelPosModel(CompressedModel):
         model: Any = self
         logits: Tensor = model.forward_head(self._features(x, tokens_read(self, 1)))
         return logits
-
-    def set_input_size(self, *_: object, **__: object) -> None:
-        """Refuse timm's call: the tables are those of one size of images.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(
-            "model: its biases are tables for one size of images; wanted the dense model, whose set_input_size gives "
-            "it another"
-        )
 
     def _features(self, x: Tensor, queries: int | None) -> Tensor:
         model: Any = self

@@ -44,7 +44,7 @@ from gohsp.models.base import (
     Windows,
 )
 from gohsp.models.registry import register
-from gohsp.models.timm_named import COMMON_ARGUMENTS
+from gohsp.models.timm_named import COMMON_ARGUMENTS, OfOneSize
 from gohsp.models.timm_parts import open_mlp, placed, plain_mlp, then_select, unfilled, why_half_blocks
 from gohsp.models.timm_stages import TimmStages
 
@@ -110,19 +110,8 @@ class PlainWindowAttention(RaggedAttention):
         return super().forward(x)
 
 
-class PrunedSwinTransformer(CompressedModel, SwinTransformer):
+class PrunedSwinTransformer(OfOneSize, CompressedModel, SwinTransformer):
     """A timm SwinTransformer whose blocks are compact. Made by :func:`gohsp.compress`."""
-
-    def set_input_size(self, *_: object, **__: object) -> None:
-        """Refuse timm's call: windows and their tables are those of one size of images.
-
-        Raises:
-            ValueError: Always.
-        """
-        raise ValueError(
-            "model: its windows are for one size of images; wanted the dense model, whose set_input_size gives it "
-            "another"
-        )
 
 
 class TimmSwin(TimmStages):
