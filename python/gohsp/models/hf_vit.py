@@ -324,7 +324,7 @@ class PrunedLayer(PrunedBlock):
             positions: [2, patches, d], cosine and sine.
         """
         with torch.inference_mode(False):  # training reads them too
-            self.positions = positions.detach().clone()
+            self.register_buffer("positions", positions.detach().clone(), persistent=False)
             self.attn.rope = self.attn.angles(angles_of(self.positions, self.prefix + positions.shape[1]))
 
     def _turns(self, given: tuple[Tensor, Tensor] | None, tokens: int) -> Tensor | None:
@@ -519,7 +519,13 @@ class HfVit(Family):
         return _kind(model).dense.__name__
 
     def embed(self, model: Any, images: Tensor) -> Tensor:
-        encoder = _kind(model).encoder(model)
+        kind = _kind(model)
+        encoder, own = kind.encoder(model), self.image_shape(model)[1:]
+        if kind.names.rope and tuple(images.shape[-2:]) != own:
+            raise ValueError(
+                f"images: wanted {own}, which config.image_size says and rotary positions are made for, got "
+                f"{list(images.shape)}; set config.image_size to what the images are"
+            )
         tokens: Tensor = encoder.embeddings(images)
         return encoder.pre_layrnorm(tokens) if hasattr(encoder, "pre_layrnorm") else tokens
 

@@ -338,6 +338,17 @@ def test_positions_that_training_shifts_are_those_of_the_step() -> None:
         assert difference(small.eval()(images()).last_hidden_state, answers[1]) > 1e-3
 
 
+def test_images_of_another_size_are_pruned_where_the_configuration_says_so() -> None:
+    model, x = make("DINOv3ViTModel"), torch.randn(4, 3, 48, 24, dtype=torch.float64)
+    with pytest.raises(ValueError, match="set config.image_size to what the images are"):
+        gohsp.prune(model, [x], {"params": 0.8})
+    model.config.image_size = [48, 24]
+    result = gohsp.prune(model, [x], {"params": 0.8})
+    with torch.no_grad():
+        small = gohsp.compress(result.model, result.mask)
+        assert difference(small(x).last_hidden_state, result.model(x).last_hidden_state) < 1e-10
+
+
 def test_a_layer_alone_knows_no_positions() -> None:
     model = make("DINOv3ViTModel")
     with pytest.raises(ValueError, match="its model gives it rotary positions; wanted the model"):
