@@ -340,7 +340,7 @@ def test_positions_that_training_shifts_are_those_of_the_step() -> None:
 
 def test_images_of_another_size_are_pruned_where_the_configuration_says_so() -> None:
     model, x = make("DINOv3ViTModel"), torch.randn(4, 3, 48, 24, dtype=torch.float64)
-    with pytest.raises(ValueError, match="set config.image_size to what the images are"):
+    with pytest.raises(ValueError, match=r"set config\.image_size to what the images are"):
         gohsp.prune(model, [x], {"params": 0.8})
     model.config.image_size = [48, 24]
     result = gohsp.prune(model, [x], {"params": 0.8})
