@@ -113,13 +113,13 @@ def count(model: nn.Module, input_size: int | Sequence[int] | None = None, *, ma
     compressed model that computes only the class token in its last block is not taken into account.
 
     Args:
-        model: Dense timm vision transformer, or a compressed one.
+        model: Dense vision transformer that gohsp knows, or a compressed one.
         input_size: Side, (height, width) or (channels, height, width) of the images; None takes the model's own.
         mask: Count what ``compress(model, mask)`` would give, without making it.
 
     Raises:
         ValueError: The input size does not suit the model, or the mask does not fit it.
-        TypeError: The model is not a timm vision transformer that gohsp knows.
+        TypeError: The model is not a vision transformer that gohsp knows.
     """
     if not is_compressed(model) or mask is not None:
         return count_opened(open_model(model), input_size, mask=mask)

@@ -53,7 +53,7 @@ def principal_axes(
     With the same images, groups and seed this function gives that one, neither masked nor re-fitted.
 
     Args:
-        model: Dense timm vision transformer. It is not changed.
+        model: Dense vision transformer that gohsp knows. It is not changed.
         batches: As for :func:`gohsp.prune`; the axes are those of these images.
         groups: "qk", "v" or both: which channels are turned. Those of q and k stay as they are where there is qk-norm.
         seed: Of the random projections of the features.

@@ -75,7 +75,7 @@ class LatencyTable(BaseModel):
         """Measure frozen models that keep so many heads and neurons in every block, all interleaved.
 
         Args:
-            model: Dense timm vision transformer on the device that is to be measured.
+            model: Dense vision transformer that gohsp knows on the device that is to be measured.
             batch: Images of a call.
             rounds: Of the timing; medians count.
 

@@ -136,7 +136,7 @@ def prune(
     """Prune a vision transformer to a target, in one shot, from unlabelled images alone.
 
     Args:
-        model: Dense timm vision transformer. It is not changed.
+        model: Dense vision transformer that gohsp knows. It is not changed.
         batches: Batches of normalised images of one size, [B, C, height, width] each or (images, ...). A few hundred
             images are enough; their tokens are kept in memory (two or three times N * D numbers an image).
         target: Share of the dense model's cost to keep, everything counted: {"params": share}, {"macs": share} or, with

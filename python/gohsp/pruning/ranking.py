@@ -179,7 +179,7 @@ def rank_heads(
     the top of this module for what is GOHSP's and what is our choice.
 
     Args:
-        model: Dense timm vision transformer. It runs in evaluation mode and is left as it was.
+        model: Dense vision transformer that gohsp knows. It runs in evaluation mode and is left as it was.
         batches: Batches of normalised images, [B, C, height, width] each or (images, ...); a DataLoader will do.
         similarity: "cka", "cosine", "attention" (Jensen-Shannon) or "explained" (directed); see :data:`SIMILARITIES`.
         teleport: Probability of jumping to a random head at each step, from 0 to 1 (PageRank's 1 - alpha).

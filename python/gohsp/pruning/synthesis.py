@@ -49,7 +49,7 @@ def synthesise(
     """Make images to calibrate with where none are at hand, for :func:`gohsp.prune` and :func:`gohsp.rank_heads`.
 
     Args:
-        model: Dense timm vision transformer, made for one size of images. It is not changed.
+        model: Dense vision transformer that gohsp knows, made for one size of images. It is not changed.
         n: How many.
         kind: "optimised" starts from procedural images and changes them until the model finds them rich; "procedural"
             has dead leaves, coloured noise and fractals in turn; "dead-leaves", "coloured-noise" and "fractals" are

@@ -46,7 +46,7 @@ class SoftMaskAdmm:
     anew at each projection.
 
     Args:
-        model: Dense timm vision transformer; its weights are W.
+        model: Dense vision transformer that gohsp knows; its weights are W.
         plan: How much each block keeps: its counts of heads and neurons are taken, and nothing else.
         importance: Scores of the heads, [H] a block, high = keep; see :func:`gohsp.rank_heads`.
         settings: See :class:`gohsp.recipe.Admm`.
