@@ -83,8 +83,8 @@ def train(
     would have ended with (on a CPU to the bit; on a GPU as far as its kernels repeat themselves).
 
     Args:
-        start: What :func:`gohsp.prune` gave, a compressed model, or a dense vision transformer that gohsp knows. It is not
-            changed.
+        start: What :func:`gohsp.prune` gave, a compressed model, or a dense vision transformer that gohsp knows. It is
+            not changed.
         data: Map-style data set of (image tensor [C, height, width], class). Augmentation may use Python's, NumPy's and
             torch's default generators; they are seeded for each image.
         fit: How to train; see :class:`gohsp.recipe.Fit`.
