@@ -28,7 +28,6 @@ from gohsp.layers import (
     plain_linear,
 )
 from gohsp.models.base import (
-    Attention,
     BlockGeometry,
     CompactBlock,
     CompressedModel,
@@ -44,6 +43,7 @@ from gohsp.models.timm_parts import (
     check_blocks,
     is_gated,
     layer_scale,
+    open_attention,
     open_mlp,
     placed,
     plain_mlp,
@@ -55,7 +55,6 @@ from gohsp.models.timm_parts import (
     why_mlp,
     why_norms,
 )
-from gohsp.models.timm_vit import softmax_scale
 
 
 def angles_of(rope: Tensor, pairs: str, tokens: int) -> Tensor:
@@ -351,23 +350,9 @@ def _open(block: Any, rope: Tensor | None) -> OpenBlock:
         gated=is_gated(mlp),
     )
     tokens = None if rope is None else attn.num_prefix_tokens + rope.shape[-2]
-    attention = Attention(
-        norm=block.norm1,
-        body=attn,
-        read=read,
-        write=Projection(attn.proj),
-        scale=layer_scale(block.gamma_1),
-        drop_path=block.drop_path1,
-        geometry=size,
-        softmax_scale=softmax_scale(attn),
-        q_norm=attn.q_norm,
-        k_norm=attn.k_norm,
-        drop=attn.attn_drop,
-        write_drop=attn.proj_drop,
-        inner_norm=attn.norm,
-        rope=None if rope is None or tokens is None else angles_of(rope, pairs, tokens),
-        rope_pairs=pairs,
-    )
+    angles = None if rope is None or tokens is None else angles_of(rope, pairs, tokens)
+    scale, more = layer_scale(block.gamma_1), {"rope": angles, "rope_pairs": pairs}
+    attention = open_attention(block, read, Projection(attn.proj), scale, size, **more)
     return OpenBlock(block, attention, open_mlp(block, layer_scale(block.gamma_2), size))
 
 

@@ -21,7 +21,6 @@ from gohsp.files import check_keys, cut, shown
 from gohsp.layers import FrozenBlock, PrunedAttention, PrunedBlock, RaggedAttention, SelectColumns, plain_linear
 from gohsp.models.base import (
     MAX_DEPTH,
-    Attention,
     BlockGeometry,
     CompactBlock,
     CompressedModel,
@@ -31,7 +30,7 @@ from gohsp.models.base import (
     Windows,
 )
 from gohsp.models.registry import register
-from gohsp.models.timm_parts import open_mlp, placed, plain_mlp, then_select, unfilled, why_half_blocks
+from gohsp.models.timm_parts import open_attention, open_mlp, placed, plain_mlp, then_select, unfilled, why_half_blocks
 from gohsp.models.timm_stages import TimmStages
 
 
@@ -139,21 +138,9 @@ class TimmNest(TimmStages):
             head_dim=attn.proj.in_features // attn.num_heads,
             hidden=block.mlp.fc2.in_features,
         )
-        attention = Attention(
-            norm=block.norm1,
-            body=attn,
-            read=Projection(attn.qkv),
-            write=InterleavedHeads(attn.proj, attn.num_heads),
-            scale=nn.Identity(),
-            drop_path=block.drop_path1,
-            geometry=size,
-            softmax_scale=size.head_dim**-0.5 if attn.fused_attn else attn.scale,
-            q_norm=nn.Identity(),
-            k_norm=nn.Identity(),
-            drop=attn.attn_drop,
-            write_drop=attn.proj_drop,
-            windows=None if model is None else _windows(model.levels[stage]),
-        )
+        windows = None if model is None else _windows(model.levels[stage])
+        write = InterleavedHeads(attn.proj, attn.num_heads)
+        attention = open_attention(block, Projection(attn.qkv), write, nn.Identity(), size, windows=windows)
         return OpenBlock(block, attention, open_mlp(block, nn.Identity(), size))
 
     def dress(self, compact: CompactBlock, block: nn.Module) -> CompactBlock:

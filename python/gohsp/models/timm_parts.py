@@ -13,7 +13,7 @@ from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
 
 from gohsp.layers import CompactLayerScale, PlaceColumns, PrunedMlp, SelectColumns, norm_kind, plain_linear
-from gohsp.models.base import BlockGeometry, Mlp, Projection
+from gohsp.models.base import Attention, BlockGeometry, Mlp, Projection
 from gohsp.models.refusals import why_altered, why_linear
 
 # name in gohsp_kernels -> plain module that computes it
@@ -49,6 +49,47 @@ _MLPS = {TimmMlp: "", GluMlp: "packed", SwiGLU: "apart"}
 def is_gated(mlp: nn.Module) -> bool:
     """Return whether an MLP of timm's has a gate for each neuron."""
     return bool(_MLPS[type(mlp)])
+
+
+def softmax_scale(attn: Any, width: int) -> float:
+    """Return what an attention of timm's multiplies q k by before the softmax.
+
+    Its fused path takes that from the width of the heads, whatever ``attn.scale`` says; models that other tools made
+    narrower have an old value there.
+    """
+    return width**-0.5 if attn.fused_attn else float(attn.scale)
+
+
+def open_attention(
+    block: Any, read: Projection, write: Projection, scale: nn.Module, size: BlockGeometry, **more: Any
+) -> Attention:
+    """Return the attention half of a block of timm's.
+
+    Args:
+        block: It has ``norm1``, ``attn`` and ``drop_path1``.
+        read, write, scale: See :class:`gohsp.models.base.Sublayer`.
+        size: Sizes of the block.
+        more: What else the half has; see :class:`gohsp.models.base.Attention`.
+    """
+    attn = block.attn
+    norms: dict[str, Any] = {name: getattr(attn, own, nn.Identity()) for name, own in _NORMS_OF_ATTENTION.items()}
+    return Attention(
+        norm=block.norm1,
+        body=attn,
+        read=read,
+        write=write,
+        scale=scale,
+        drop_path=block.drop_path1,
+        geometry=size,
+        softmax_scale=softmax_scale(attn, size.head_dim),
+        drop=attn.attn_drop,
+        write_drop=attn.proj_drop,
+        **norms,
+        **more,
+    )
+
+
+_NORMS_OF_ATTENTION = {"q_norm": "q_norm", "k_norm": "k_norm", "inner_norm": "norm"}
 
 
 def open_mlp(block: Any, scale: nn.Module, size: BlockGeometry) -> Mlp:

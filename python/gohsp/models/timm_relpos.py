@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from gohsp.layers import FrozenBlock, PrunedAttention, PrunedBlock, PrunedBlocks, RaggedAttention, plain_linear
 from gohsp.models.base import (
-    Attention,
     BlockGeometry,
     CompactBlock,
     CompressedModel,
@@ -40,6 +39,7 @@ from gohsp.models.timm_parts import (
     check_blocks,
     is_gated,
     layer_scale,
+    open_attention,
     open_mlp,
     placed,
     plain_mlp,
@@ -297,21 +297,7 @@ def _open(block: Any, bias: ScoreBias | None) -> OpenBlock:
         getattr(block, own) if hasattr(block, own) else layer_scale(getattr(block, gamma))
         for own, gamma in (("ls1", "gamma_1"), ("ls2", "gamma_2"))
     ]
-    attention = Attention(
-        norm=block.norm1,
-        body=attn,
-        read=read,
-        write=Projection(attn.proj),
-        scale=scales[0],
-        drop_path=block.drop_path1,
-        geometry=size,
-        softmax_scale=width**-0.5 if attn.fused_attn else attn.scale,
-        q_norm=getattr(attn, "q_norm", nn.Identity()),
-        k_norm=getattr(attn, "k_norm", nn.Identity()),
-        drop=attn.attn_drop,
-        write_drop=attn.proj_drop,
-        bias=bias,
-    )
+    attention = open_attention(block, read, Projection(attn.proj), scales[0], size, bias=bias)
     return OpenBlock(block, attention, open_mlp(block, scales[1], size))
 
 

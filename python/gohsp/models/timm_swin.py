@@ -33,7 +33,6 @@ from gohsp.layers import (
 )
 from gohsp.models.base import (
     MAX_DEPTH,
-    Attention,
     BlockGeometry,
     CompactBlock,
     CompressedModel,
@@ -45,7 +44,7 @@ from gohsp.models.base import (
 )
 from gohsp.models.registry import register
 from gohsp.models.timm_named import COMMON_ARGUMENTS, OfOneSize
-from gohsp.models.timm_parts import open_mlp, placed, plain_mlp, then_select, unfilled, why_half_blocks
+from gohsp.models.timm_parts import open_attention, open_mlp, placed, plain_mlp, then_select, unfilled, why_half_blocks
 from gohsp.models.timm_stages import TimmStages
 
 
@@ -272,22 +271,8 @@ def _open(block: Any) -> OpenBlock:
         head_dim=read.out_features // 3 // attn.num_heads,
         hidden=block.mlp.fc2.in_features,
     )
-    attention = Attention(
-        norm=block.norm1,
-        body=attn,
-        read=read,
-        write=Projection(attn.proj),
-        scale=nn.Identity(),
-        drop_path=block.drop_path1,
-        geometry=size,
-        softmax_scale=size.head_dim**-0.5 if attn.fused_attn else attn.scale,
-        q_norm=nn.Identity(),
-        k_norm=nn.Identity(),
-        drop=attn.attn_drop,
-        write_drop=attn.proj_drop,
-        bias=_bias(block),
-        windows=Windows(_order(block).to(attn.qkv.weight.device)),
-    )
+    more = {"bias": _bias(block), "windows": Windows(_order(block).to(attn.qkv.weight.device))}
+    attention = open_attention(block, read, Projection(attn.proj), nn.Identity(), size, **more)
     return OpenBlock(block, attention, open_mlp(block, nn.Identity(), size))
 
 

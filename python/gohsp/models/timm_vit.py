@@ -42,7 +42,6 @@ from gohsp.layers import (
 from gohsp.models.base import (
     MAX_DEPTH,
     MAX_SIZE,
-    Attention,
     BlockGeometry,
     CompactBlock,
     CompressedModel,
@@ -58,6 +57,7 @@ from gohsp.models.timm_parts import (
     ACTIVATIONS,
     check_blocks,
     is_gated,
+    open_attention,
     open_mlp,
     plain_mlp,
     plain_norm,
@@ -67,15 +67,6 @@ from gohsp.models.timm_parts import (
     why_mlp,
     why_norms,
 )
-
-
-def softmax_scale(attn: TimmAttention) -> float:
-    """Return what timm's attention multiplies q k by before the softmax.
-
-    Its fused path takes that from the width of the heads, whatever ``attn.scale`` says; models that other tools made
-    narrower have an old value there.
-    """
-    return attn.head_dim**-0.5 if attn.fused_attn else attn.scale
 
 
 def _why_unsupported(block: Any) -> str | None:
@@ -314,21 +305,7 @@ def _open(block: Block) -> OpenBlock:
         qk_norm=not isinstance(attn.q_norm, nn.Identity),
         gated=is_gated(mlp),
     )
-    attention = Attention(
-        norm=block.norm1,
-        body=attn,
-        read=Projection(attn.qkv),
-        write=Projection(attn.proj),
-        scale=block.ls1,
-        drop_path=block.drop_path1,
-        geometry=size,
-        softmax_scale=softmax_scale(attn),
-        q_norm=attn.q_norm,
-        k_norm=attn.k_norm,
-        drop=attn.attn_drop,
-        write_drop=attn.proj_drop,
-        inner_norm=getattr(attn, "norm", nn.Identity()),
-    )
+    attention = open_attention(block, Projection(attn.qkv), Projection(attn.proj), block.ls1, size)
     return OpenBlock(block, attention, open_mlp(block, block.ls2, size))
 
 
