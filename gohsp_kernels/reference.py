@@ -232,21 +232,29 @@ TRAINED_BY_PRODUCTS = {torch.float32: 256, torch.bfloat16: 1024}
 together, most of all in bfloat16. Beyond, the fused form is as fast in float32 and saves the square."""
 
 
-def score_bias(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor | None:
-    """What is added to the scores of the first queries of each image, in the dtype of qkv; None if nothing is.
+def added_scores(table: Tensor | None, index: Tensor | None, mask: Tensor | None, batch: int) -> Tensor | None:
+    """What is added to the scores of a batch of so many images; None if nothing is.
+
+    Args:
+        table, index, mask: as :func:`gohsp_kernels.ragged_attention` has them; index and mask may hold fewer queries.
+        batch: number of images, a multiple of the groups of the mask.
 
     Returns:
-        [batch or 1, heads, num_queries, tokens].
+        [batch or 1, heads or 1, queries, tokens].
     """
-    bias = None
-    if heads.bias_table is not None and heads.bias_index is not None:
-        bias = heads.bias_table[heads.bias_index[:num_queries]].movedim(-1, 0)[None].to(qkv.dtype)
-    if heads.bias_mask is None:
+    bias = None if table is None or index is None else table[index].movedim(-1, 0)[None]
+    if mask is None:
         return bias
-    mask = heads.bias_mask[:, None, :num_queries].to(qkv.dtype)
-    mask = mask.expand(-1, len(heads.qk_widths), -1, -1)
-    mask = mask if len(mask) == 1 else mask.repeat(qkv.shape[0] // len(mask), 1, 1, 1)
-    return mask if bias is None else bias + mask
+    mask = mask[:, None] if len(mask) == 1 else mask[:, None].repeat(batch // len(mask), 1, 1, 1)
+    return mask if bias is None else bias + mask.to(bias.dtype)
+
+
+def score_bias(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor | None:
+    """:func:`added_scores` of the first queries of each image, for every head and in the dtype of qkv."""
+    index = None if heads.bias_index is None else heads.bias_index[:num_queries]
+    mask = None if heads.bias_mask is None else heads.bias_mask[:, :num_queries]
+    bias = added_scores(heads.bias_table, index, mask, qkv.shape[0])
+    return None if bias is None else bias.to(qkv.dtype).expand(-1, len(heads.qk_widths), -1, -1)
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None) -> Tensor:

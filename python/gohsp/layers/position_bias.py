@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from gohsp.models.base import ScoreBias, score_bias
+from gohsp.models.base import ScoreBias
 
 
 class PositionBias(nn.Module):
@@ -31,7 +31,7 @@ class PositionBias(nn.Module):
 
     def forward(self, batch: int) -> Tensor:
         """Return the biases for so many sequences, [batch or 1, heads, N, N]."""
-        return score_bias(self.table, self.index, self.mask, batch)
+        return ScoreBias(self.table, self.index, self.table.requires_grad, self.mask)(batch)
 
     def extra_repr(self) -> str:
         return f"{self.table.shape[0]} positions, {self.table.shape[1]} heads"

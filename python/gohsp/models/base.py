@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gohsp_kernels import ACTIVATIONS
-from gohsp_kernels.reference import turned
+from gohsp_kernels.reference import added_scores, turned
 
 MAX_SIZE = 2**16
 """Of a width or a number of heads in a file: what is larger is taken for damage before memory is asked for."""
@@ -333,13 +333,9 @@ class ScoreBias:
 
     def __call__(self, batch: int) -> Tensor:
         """Return the biases for so many sequences, [batch or 1, H, N, N]."""
-        return score_bias(self.table, self.index, self.mask, batch)
-
-
-def score_bias(table: Tensor, index: Tensor, mask: Tensor | None, batch: int) -> Tensor:
-    """Return the biases of :class:`ScoreBias` for so many sequences, [batch or 1, H, N, N]."""
-    bias = table[index].movedim(-1, 0)[None]
-    return bias if mask is None else bias + mask.to(bias.dtype)[:, None].repeat(batch // len(mask), 1, 1, 1)
+        bias = added_scores(self.table, self.index, self.mask, batch)
+        assert bias is not None
+        return bias
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from timm.layers import LayerNorm
@@ -52,3 +53,14 @@ def why_norm(name: str, norm: Any) -> str | None:
     if type(norm) not in (nn.LayerNorm, LayerNorm):
         return f"{name} is {type(norm).__name__}; wanted LayerNorm"
     return None
+
+
+def refuse_computed(blocks: Iterable[Any], place: str = "blocks.{}") -> None:
+    """Refuse to make compact blocks plain where a weight is computed from other tensors.
+
+    Raises:
+        ValueError: There is such a weight; the message names the block and the reason.
+    """
+    for index, block in enumerate(blocks):
+        if reason := why_computed(block):
+            raise ValueError(f"model: cannot make {place.format(index)} plain: {reason}")

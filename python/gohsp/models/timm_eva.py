@@ -35,7 +35,7 @@ from gohsp.models.base import (
     Projection,
     wrong_kind,
 )
-from gohsp.models.refusals import why_altered, why_computed, why_linear
+from gohsp.models.refusals import refuse_computed, why_altered, why_linear
 from gohsp.models.registry import register
 from gohsp.models.timm_named import COMMON_ARGUMENTS, TimmNamed
 from gohsp.models.timm_parts import (
@@ -261,9 +261,7 @@ class TimmEva(TimmNamed):
         model.take_over(_own_rope(model))
 
     def disassemble(self, model: Any) -> nn.Module:
-        for index, block in enumerate(model.blocks):
-            if reason := why_computed(block):
-                raise ValueError(f"model: cannot make blocks.{index} plain: {reason}")
+        refuse_computed(model.blocks)
         result: Any = copy.deepcopy(model)
         for index, block in enumerate(result.blocks):
             result.blocks[index] = _plain_block(block, model.num_prefix_tokens, model.rope_mixed)

@@ -8,6 +8,7 @@ that is left.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
@@ -31,7 +32,7 @@ from gohsp.models.base import (
     ScoreBias,
     wrong_kind,
 )
-from gohsp.models.refusals import why_computed
+from gohsp.models.refusals import refuse_computed
 from gohsp.models.registry import register
 from gohsp.models.timm_named import COMMON_ARGUMENTS, OfOneSize, TimmNamed
 from gohsp.models.timm_parts import (
@@ -180,9 +181,7 @@ class TimmRelPos(TimmNamed):
         return cast(nn.Module, result)
 
     def disassemble(self, model: Any) -> nn.Module:
-        for index, block in enumerate(model.blocks):
-            if reason := why_computed(block):
-                raise ValueError(f"model: cannot make blocks.{index} plain: {reason}")
+        refuse_computed(model.blocks)
         result: Any = copy.deepcopy(model)
         for index, block in enumerate(result.blocks):
             result.blocks[index] = self.plain_block(block)
@@ -304,7 +303,8 @@ def _open(block: Any, bias: ScoreBias | None) -> OpenBlock:
 def _is_whole(attn: PrunedAttention) -> bool:
     """Return whether an attention has all of its channels; timm's own can have no fewer."""
     widths = {*attn.qk_widths, *attn.v_widths}
-    return len(widths) == 1 and sum(attn.v_widths) == attn.dim and attn.in_cols is None
+    whole = len(widths) == 1 and sum(attn.v_widths) == attn.dim and attn.in_cols is None
+    return whole and math.isclose(attn.scale, attn.v_widths[0] ** -0.5)  # which timm takes from the width
 
 
 def _librarys(plain: Any, attn: PrunedAttention) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gohsp.layers import FrozenLinear, has_additions
 from gohsp.models.base import CompactBlock, OpenBlock, wrong_kind
-from gohsp.models.refusals import why_computed
+from gohsp.models.refusals import refuse_computed
 from gohsp.models.timm_named import TimmNamed
 
 
@@ -108,9 +108,7 @@ class TimmStages(TimmNamed):
         return cast(nn.Module, result)
 
     def disassemble(self, model: Any) -> nn.Module:
-        for index, block in enumerate(self.blocks(model)):
-            if reason := why_computed(block):
-                raise ValueError(f"model: cannot make block {index} plain: {reason}")
+        refuse_computed(self.blocks(model), "block {}")
         result: Any = copy.deepcopy(model)
         self._replace(result, [self.plain_block(block) for block in self.blocks(result)])
         result.__class__ = self.dense

@@ -149,7 +149,6 @@ class TimmSwin(TimmStages):
     def freeze_block(self, frozen: Any, block: Any) -> None:
         frozen.__class__ = FrozenSwinBlock
         _put_in_order(frozen, block.order.view(block.windows, -1), block.grid)
-        frozen.window_size = block.window_size
 
     def classifier(self, model: Any) -> tuple[Any, str]:
         return model.head, "fc"

@@ -51,7 +51,7 @@ from gohsp.models.base import (
     Projection,
     wrong_kind,
 )
-from gohsp.models.refusals import why_altered, why_computed, why_linear
+from gohsp.models.refusals import refuse_computed, why_altered, why_linear
 from gohsp.models.registry import register
 from gohsp.models.timm_parts import (
     ACTIVATIONS,
@@ -227,9 +227,7 @@ class TimmVit(Family):
         return result
 
     def disassemble(self, model: Any) -> nn.Module:
-        for index, block in enumerate(model.blocks):
-            if reason := why_computed(block):
-                raise ValueError(f"model: cannot make blocks.{index} plain: {reason}")
+        refuse_computed(model.blocks)
         result: Any = copy.deepcopy(model)
         for index, block in enumerate(result.blocks):
             result.blocks[index] = _plain_block(block)
