@@ -41,6 +41,25 @@ def fold_norm(
     return folded, constant
 
 
+def _fold_front_norm(
+    sublayer: AttentionSublayer | MlpSublayer, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """:func:`fold_norm` of a matrix that a sublayer reads the residual stream with."""
+    norm = (None, None) if sublayer.post_norm else (sublayer.norm_weight, sublayer.norm_bias)
+    return fold_norm(weight, bias, *norm, sublayer.in_cols)
+
+
+def post_norm_table(sublayer: AttentionSublayer | MlpSublayer, features: int) -> Tensor | None:
+    """Affine part of a norm behind a sublayer, with layer scale in it, as rows [2, features]; None without."""
+    if not sublayer.post_norm:
+        return None
+    one = torch.ones(features, dtype=torch.float64, device=sublayer.key.device)
+    weight = one if sublayer.norm_weight is None else double(sublayer.norm_weight)
+    bias = torch.zeros_like(one) if sublayer.norm_bias is None else double(sublayer.norm_bias)
+    scale = one if sublayer.layer_scale is None else double(sublayer.layer_scale)
+    return torch.stack((weight * scale, bias * scale)).to(torch.float32)
+
+
 def fold_layer_scale(weight: Tensor, bias: Tensor | None, layer_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
     if layer_scale is None:
         return weight, bias
@@ -73,7 +92,8 @@ class FoldedAttention:
     """The matrices of an attention sublayer, float64, with all constants folded in that can be.
 
     Attributes:
-        qkv, qkv_bias, proj, proj_bias: They need no LayerNorm weights and no layer scale any more.
+        qkv, qkv_bias, proj, proj_bias: They need no LayerNorm weights and no layer scale any more, but for those of
+            :func:`post_norm_table`.
         scale: What is left of the softmax scale.
     """
 
@@ -87,13 +107,12 @@ class FoldedAttention:
 def fold_attention(sublayer: AttentionSublayer) -> FoldedAttention:
     """Fold the constants of an attention sublayer.
 
-    The k bias cancels in the softmax unless a norm or rotary positions make something else of it token by token, and
-    the v bias passes to proj unless a norm lies between.
+    The k bias cancels in the softmax unless a norm, lengths that are divided by, or rotary positions make something
+    else of it token by token, and the v bias passes to proj unless a norm lies between.
     """
-    n_qk, scale, has_norm = sum(sublayer.qk_widths), sublayer.scale, sublayer.q_norm_weight is not None
-    qkv, constant = fold_norm(
-        sublayer.qkv_weight, sublayer.qkv_bias, sublayer.norm_weight, sublayer.norm_bias, sublayer.in_cols
-    )
+    n_qk, scale = sum(sublayer.qk_widths), sublayer.scale
+    is_kept = sublayer.q_norm_weight is not None or sublayer.logit_scale is not None  # the length of q as it is read
+    qkv, constant = _fold_front_norm(sublayer, sublayer.qkv_weight, sublayer.qkv_bias)
     proj = double(sublayer.proj_weight)
     proj_constant = proj.new_zeros(proj.shape[0]) if sublayer.proj_bias is None else double(sublayer.proj_bias)
     if sublayer.inner_features > 0:
@@ -101,15 +120,15 @@ def fold_attention(sublayer: AttentionSublayer) -> FoldedAttention:
     else:
         proj_constant = proj_constant + proj @ constant[2 * n_qk :]
         constant[2 * n_qk :] = 0
-    if not has_norm:
+    if not is_kept:
         qkv[:n_qk] *= scale
         constant[:n_qk] *= scale
         if sublayer.rope is None:
             constant[n_qk : 2 * n_qk] = 0
-    if sublayer.layer_scale is not None:
+    if sublayer.layer_scale is not None and not sublayer.post_norm:
         factors = double(sublayer.layer_scale)
         proj, proj_constant = proj * factors[:, None], proj_constant * factors
-    return FoldedAttention(qkv, constant, proj, proj_constant, scale if has_norm else 1.0)
+    return FoldedAttention(qkv, constant, proj, proj_constant, scale if is_kept else 1.0)
 
 
 @dataclass(frozen=True)
@@ -117,8 +136,9 @@ class FoldedMlp:
     """The matrices of an MLP sublayer, float64, with all constants folded in that can be.
 
     Attributes:
-        fc1, fc1_bias, gate, gate_bias, fc2, fc2_bias: They need no LayerNorm weights and no layer scale any more. The
-            gate is None where there is none, and fc2's bias where nothing is added.
+        fc1, fc1_bias, gate, gate_bias, fc2, fc2_bias: They need no LayerNorm weights and no layer scale any more, but
+            for those of :func:`post_norm_table`. The gate is None where there is none, and fc2's bias where nothing is
+            added.
     """
 
     fc1: Tensor
@@ -131,15 +151,15 @@ class FoldedMlp:
 
 def fold_mlp(sublayer: MlpSublayer) -> FoldedMlp:
     """Fold the constants of an MLP sublayer."""
-    norm = sublayer.norm_weight, sublayer.norm_bias, sublayer.in_cols
     gate: tuple[Tensor | None, Tensor | None] = None, None
     if sublayer.gate_weight is not None:
-        gate = fold_norm(sublayer.gate_weight, sublayer.gate_bias, *norm)
+        gate = _fold_front_norm(sublayer, sublayer.gate_weight, sublayer.gate_bias)
     fc2, fc2_bias = double(sublayer.fc2_weight), None if sublayer.fc2_bias is None else double(sublayer.fc2_bias)
     if sublayer.inner_features > 0:
         fc2, fc2_bias = fold_inner_norm(sublayer, fc2, fc2.new_zeros(fc2.shape[0]) if fc2_bias is None else fc2_bias)
+    layer_scale = None if sublayer.post_norm else sublayer.layer_scale
     return FoldedMlp(
-        *fold_norm(sublayer.fc1_weight, sublayer.fc1_bias, *norm),
+        *_fold_front_norm(sublayer, sublayer.fc1_weight, sublayer.fc1_bias),
         *gate,
-        *fold_layer_scale(fc2, fc2_bias, sublayer.layer_scale),
+        *fold_layer_scale(fc2, fc2_bias, layer_scale),
     )

@@ -25,7 +25,8 @@ PUBLIC = {name: kind.schema() for name, kind in OPERATORS.items()}
 # Panels are the words of packed matrices, int32. A layout is int64 and begins with what gohsp_cpu_packing() said where
 # the panels were packed; elsewhere it is refused. csrc/torch/cpu_ops.cpp has the order of its other numbers.
 # widths is int64 [2, heads]: QK widths, then V widths. words are int32 that hold floats, and numbers tell of what:
-# norms of q and k, [4, head width]: weight and bias of q, then of k; rotary positions, [2, tokens, pairs].
+# norms of q and k, [4, head width]: weight and bias of q, then of k; rotary positions, [2, tokens, pairs];
+# biases of scores; factors of cosines, [heads].
 NATIVE = {
     "cpu_pack": "(Tensor weight, Tensor? scales, Tensor? bias, int format) -> Tensor",
     "cpu_plan": "(Tensor columns, int features, bool scatter) -> Tensor",

@@ -10,7 +10,8 @@ number to every score of a query and cancels in the softmax; the v bias passes t
 and folds into the bias of proj; layer scale folds into proj and fc2. With qk-norm q and k are renormalised after their
 bias, so there the k bias and the q scale stay where they are. Rotary positions turn the k bias with its token, so it
 stays; a norm in front of proj keeps the v bias, and its own affine part folds into proj, as that of one in front of fc2
-does into fc2.
+does into fc2. Cosine attention keeps k bias and q scale as qk-norm does. A norm behind a sublayer leaves the first
+matrix as it is; layer scale folds into its affine part, which the kernels apply.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from . import _native, reference
 from ._cache import PackedCache
-from ._packing import fold_attention, fold_mlp, qk_norm_table
+from ._packing import fold_attention, fold_mlp, post_norm_table, qk_norm_table
 from .descriptors import PARTS, Attention, AttentionSublayer, Descriptor, Linear, MlpSublayer, Sublayer
 from .formats import FORMATS
 from .registry import PackedChain, Request, register
@@ -198,7 +199,7 @@ class PackedSublayer:
 
     Attributes:
         panels: int32, words of its packed matrices one behind the other, then of the affine parts of the q and k
-            norms, of rotary positions and of biases.
+            norms, of rotary positions, of biases, of factors of cosines, and of the affine part of a norm behind it.
         layout: int64, :func:`packing`, kind and sizes, then widths and plans of kept columns;
             csrc/torch/cpu_ops.cpp reads it in this order.
         constants: eps, eps of the q and k norms, softmax scale, eps of the inner norm.
@@ -243,23 +244,38 @@ _BIAS_ROW = 16  # rows of biases begin on a multiple of so many, as in csrc/cpu/
 
 
 def _attention_words(heads: Attention) -> tuple[list[Tensor], list[int]]:
-    """What attention itself adds to panels and layout: norms of q and k, rotary positions, biases of scores."""
+    """What attention itself adds to panels and layout: norms of q and k, rotary positions, biases of scores, factors of
+    cosines."""
     qk_norm = qk_norm_table(*heads.norms) if heads.qk_widths else None
     panels, tokens, pairs = [], 0, 0
     if qk_norm is not None:
         if heads.rope is not None and heads.rope_pairs == "neighbours":
             qk_norm = qk_norm[:, _halves(qk_norm.shape[1])]
-        panels.append(qk_norm.flatten().view(torch.int32))
+        panels.append(_words(qk_norm))
     if heads.rope is not None and sum(heads.qk_widths) > 0:
         angles = _angles(heads)
         _, tokens, pairs = angles.shape
-        panels.append(angles.flatten().view(torch.int32))
-    numbers = [int(qk_norm is not None), _norm_kind(heads.norm), tokens, pairs]
-    if not heads.has_bias or not heads.qk_widths:
-        return panels, [*numbers, 0, 0]
-    bias = _biases(heads)
-    panels.append(F.pad(bias, (0, -bias.shape[-1] % _BIAS_ROW)).flatten().view(torch.int32))
-    return panels, [*numbers, len(bias), bias.shape[-1]]
+        panels.append(_words(angles))
+    numbers = [int(qk_norm is not None), _norm_kind(heads.norm), tokens, pairs, 0, 0, 0]
+    if heads.has_bias and heads.qk_widths:
+        bias = _biases(heads)
+        panels.append(_words(F.pad(bias, (0, -bias.shape[-1] % _BIAS_ROW))))
+        numbers[4:6] = len(bias), bias.shape[-1]
+    if heads.logit_scale is not None and heads.qk_widths:
+        panels.append(_words(reference.logit_factors(heads.logit_scale.detach().double())))
+        numbers[6] = 1
+    return panels, numbers
+
+
+def _words(numbers: Tensor) -> Tensor:
+    """Numbers as the words of float32 that panels hold."""
+    return numbers.to(torch.float32).flatten().view(torch.int32)
+
+
+def _behind(sublayer: Sublayer, features: int) -> tuple[int, list[Tensor]]:
+    """Whether the norm stands behind a sublayer, as its layout has it, and what panels hold of it."""
+    table = post_norm_table(sublayer, features)
+    return int(table is not None), [] if table is None else [_words(table)]
 
 
 def _biases(heads: Attention) -> Tensor:
@@ -285,6 +301,7 @@ def pack_attention(sublayer: AttentionSublayer, features: int, weights: str = "f
     panels = [_panels(qkv[rows], bias[rows], weights) for rows in _qkv_rows(sum(qk_widths))]
     panels.append(_panels(folded.proj, folded.proj_bias, weights))
     more, numbers = _attention_words(sublayer.attention)
+    is_behind, norm_behind = _behind(sublayer, features)
     layout = _layout(
         weights,
         _native.numbers("sublayers")["attention"],
@@ -292,12 +309,13 @@ def pack_attention(sublayer: AttentionSublayer, features: int, weights: str = "f
         len(qk_widths),
         *numbers,
         sublayer.inner_features,
+        is_behind,
         _plan(sublayer.in_cols, features),
         _plan(sublayer.out_cols, features, scatter=True),
         _widths(qk_widths, v_widths).flatten(),
     )
     constants = sublayer.eps, sublayer.qk_eps, folded.scale, sublayer.inner_eps
-    return PackedSublayer(torch.cat([*panels, *more]), layout, constants)
+    return PackedSublayer(torch.cat([*panels, *more, *norm_behind]), layout, constants)
 
 
 def _qkv_rows(n_qk: int) -> tuple[slice, slice, slice]:
@@ -308,6 +326,7 @@ def _qkv_rows(n_qk: int) -> tuple[slice, slice, slice]:
 def pack_mlp(sublayer: MlpSublayer, features: int, weights: str = "float32") -> PackedSublayer:
     """Fold the constants of an MLP sublayer and pack its matrices in the format of a name."""
     mlp = fold_mlp(sublayer)
+    is_behind, norm_behind = _behind(sublayer, features)
     layout = _layout(
         weights,
         _native.numbers("sublayers")["mlp"],
@@ -317,13 +336,14 @@ def pack_mlp(sublayer: MlpSublayer, features: int, weights: str = "float32") -> 
         int(mlp.gate is not None),
         _norm_kind(sublayer.norm),
         sublayer.inner_features,
+        is_behind,
         _plan(sublayer.in_cols, features),
         _plan(sublayer.out_cols, features, scatter=True),
     )
     panels = [_panels(mlp.fc1, mlp.fc1_bias, weights), _panels(mlp.fc2, mlp.fc2_bias, weights)]
     if mlp.gate is not None:
         panels.append(_panels(mlp.gate, mlp.gate_bias, weights))
-    return PackedSublayer(torch.cat(panels), layout, (sublayer.eps, 0.0, 1.0, sublayer.inner_eps))
+    return PackedSublayer(torch.cat([*panels, *norm_behind]), layout, (sublayer.eps, 0.0, 1.0, sublayer.inner_eps))
 
 
 def pack_sublayer(sublayer: Sublayer, features: int, weights: str = "float32") -> PackedSublayer:

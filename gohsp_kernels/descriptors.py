@@ -8,6 +8,7 @@ schema, what a cache compares, and what every backend is given. A public functio
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ _SCHEMA_TYPES = {
     "tuple[int, ...]": "int[]",
     "float": "float",
     "int": "int",
+    "bool": "bool",
     "str": "str",
 }
 
@@ -157,7 +159,8 @@ def _types(kind: Any) -> dict[str, str]:
 
 ROTARY, BIASED, GATED = "rotary positions", "biased scores", "a gated MLP"
 INNER_NORM, RMS_NORM = "an inner norm", "RMSNorm"
-PARTS = frozenset((ROTARY, BIASED, GATED, INNER_NORM, RMS_NORM))
+COSINE, POST_NORM = "cosine attention", "a norm behind the sublayer"
+PARTS = frozenset((ROTARY, BIASED, GATED, INNER_NORM, RMS_NORM, COSINE, POST_NORM))
 """What a sublayer may have that a backend need not know; see :attr:`Descriptor.parts`."""
 
 OPERATORS: dict[str, type[Descriptor]] = {}
@@ -219,6 +222,7 @@ class _Heads(Descriptor):
     bias_table: Tensor | None = None
     bias_index: Tensor | None = None
     bias_mask: Tensor | None = None
+    logit_scale: Tensor | None = None
     qk_widths: tuple[int, ...]
     v_widths: tuple[int, ...]
     rope_pairs: str = "halves"
@@ -232,6 +236,7 @@ class _Heads(Descriptor):
         return {
             ROTARY: self.rope is not None,
             BIASED: self.has_bias,
+            COSINE: self.logit_scale is not None,
             RMS_NORM: self.norm == "rms",
         }
 
@@ -278,6 +283,7 @@ class _Heads(Descriptor):
         _check_one_of("norm", self.norm, NORM_KINDS)
         _check_one_of("rope_pairs", self.rope_pairs, ROPE_PAIRS)
         self._check_bias()
+        _check_shape("logit_scale", self.logit_scale, len(qk_widths))
         if self.rope is None:
             return
         if any(width % 2 for width in qk_widths):
@@ -307,6 +313,10 @@ class _Heads(Descriptor):
         q_weight, q_bias, k_weight, k_bias = norms = self.norms
         if q_weight is None and q_bias is None and k_weight is None and k_bias is None:
             return
+        if self.logit_scale is not None:
+            raise wrong(
+                "logit_scale", "None beside norms on q and k, which are divided by their lengths for it", "both"
+            )
         if len(set(self.qk_widths)) > 1:
             raise wrong("qk_widths", "one width for all heads, as the model has a q and k norm", list(self.qk_widths))
         for argument, tensor in zip(NORMS, norms, strict=True):
@@ -322,6 +332,9 @@ INNER_NORM_ARGUMENTS = ("inner_norm_weight", "inner_norm_bias", "inner_features"
 BIASES = ("bias_table", "bias_index", "bias_mask")
 """Names of what is added to scores."""
 
+HIGHEST_LOGIT_SCALE = math.log(100)
+"""Of cosine attention; a larger one counts as this, as in Swin Transformer V2."""
+
 NORM_KINDS = ("layer", "rms")
 """Norms: LayerNorm, or RMSNorm, which takes no mean."""
 
@@ -333,7 +346,11 @@ NORMS = ("q_norm_weight", "q_norm_bias", "k_norm_weight", "k_norm_bias")
 
 
 @_operator(
-    "ragged_attention", activations="qkv", residual=False, attends=True, added=("rope", "rope_pairs", "norm", *BIASES)
+    "ragged_attention",
+    activations="qkv",
+    residual=False,
+    attends=True,
+    added=("rope", "rope_pairs", "norm", *BIASES, "logit_scale"),
 )
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Attention(_Heads):
@@ -370,7 +387,7 @@ class Attention(_Heads):
     "attention_sublayer",
     residual=True,
     attends=True,
-    added=("rope", "rope_pairs", "norm", *INNER_NORM_ARGUMENTS, *BIASES),
+    added=("rope", "rope_pairs", "norm", *INNER_NORM_ARGUMENTS, *BIASES, "logit_scale", "post_norm"),
 )
 @dataclass(frozen=True, eq=False, kw_only=True)
 class AttentionSublayer(_Heads):
@@ -396,16 +413,18 @@ class AttentionSublayer(_Heads):
     qk_eps: float = 1e-6
     inner_features: int = 0
     inner_eps: float = 1e-6
+    post_norm: bool = False
 
     @property
     def attention(self) -> Attention:
         """The attention inside."""
-        same = ("rope", "qk_widths", "v_widths", "rope_pairs", "norm", "scale", *NORMS, *BIASES)
+        same = ("rope", "qk_widths", "v_widths", "rope_pairs", "norm", "scale", "logit_scale", *NORMS, *BIASES)
         return Attention(eps=self.qk_eps, **{name: getattr(self, name) for name in same})
 
     @property
     def parts(self) -> frozenset[str]:
-        return _named({**self._parts_of_heads(), INNER_NORM: self.inner_features > 0})
+        own = {INNER_NORM: self.inner_features > 0, POST_NORM: self.post_norm}
+        return _named({**self._parts_of_heads(), **own})
 
     def check(self, features: int) -> None:
         self._check_heads()
@@ -415,6 +434,7 @@ class AttentionSublayer(_Heads):
         _check_shape("norm_bias", self.norm_bias, features)
         _check_weight("qkv_weight", self.qkv_weight, self.channels, _kept("in_cols", self.in_cols, features))
         _check_shape("qkv_bias", self.qkv_bias, self.channels)
+        _check_post_norm(self)
         outputs = _kept("out_cols", self.out_cols, features)
         _check_weight("proj_weight", self.proj_weight, outputs, sum(self.v_widths))
         _check_shape("proj_bias", self.proj_bias, outputs)
@@ -427,7 +447,10 @@ class AttentionSublayer(_Heads):
 
 
 @_operator(
-    "mlp_sublayer", residual=True, attends=False, added=("gate_weight", "gate_bias", "norm", *INNER_NORM_ARGUMENTS)
+    "mlp_sublayer",
+    residual=True,
+    attends=False,
+    added=("gate_weight", "gate_bias", "norm", *INNER_NORM_ARGUMENTS, "post_norm"),
 )
 @dataclass(frozen=True, eq=False, kw_only=True)
 class MlpSublayer(Descriptor):
@@ -451,10 +474,11 @@ class MlpSublayer(Descriptor):
     eps: float = 1e-6
     inner_features: int = 0
     inner_eps: float = 1e-6
+    post_norm: bool = False
 
     @property
     def parts(self) -> frozenset[str]:
-        found = {GATED: self.gate_weight is not None, INNER_NORM: self.inner_features > 0}
+        found = {POST_NORM: self.post_norm, GATED: self.gate_weight is not None, INNER_NORM: self.inner_features > 0}
         return _named({**found, RMS_NORM: self.norm == "rms"})
 
     def check(self, features: int) -> None:
@@ -472,6 +496,7 @@ class MlpSublayer(Descriptor):
         _check_shape("gate_weight", self.gate_weight, *self.fc1_weight.shape)
         _check_shape("gate_bias", self.gate_bias, hidden)
         _check_inner_norm(self, hidden)
+        _check_post_norm(self)
         outputs = _kept("out_cols", self.out_cols, features)
         _check_weight("fc2_weight", self.fc2_weight, outputs, hidden)
         _check_shape("fc2_bias", self.fc2_bias, outputs)
@@ -555,6 +580,14 @@ def _check_inner_norm(sublayer: AttentionSublayer | MlpSublayer, width: int) -> 
         raise wrong("inner_features", f"0 for no norm, or at least {width}", sublayer.inner_features)
     for name, tensor in affine.items():
         _check_shape(name, tensor, width)
+
+
+def _check_post_norm(sublayer: AttentionSublayer | MlpSublayer) -> None:
+    """A norm behind a sublayer is over all features: one that is not written would get something from it."""
+    if type(sublayer.post_norm) is not bool:
+        raise TypeError(f"post_norm: wanted True or False; got {type(sublayer.post_norm).__name__}")
+    if sublayer.post_norm and sublayer.out_cols is not None:
+        raise wrong("out_cols", "None beside post_norm, which writes every feature", "columns")
 
 
 def _check_one_of(argument: str, value: str, choices: Collection[str]) -> None:

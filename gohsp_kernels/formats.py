@@ -87,8 +87,11 @@ class WeightFormat:
                 :func:`gohsp_kernels.cpu.reference_attention`.
         """
         linear = partial(self.linear, levels=levels)
-        gone = ("norm_weight", "norm_bias", "layer_scale", "inner_norm_weight", "inner_norm_bias")
-        plain: dict[str, Any] = dict.fromkeys(gone)
+        outside = ("norm_weight", "norm_bias", "layer_scale")
+        plain: dict[str, Any] = dict.fromkeys((*outside, "inner_norm_weight", "inner_norm_bias"))
+        if sublayer.post_norm:  # these are not folded then
+            parts = {name: getattr(sublayer, name) for name in outside}
+            plain |= {name: None if part is None else part.to(x.dtype) for name, part in parts.items()}
         if isinstance(sublayer, MlpSublayer):
             mlp = fold_mlp(sublayer)
             plain |= {"fc1_weight": mlp.fc1, "fc1_bias": mlp.fc1_bias, "fc2_weight": mlp.fc2, "fc2_bias": mlp.fc2_bias}

@@ -205,6 +205,7 @@ def ragged_attention(
     bias_table: Tensor | None = None,
     bias_index: Tensor | None = None,
     bias_mask: Tensor | None = None,
+    logit_scale: Tensor | None = None,
     norm: str = "layer",
     eps: float = 1e-6,
     num_queries: int | None = None,
@@ -229,6 +230,8 @@ def ragged_attention(
             without QK channels has these scores alone.
         bias_mask: [groups, tokens, tokens], added to the scores of all heads. Image i of the batch takes group
             i % groups, as windows of an image do that lie in the batch; the batch is a multiple of these.
+        logit_scale: [heads], of cosine attention (Swin Transformer V2): q and k are divided by their lengths, and their
+            products multiplied by exp(min(logit_scale, ln 100)) as well as by ``scale``. Not beside norms on q and k.
         norm: "layer", or "rms" where the norms on q and k are RMSNorms.
         eps: of those norms.
         num_queries: compute the first so many tokens only.
@@ -253,6 +256,7 @@ def ragged_attention(
         bias_table=bias_table,
         bias_index=bias_index,
         bias_mask=bias_mask,
+        logit_scale=logit_scale,
         qk_widths=tuple(qk_widths),
         v_widths=tuple(v_widths),
         rope_pairs=rope_pairs,
@@ -289,6 +293,7 @@ def attention_sublayer(
     bias_table: Tensor | None = None,
     bias_index: Tensor | None = None,
     bias_mask: Tensor | None = None,
+    logit_scale: Tensor | None = None,
     norm: str = "layer",
     inner_norm_weight: Tensor | None = None,
     inner_norm_bias: Tensor | None = None,
@@ -296,13 +301,14 @@ def attention_sublayer(
     eps: float = 1e-6,
     qk_eps: float = 1e-6,
     inner_eps: float = 1e-6,
+    post_norm: bool = False,
     num_queries: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """``x + layer_scale * proj(attention(qkv(LayerNorm(x))))`` with heads and columns left out.
 
     LayerNorm takes its statistics over all features of ``x``; ``in_cols`` is read after it. Residual columns outside
-    ``out_cols`` pass unchanged.
+    ``out_cols`` pass unchanged. With ``post_norm`` it is ``x + layer_scale * LayerNorm(proj(attention(qkv(x))))``.
 
     Args:
         x: [batch, tokens, features], float.
@@ -315,13 +321,14 @@ def attention_sublayer(
         layer_scale: [outputs] or None.
         in_cols, out_cols: features that are read, and that are written.
         q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias: [head width], norms on q and k, with ``qk_eps``.
-        rope, rope_pairs, bias_table, bias_index, bias_mask: as in :func:`ragged_attention`.
+        rope, rope_pairs, bias_table, bias_index, bias_mask, logit_scale: as in :func:`ragged_attention`.
         norm: "layer", or "rms" where all norms here are RMSNorms, which take no mean.
         inner_norm_weight, inner_norm_bias: [sum(v_widths)], affine part of a norm on the outputs of all heads in front
             of proj, with ``inner_eps``.
         inner_features: what that norm divides by: the channels of all heads of the dense layer, as those that were
             pruned are zeros in it; 0 for no such norm.
-        eps: of the norm on ``x``.
+        eps: of the norm on ``x``, or of that behind proj.
+        post_norm: whether the norm stands behind proj instead. All columns are written then.
         num_queries: give the first so many tokens only; all tokens are still attended to.
         backend: name of a backend; None for the selected one.
 
@@ -355,6 +362,7 @@ def attention_sublayer(
         bias_table=bias_table,
         bias_index=bias_index,
         bias_mask=bias_mask,
+        logit_scale=logit_scale,
         qk_widths=tuple(qk_widths),
         v_widths=tuple(v_widths),
         rope_pairs=rope_pairs,
@@ -364,6 +372,7 @@ def attention_sublayer(
         qk_eps=qk_eps,
         inner_features=inner_features,
         inner_eps=inner_eps,
+        post_norm=post_norm,
     )
     sublayer.check(x.shape[2])
     sublayer.check_images(x.shape[0], x.shape[1])
@@ -391,11 +400,13 @@ def mlp_sublayer(
     inner_features: int = 0,
     eps: float = 1e-6,
     inner_eps: float = 1e-6,
+    post_norm: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """``x + layer_scale * fc2(activation(fc1(LayerNorm(x))))`` with neurons and columns left out.
 
-    A gated MLP multiplies neuron by neuron: ``activation(gate(...)) * fc1(...)``.
+    A gated MLP multiplies neuron by neuron: ``activation(gate(...)) * fc1(...)``. With ``post_norm`` it is
+    ``x + layer_scale * LayerNorm(fc2(activation(fc1(x))))``.
 
     Args:
         x: [..., features], float.
@@ -412,7 +423,8 @@ def mlp_sublayer(
         inner_norm_weight, inner_norm_bias: [hidden], affine part of a norm on the hidden neurons, with ``inner_eps``.
         inner_features: what that norm divides by: the hidden neurons of the dense layer, as those that were pruned are
             zeros in it; 0 for no such norm.
-        eps: of the norm on ``x``.
+        eps: of the norm on ``x``, or of that behind fc2.
+        post_norm: whether the norm stands behind fc2 instead. All columns are written then.
         backend: name of a backend; None for the selected one.
 
     Returns:
@@ -444,6 +456,7 @@ def mlp_sublayer(
         eps=eps,
         inner_features=inner_features,
         inner_eps=inner_eps,
+        post_norm=post_norm,
     )
     sublayer.check(x.shape[-1])
     return run(sublayer, x, backend)

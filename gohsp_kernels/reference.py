@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .activations import ACTIVATIONS
-from .descriptors import PARTS, Attention, AttentionSublayer, Descriptor, Linear, MlpSublayer, Sublayer
+from .descriptors import (
+    HIGHEST_LOGIT_SCALE,
+    PARTS,
+    Attention,
+    AttentionSublayer,
+    Descriptor,
+    Linear,
+    MlpSublayer,
+    Sublayer,
+)
 from .registry import PackedChain, Request, register
 
 LinearLayer = Callable[[Tensor, Tensor, Any], Tensor]
@@ -154,7 +163,19 @@ def _finished(heads: Attention, x: Tensor, which: str, angles: Tensor | None) ->
     weight, bias = getattr(heads, f"{which}_norm_weight"), getattr(heads, f"{which}_norm_bias")
     if weight is not None:
         x = _normalised(heads.norm, x, weight, bias, heads.eps)
+    if heads.logit_scale is not None:
+        x = F.normalize(x, dim=-1)  # to the length of 1
     return x if angles is None else turned(x, angles, heads.rope_pairs)
+
+
+def logit_factors(logit_scale: Tensor) -> Tensor:
+    """What the cosines of each head are multiplied by, [heads], for a parameter of that shape."""
+    return logit_scale.clamp(max=HIGHEST_LOGIT_SCALE).exp()
+
+
+def _factors(heads: Attention) -> Tensor | None:
+    """:func:`logit_factors`; None where scores are no cosines."""
+    return None if heads.logit_scale is None else logit_factors(heads.logit_scale)
 
 
 def turned(x: Tensor, angles: Tensor, pairs: str) -> Tensor:
@@ -206,7 +227,7 @@ def ragged_attention(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor:
     n_qk, n_v = sum(heads.qk_widths), sum(heads.v_widths)
     q, k, v = qkv.split([n_qk, n_qk, n_v], dim=-1)
     q = q[:, :num_queries]
-    biases = score_bias(heads, qkv, num_queries)
+    biases, factors = score_bias(heads, qkv, num_queries), _factors(heads)
     outputs: list[Tensor] = [qkv.new_empty(0)] * len(heads.qk_widths)
     for (qk, width), members in _same_width_heads(heads.qk_widths, heads.v_widths).items():
         ids, qk_starts, v_starts = zip(*members, strict=True)
@@ -219,6 +240,8 @@ def ragged_attention(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor:
             of_queries = None if angles is None else angles[:, :, :num_queries]
             queries = _finished(heads, _heads(q, qk_starts, qk), "q", of_queries)
             keys = _finished(heads, _heads(k, qk_starts, qk), "k", angles)
+            if factors is not None:
+                queries = queries * factors[list(ids), None, None].to(queries.dtype)
             out = _attend(queries, keys, values, heads.scale, bias)
         for head, head_out in zip(ids, out.unbind(1), strict=True):
             outputs[head] = head_out
@@ -274,16 +297,18 @@ def bf16_attention(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor:
     outputs = [qkv.new_zeros(qkv.shape[0], num_queries, 0)]
     halves = [width // 2 for width in heads.qk_widths]
     turns = [None] * len(halves) if heads.rope is None else heads.rope.split(halves, -1)
-    biases = score_bias(heads, qkv, num_queries)
-    for queries, keys, values, angles, bias in zip(
+    biases, factors = score_bias(heads, qkv, num_queries), _factors(heads)
+    for queries, keys, values, angles, bias, factor in zip(
         q[:, :num_queries].split(list(heads.qk_widths), -1),
         k.split(list(heads.qk_widths), -1),
         v.split(list(heads.v_widths), -1),
         turns,
         [None] * len(halves) if biases is None else biases.unbind(1),
+        [1.0] * len(halves) if factors is None else factors.unbind(),
         strict=True,
     ):
-        queries = _finished(heads, queries, "q", None if angles is None else angles[:, :num_queries]) * heads.scale
+        queries = _finished(heads, queries, "q", None if angles is None else angles[:, :num_queries])
+        queries = queries * (heads.scale * factor)
         keys = _finished(heads, keys, "k", angles)
         scores = _in_bf16(queries) @ _in_bf16(keys).mT
         scores = scores if bias is None else scores + bias
@@ -292,10 +317,13 @@ def bf16_attention(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor:
     return torch.cat(outputs, dim=-1)
 
 
-def _residual_add(x: Tensor, y: Tensor, layer_scale: Tensor | None, out_cols: Tensor | None) -> Tensor:
-    if layer_scale is not None:
-        y = y * layer_scale
-    return x + y if out_cols is None else x.index_add(-1, out_cols, y.to(x.dtype))
+def _residual_add(sublayer: Sublayer, x: Tensor, y: Tensor) -> Tensor:
+    """x and what the last matrix of a sublayer gave."""
+    if sublayer.post_norm:
+        y = _normalised(sublayer.norm, y, sublayer.norm_weight, sublayer.norm_bias, sublayer.eps)
+    if sublayer.layer_scale is not None:
+        y = y * sublayer.layer_scale
+    return x + y if sublayer.out_cols is None else x.index_add(-1, sublayer.out_cols, y.to(x.dtype))
 
 
 def attention_sublayer(
@@ -306,28 +334,29 @@ def attention_sublayer(
     attention: Callable[[Attention, Tensor, int], Tensor] = ragged_attention,
 ) -> Tensor:
     """LayerNorm, attention, layer scale, residual. See :func:`gohsp_kernels.attention_sublayer`."""
-    qkv = linear(_normed(sublayer, x), sublayer.qkv_weight, sublayer.qkv_bias)
+    qkv = linear(_seen(sublayer, x), sublayer.qkv_weight, sublayer.qkv_bias)
     heads = _normalised_inside(sublayer, attention(sublayer.attention, qkv, num_queries))
     y = linear(heads, sublayer.proj_weight, sublayer.proj_bias)
-    return _residual_add(x[:, :num_queries], y, sublayer.layer_scale, sublayer.out_cols)
+    return _residual_add(sublayer, x[:, :num_queries], y)
 
 
 def mlp_sublayer(sublayer: MlpSublayer, x: Tensor, _: int | None = None, linear: LinearLayer = F.linear) -> Tensor:
     """LayerNorm, MLP, layer scale, residual. See :func:`gohsp_kernels.mlp_sublayer`."""
-    normed = _normed(sublayer, x)
-    hidden = linear(normed, sublayer.fc1_weight, sublayer.fc1_bias)
+    seen = _seen(sublayer, x)
+    hidden = linear(seen, sublayer.fc1_weight, sublayer.fc1_bias)
     if sublayer.gate_weight is None:
         hidden = ACTIVATIONS[sublayer.activation](hidden)
     else:
-        hidden = ACTIVATIONS[sublayer.activation](linear(normed, sublayer.gate_weight, sublayer.gate_bias)) * hidden
+        hidden = ACTIVATIONS[sublayer.activation](linear(seen, sublayer.gate_weight, sublayer.gate_bias)) * hidden
     y = linear(_normalised_inside(sublayer, hidden), sublayer.fc2_weight, sublayer.fc2_bias)
-    return _residual_add(x, y, sublayer.layer_scale, sublayer.out_cols)
+    return _residual_add(sublayer, x, y)
 
 
-def _normed(sublayer: Sublayer, x: Tensor) -> Tensor:
+def _seen(sublayer: Sublayer, x: Tensor) -> Tensor:
     """What the first matrix of a sublayer reads."""
-    normed = _normalised(sublayer.norm, x, sublayer.norm_weight, sublayer.norm_bias, sublayer.eps)
-    return gather_columns(normed, sublayer.in_cols)
+    if not sublayer.post_norm:
+        x = _normalised(sublayer.norm, x, sublayer.norm_weight, sublayer.norm_bias, sublayer.eps)
+    return gather_columns(x, sublayer.in_cols)
 
 
 _RUN: dict[str, Callable[..., Tensor]] = {

@@ -154,6 +154,10 @@ class Maker:
             found["bias_mask"] = -100.0 * (apart & ~torch.eye(tokens, dtype=torch.bool))
         return found
 
+    def cosine(self, heads: int) -> dict[str, Any]:
+        """What makes scores of cosines, as keyword arguments; one factor is beyond the largest."""
+        return {"logit_scale": torch.linspace(6, 0, heads) + 0.1 * self.normal(heads)}
+
     def inner_norm(self, width: int, features: int, **more: Any) -> dict[str, Any]:
         """A norm over ``features`` in front of the last matrix, ``width`` of which are kept, as keyword arguments."""
         affine = {"inner_norm_weight": self.normal(width), "inner_norm_bias": self.normal(width)}
@@ -343,6 +347,29 @@ EDGES: Mapping[str, Callable[[Maker], Call]] = {
     "attention_sublayer, no token and biased scores": lambda m: m.attention_sublayer(
         2, 0, 16, [4], [4], **m.bias(1, 0)
     ),
+    "ragged_attention, cosines": lambda m: m.attention(2, 67, [8, 0, 7], [8, 3, 33], num_queries=41, **m.cosine(3)),
+    "ragged_attention, cosines without a head": lambda m: m.attention(2, 3, [], [], **m.cosine(0)),
+    "attention_sublayer, cosines": lambda m: m.attention_sublayer(
+        3, 50, 16, [6, 0, 9], [8, 3, 0], 9, 11, num_queries=1, **m.cosine(3), **m.bias(3, 50)
+    ),
+    "attention_sublayer, cosines of turned channels": lambda m: m.attention_sublayer(
+        2, 17, 16, [6, 2], [8, 3], rope=m.rope(17, [6, 2]), **m.cosine(2)
+    ),
+    "attention_sublayer, cosines of nothing": lambda m: m.attention_sublayer(
+        2, 17, 16, [5], [8], 0, None, **{**m.cosine(1), "qkv_bias": None}
+    ),
+    "attention_sublayer, a norm behind": lambda m: m.attention_sublayer(
+        3, 20, 61, [5, 8], [7, 3], 37, None, post_norm=True, num_queries=7, **m.inner_norm(10, 24)
+    ),
+    "attention_sublayer, a norm behind cosines": lambda m: m.attention_sublayer(
+        4, 16, 40, [4, 5], [8, 3], post_norm=True, layer_scale=None, **m.cosine(2), **m.bias(2, 16, 2)
+    ),
+    "attention_sublayer, a norm behind nothing": lambda m: m.attention_sublayer(
+        2, 7, 16, [], [], post_norm=True, eps=0.5, norm="rms"
+    ),
+    "attention_sublayer, a norm behind without affine part": lambda m: m.attention_sublayer(
+        2, 7, 16, [4, 4], [4, 4], post_norm=True, **_BARE_ATTENTION
+    ),
     "attention_sublayer, no head": lambda m: m.attention_sublayer(2, 7, 16, [], []),
     "attention_sublayer, a head without QK channels": lambda m: m.attention_sublayer(2, 7, 16, [0, 4], [4, 4]),
     "attention_sublayer, a head without V channels": lambda m: m.attention_sublayer(2, 7, 16, [4, 4], [0, 4]),
@@ -411,6 +438,14 @@ EDGES: Mapping[str, Callable[[Maker], Call]] = {
     ),
     "mlp_sublayer, RMSNorm everywhere": lambda m: m.mlp_sublayer(
         (2, 9), 61, 33, 37, 29, norm="rms", norm_bias=None, **m.inner_norm(33, 40)
+    ),
+    "mlp_sublayer, a norm behind": lambda m: m.mlp_sublayer((2, 9), 61, 33, 37, None, post_norm=True, eps=0.1),
+    "mlp_sublayer, a norm behind a gate": lambda m: m.mlp_sublayer(
+        (2, 9), 16, 33, post_norm=True, norm="rms", activation="silu", **m.gate(33, 16), **m.inner_norm(33, 40)
+    ),
+    "mlp_sublayer, a norm behind no neuron": lambda m: m.mlp_sublayer((2, 7), 16, 0, post_norm=True),
+    "mlp_sublayer, a norm behind without affine part": lambda m: m.mlp_sublayer(
+        (2, 7), 16, 12, post_norm=True, **_BARE_MLP
     ),
     "mlp_sublayer, no bias, norm or scale": lambda m: m.mlp_sublayer((2, 7), 16, 12, **_BARE_MLP),
 }

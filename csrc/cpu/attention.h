@@ -163,6 +163,19 @@ inline void normalise_heads(const Heads& heads, const float* weight, const float
   }
 }
 
+// Divides the channels of each head of one row by their length, in place, and multiplies them by a factor for the head.
+inline void give_length(const Heads& heads, const float* factors, float* row) {
+  for (int64_t h = 0; h < heads.count; ++h) {
+    const int64_t width = heads.qk_widths[h];
+    float squares = 0.0f;
+    for (int64_t c = 0; c < width; ++c) squares += row[c] * row[c];
+    const float length = __builtin_sqrtf(squares);
+    const float scale = (factors == nullptr ? 1.0f : factors[h]) / (length > 1e-12f ? length : 1e-12f);
+    for (int64_t c = 0; c < width; ++c) row[c] *= scale;
+    row += width;
+  }
+}
+
 // Turns the pairs of channels of one row, in place, by the angles of its token.
 inline void turn_heads(const Heads& heads, int64_t token, float* row) {
   const Rope& rope = heads.rope;
@@ -195,6 +208,7 @@ inline void finish_queries(const Heads& heads, const HeadBuffers& into, int64_t 
   for (int64_t i = r0; i < r0 + rows; ++i) {
     float* q = into.q + i * into.ldq;
     if (heads.qk_norm != nullptr) normalise_heads(heads, heads.qk_norm, heads.qk_norm + width, q);
+    if (heads.cosine != nullptr) give_length(heads, heads.cosine, q);
     if (heads.rope.angles != nullptr) turn_heads(heads, i, q);
     if (heads.scale != 1.0f)
       for (int64_t c = 0; c < channels; ++c) q[c] *= heads.scale;
@@ -209,6 +223,7 @@ inline void finish_keys(const Heads& heads, const HeadBuffers& into, int64_t r0,
   for (int64_t i = 0; i < rows; ++i) {
     float* k = keys + i * ld_keys;
     if (heads.qk_norm != nullptr) normalise_heads(heads, heads.qk_norm + 2 * width, heads.qk_norm + 3 * width, k);
+    if (heads.cosine != nullptr) give_length(heads, nullptr, k);
     if (heads.rope.angles != nullptr) turn_heads(heads, r0 + i, k);
   }
   transpose(keys, ld_keys, rows, channels, into.k_t + r0, into.ldk);

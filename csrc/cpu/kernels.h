@@ -10,7 +10,7 @@
 namespace gohsp {
 
 // Raise this when packed weights or columns are arranged in another way than before.
-constexpr uint64_t kPackingVersion = 5;
+constexpr uint64_t kPackingVersion = 6;
 
 // A number for the arrangement of weights of this format, and of columns, that the kernels of this name read (FNV-1a of
 // name, format and version). Packed layouts begin with it. Not negative.
@@ -77,6 +77,8 @@ struct Heads {
   Norm norm = Norm::layer;  // of q and k
   Rope rope = {};
   ScoreBias bias = {};
+  const float* cosine =
+      nullptr;  // [count], factors of cosine attention, whose q and k have a length of 1; nullptr: none
 };
 
 // A norm in front of the last matrix of a sublayer (affine part folded away).
@@ -85,7 +87,8 @@ struct InnerNorm {
   float eps = 0.0f;
 };
 
-// norm (affine part folded away), gather, q | k | v, softmax attention, inner norm, proj, scatter, residual.
+// norm (affine part folded away), gather, q | k | v, softmax attention, inner norm, proj, scatter, residual. With a norm
+// behind, there is none in front, and all columns are written: gather, ..., proj, norm, residual.
 struct Attention {
   Matrix q, k, v, proj;
   Heads heads;
@@ -93,10 +96,11 @@ struct Attention {
   float eps;
   Norm norm = Norm::layer;
   InnerNorm inner = {};
+  const float* behind = nullptr;  // [2, features], weight and bias of a norm behind proj; nullptr: it is in front
 };
 
 // norm (affine part folded away), gather, fc1, activation, inner norm, fc2, scatter, residual. A gate takes fc1's place in
-// front of the activation, and what that gives is multiplied by what fc1 gives.
+// front of the activation, and what that gives is multiplied by what fc1 gives. A norm may be behind as of attention.
 struct Mlp {
   Matrix fc1, fc2;
   Columns in, out;
@@ -105,6 +109,7 @@ struct Mlp {
   Norm norm = Norm::layer;
   InnerNorm inner = {};
   Matrix gate = {};  // without panels: none
+  const float* behind = nullptr;
 };
 
 // One of the two is set.

@@ -90,6 +90,13 @@ inline void normalise_row(Norm norm, const float* x, int64_t count, int64_t feat
   if (rest > 0) store(y + whole, (load_first(x + whole, rest) - mean) * scale);
 }
 
+// x = x * weight + bias, in place.
+inline void scale_and_shift(float* x, const float* weight, const float* bias, int64_t count) {
+  const int64_t whole = count / W * W;
+  for (int64_t j = 0; j < whole; j += W) store(x + j, load(x + j) * load(weight + j) + load(bias + j));
+  for (int64_t j = whole; j < count; ++j) x[j] = x[j] * weight[j] + bias[j];
+}
+
 inline void copy_row(const float* x, int64_t features, float* y) {
   if (features > 0) __builtin_memcpy(y, x, static_cast<size_t>(features) * sizeof(float));
 }

@@ -119,7 +119,8 @@ class Chain {
       segments_ += a != nullptr;
       const Columns &in = a != nullptr ? a->in : m->in, &out = a != nullptr ? a->out : m->out;
       ld_in_ = max(ld_in_, row_stride(in.count));
-      if (out.plan != nullptr) ld_packed_ = max(ld_packed_, row_stride(out.count));
+      const bool whole = out.plan == nullptr && (a != nullptr ? a->behind : m->behind) == nullptr;
+      if (!whole) ld_packed_ = max(ld_packed_, row_stride(out.count));
       const Matrix &first = a != nullptr ? a->q : m->fc1, &second = a != nullptr ? a->proj : m->fc2;
       for (const Matrix* w : {&first, &second}) ld_bytes_ = max(ld_bytes_, rounded_stride(w->format, w->k));
       on_tiles_ = on_tiles_ || (kHasTiles && first.format != Format::float32);
@@ -221,15 +222,19 @@ class Chain {
     return buffers_[2 * (slot_of_[image] - 1) + attention % 2];
   }
 
-  // Normalised, gathered rows, as the left side of a product with weights of the format of w.
-  Lhs normalise(const float* x, int64_t rows, Norm norm, float eps, const Columns& in, const Matrix& w,
-                const Scratch& scratch) const {
+  // Gathered rows, normalised where the norm is in front, as the left side of a product with weights of the format of w.
+  template <class Part>
+  Lhs seen(const float* x, int64_t rows, const Part& part, const Matrix& w, const Scratch& scratch) const {
     const bool rounded = w.format != Format::float32;
-    const ColumnVector* gather = plan_of(in);
+    const ColumnVector* gather = plan_of(part.in);
     for (int64_t i = 0; i < rows; ++i) {
       float* to = scratch.normed + (rounded ? 0 : i * ld_in_);
-      normalise_row(norm, x + i * shape_.features, shape_.features, shape_.features, eps,
-                    gather == nullptr ? to : scratch.row);
+      float* whole = gather == nullptr ? to : scratch.row;
+      if (part.behind == nullptr) {
+        normalise_row(part.norm, x + i * shape_.features, shape_.features, shape_.features, part.eps, whole);
+      } else {
+        copy_row(x + i * shape_.features, shape_.features, whole);
+      }
       if (gather != nullptr) compress_row(scratch.row, shape_.features, gather, to);
       if (rounded) round_row(w.format, to, w.k, scratch.rounded, i);
     }
@@ -250,11 +255,11 @@ class Chain {
   void project_rows(int64_t layer, const HeadBuffers& into, int64_t r0, int64_t rows, bool only_queries_wanted,
                     const float* x, const Scratch& scratch) const {
     const Attention& a = *layers_[layer].attention;
-    const Lhs normed = normalise(x, rows, a.norm, a.eps, a.in, a.q, scratch);
+    const Lhs left = seen(x, rows, a, a.q, scratch);
     const int64_t query_rows = only_queries_wanted ? max(0, min(rows, shape_.queries - r0)) : rows;
-    store_product(normed, query_rows, a.q, Activation::identity, into.q + r0 * into.ldq, into.ldq);
-    store_product(normed, rows, a.k, Activation::identity, scratch.inner, ld_inner_);
-    store_product(normed, rows, a.v, Activation::identity, into.v + r0 * into.ldv, into.ldv);
+    store_product(left, query_rows, a.q, Activation::identity, into.q + r0 * into.ldq, into.ldq);
+    store_product(left, rows, a.k, Activation::identity, scratch.inner, ld_inner_);
+    store_product(left, rows, a.v, Activation::identity, into.v + r0 * into.ldv, into.ldv);
     finish_queries(a.heads, into, r0, query_rows, a.q.n);
     finish_keys(a.heads, into, r0, rows, a.k.n, scratch.inner, ld_inner_);
   }
@@ -267,30 +272,31 @@ class Chain {
     } else {
       attend(a.heads, heads, image, shape_.tokens, r0, r1, scratch.scores, ld_tokens_, scratch.inner, ld_inner_);
     }
-    add_product(inner(r1 - r0, a.norm, a.inner, a.proj, scratch), r1 - r0, a.proj, a.out, x, y, scratch);
+    add_product(inner(r1 - r0, a.norm, a.inner, a.proj, scratch), r1 - r0, a.proj, a, x, y, scratch);
   }
 
   void mlp_rows(int64_t layer, int64_t rows, const float* x, float* y, const Scratch& scratch) const {
     const Mlp& m = *layers_[layer].mlp;
-    const Lhs normed = normalise(x, rows, m.norm, m.eps, m.in, m.fc1, scratch);
+    const Lhs left = seen(x, rows, m, m.fc1, scratch);
     const bool plain = m.gate.panels == nullptr && m.inner.features == 0;
     if (plain && m.fc1.n > 0 && rounds_tiles(m.fc2.format)) {  // no tile, nothing written: fc2 may read padding
-      store_rounded(normed, rows, m.fc1, m.activation, m.fc2.format, scratch.hidden);
-      add_product(Lhs(scratch.hidden), rows, m.fc2, m.out, x, y, scratch);
+      store_rounded(left, rows, m.fc1, m.activation, m.fc2.format, scratch.hidden);
+      add_product(Lhs(scratch.hidden), rows, m.fc2, m, x, y, scratch);
     } else {
       const bool gated = m.gate.panels != nullptr;
-      store_product(normed, rows, gated ? m.gate : m.fc1, m.activation, scratch.inner, ld_inner_);
-      if (gated) multiply_by_product(normed, rows, m.fc1, scratch.inner, ld_inner_);
-      add_product(inner(rows, m.norm, m.inner, m.fc2, scratch), rows, m.fc2, m.out, x, y, scratch);
+      store_product(left, rows, gated ? m.gate : m.fc1, m.activation, scratch.inner, ld_inner_);
+      if (gated) multiply_by_product(left, rows, m.fc1, scratch.inner, ld_inner_);
+      add_product(inner(rows, m.norm, m.inner, m.fc2, scratch), rows, m.fc2, m, x, y, scratch);
     }
   }
 
-  // y = x + scatter(left W^T + b); y may be x.
-  void add_product(const Lhs& left, int64_t rows, const Matrix& w, const Columns& out, const float* x, float* y,
+  // y = x + scatter(left W^T + b), or x + norm(left W^T + b); y may be x.
+  template <class Part>
+  void add_product(const Lhs& left, int64_t rows, const Matrix& w, const Part& part, const float* x, float* y,
                    const Scratch& scratch) const {
     const int64_t features = shape_.features;
-    const ColumnVector* scatter = plan_of(out);
-    if (scatter == nullptr) {
+    const ColumnVector* scatter = plan_of(part.out);
+    if (scatter == nullptr && part.behind == nullptr) {
       multiply(left, rows, w, [=](int64_t r, int64_t count, int64_t n, int64_t columns, float* c) {
         for (int64_t i = 0; i < count; ++i)
           add_vectors(x + (r + i) * features + n, c + i * N, columns, y + (r + i) * features + n);
@@ -298,8 +304,16 @@ class Chain {
       return;
     }
     store_product(left, rows, w, Activation::identity, scratch.packed, ld_packed_);
-    for (int64_t i = 0; i < rows; ++i)
-      add_spread(x + i * features, scratch.packed + i * ld_packed_, scatter, features, y + i * features);
+    for (int64_t i = 0; i < rows; ++i) {
+      float* row = scratch.packed + i * ld_packed_;
+      if (part.behind != nullptr) {
+        normalise_row(part.norm, row, features, features, part.eps, row);
+        scale_and_shift(row, part.behind, part.behind + features, features);
+        add_vectors(x + i * features, row, features, y + i * features);
+      } else {
+        add_spread(x + i * features, row, scatter, features, y + i * features);
+      }
+    }
   }
 
   const Sublayer* layers_;

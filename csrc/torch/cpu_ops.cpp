@@ -202,17 +202,18 @@ gohsp::Norm norm_of(int64_t id) {
 }
 
 // What a layout tells of attention itself, beside widths: whether q and k are normalised, how, by how many pairs of how
-// many tokens they are turned, and how many groups of how many tokens have biases of their own.
+// many tokens they are turned, how many groups of how many tokens have biases of their own, whether scores are cosines.
 struct HeadNumbers {
   bool normalised;
   gohsp::Norm norm;
   int64_t tokens, pairs;
   int64_t bias_groups, bias_tokens;
+  bool cosine;
 };
-constexpr int64_t kHeadNumbers = 6;
+constexpr int64_t kHeadNumbers = 7;
 
 HeadNumbers head_numbers(const int64_t* numbers) {
-  return {numbers[0] != 0, norm_of(numbers[1]), numbers[2], numbers[3], numbers[4], numbers[5]};
+  return {numbers[0] != 0, norm_of(numbers[1]), numbers[2], numbers[3], numbers[4], numbers[5], numbers[6] != 0};
 }
 
 // The angles of heads, from the words that hold them.
@@ -241,13 +242,14 @@ gohsp::ScoreBias read_bias(int64_t heads, const HeadNumbers& numbers, Words&& fl
   return {floats(count), groups, tokens};
 }
 
-// Norms, angles and biases of heads whose widths are there, from the words that hold them.
+// Norms, angles, biases and factors of heads whose widths are there, from the words that hold them.
 template <class Words>
 void read_heads(gohsp::Heads& heads, const HeadNumbers& turns, int64_t qk_total, Words&& floats) {
   heads.norm = turns.norm;
   if (turns.normalised) heads.qk_norm = floats(4 * norm_width(heads));
   if (turns.pairs != 0) heads.rope = read_rope(heads, turns, qk_total, floats);
   if (turns.bias_groups != 0) heads.bias = read_bias(heads.count, turns, floats);
+  if (turns.cosine) heads.cosine = floats(heads.count);
 }
 
 void check_images(const gohsp::Heads& heads, int64_t batch, int64_t tokens) {
@@ -266,15 +268,23 @@ int64_t inner_features(int64_t features, int64_t kept) {
   return features;
 }
 
-// Order of the numbers: heads, numbers of these, features of the inner norm, columns in, columns out, QK widths, V widths.
+// A norm behind a sublayer is over all features.
+void check_behind(bool behind, const Columns& out) {
+  STD_TORCH_CHECK(!behind || out.plan == nullptr, "layouts: wanted all columns out in front of a norm");
+}
+
+// Order of the numbers: heads, numbers of these, features of the inner norm, whether the norm is behind, columns in,
+// columns out, QK widths, V widths.
 gohsp::Attention read_attention(Packed& packed, const double* constants, int64_t features) {
   gohsp::Attention a{};
   const int64_t count = packed.number();
   const HeadNumbers numbers = head_numbers(packed.numbers(kHeadNumbers));
   a.norm = numbers.norm;
   const int64_t inner = packed.number();
+  const bool behind = packed.number() != 0;
   a.in = packed.columns(features);
   a.out = packed.columns(features);
+  check_behind(behind, a.out);
   a.heads = {count,
              packed.numbers(count),
              packed.numbers(count),
@@ -287,13 +297,14 @@ gohsp::Attention read_attention(Packed& packed, const double* constants, int64_t
   a.v = packed.matrix(totals.v, a.in.count);
   a.proj = packed.matrix(a.out.count, totals.v);
   read_heads(a.heads, numbers, totals.qk, [&](int64_t n) { return packed.floats(n); });
+  if (behind) a.behind = packed.floats(2 * features);
   a.inner = {inner_features(inner, totals.v), static_cast<float>(constants[3])};
   a.eps = static_cast<float>(constants[0]);
   return a;
 }
 
 // Order of the numbers: hidden neurons, activation, whether there is a gate, kind of norms, features of the inner norm,
-// columns in, columns out.
+// whether the norm is behind, columns in, columns out.
 gohsp::Mlp read_mlp(Packed& packed, const double* constants, int64_t features) {
   gohsp::Mlp m{};
   const int64_t hidden = packed.number();
@@ -301,11 +312,14 @@ gohsp::Mlp read_mlp(Packed& packed, const double* constants, int64_t features) {
   const bool gated = packed.number() != 0;
   m.norm = norm_of(packed.number());
   m.inner = {inner_features(packed.number(), hidden), static_cast<float>(constants[3])};
+  const bool behind = packed.number() != 0;
   m.in = packed.columns(features);
   m.out = packed.columns(features);
+  check_behind(behind, m.out);
   m.fc1 = packed.matrix(hidden, m.in.count);
   m.fc2 = packed.matrix(m.out.count, hidden);
   if (gated) m.gate = packed.matrix(hidden, m.in.count);
+  if (behind) m.behind = packed.floats(2 * features);
   m.eps = static_cast<float>(constants[0]);
   return m;
 }
@@ -367,7 +381,7 @@ Tensor cpu_attention(Tensor qkv, Tensor widths, Tensor words, std::vector<int64_
   Reader<int32_t> reader(contents<int32_t>(words, ScalarType::Int, "words", "int32"), words.numel(), "words");
   read_heads(heads, head_numbers(numbers.data()), totals.qk,
              [&](int64_t n) { return reinterpret_cast<const float*>(reader.take(n)); });
-  STD_TORCH_CHECK(reader.empty(), "words: wanted no more than norms, angles and biases");
+  STD_TORCH_CHECK(reader.empty(), "words: wanted no more than norms, angles, biases and factors");
   STD_TORCH_CHECK(qkv.dim() == 3 && qkv.size(2) == 2 * totals.qk + totals.v && v_total == totals.v,
                   "qkv: wanted [batch, tokens, ", 2 * totals.qk + totals.v, "]");
   const gohsp::Shape shape{qkv.size(0), qkv.size(1), qkv.size(2), num_queries};

@@ -130,7 +130,8 @@ def count(model: nn.Module, input_size: int | Sequence[int] | None = None, *, ma
         _count_modules(block.halves(), block.geometry, block.mask.size(), sizes)
         for block, sizes in zip(blocks, attended, strict=True)
     ]
-    return _count_all(model, blocks, costs, (height, width), attended)
+    inside = [module for block in blocks for half in block.halves() for module in half]
+    return _count_all(model, inside, costs, (height, width), attended)
 
 
 def count_opened(
@@ -144,7 +145,7 @@ def count_opened(
     height, width = _image_size(opened.model, input_size)
     attended = _attended(opened.model, height, width, len(opened.blocks))
     costs = _count_dense(opened, mask, attended)
-    inside = [block.module for block in opened.blocks]
+    inside = [module for block in opened.blocks for half in block.sublayers for module in _modules(half)]
     if mask is not None:
         inside += opened.family.taken_over(opened.model)
     return _count_all(opened.model, inside, costs, (height, width), attended)
@@ -152,13 +153,13 @@ def count_opened(
 
 def _count_all(
     model: nn.Module,
-    blocks: Sequence[nn.Module],
+    inside: Sequence[nn.Module],
     costs: Sequence[BlockCount],
     size: tuple[int, int],
     attended: Sequence[tuple[int, int]],
 ) -> Count:
-    """Add what stands outside the blocks to their costs."""
-    outside = count_parameters(model) - count_parameters(*blocks)
+    """Add to the costs of blocks what stands outside, or beside their halves, in some modules of the model."""
+    outside = count_parameters(model) - count_parameters(*inside)
     macs = sum(_macs(*part) for part in family_of(model).modules_outside(model, *size))
     return Count(
         params=outside + sum(cost.params for cost in costs),
@@ -171,11 +172,16 @@ def _count_all(
 
 def _count_dense(opened: OpenModel, mask: Kept | None, attended: Sequence[tuple[int, int]]) -> list[BlockCount]:
     if mask is None:
-        halves = [[(half.norm, half.body, half.scale) for half in block.sublayers] for block in opened.blocks]
+        halves = [[_modules(half) for half in block.sublayers] for block in opened.blocks]
         sizes = [BlockSize.whole(block.geometry) for block in opened.blocks]
         return list(map(_count_modules, halves, opened.geometry.blocks, sizes, attended))
     mask.check_fits(opened.geometry)
     return list(map(count_block, opened.blocks, [kept.size() for kept in mask.blocks], attended))
+
+
+def _modules(half: Sublayer) -> tuple[nn.Module, ...]:
+    """Return what holds the parameters of a dense half block."""
+    return half.norm, half.body, half.scale
 
 
 def _count_modules(
@@ -200,6 +206,7 @@ def count_block(block: OpenBlock, size: BlockSize, attended: tuple[int, int]) ->
     attention_params += _sublayer(attention, size.attn_in, rows, size.v, size.attn_out)
     attention_params += _norm_params(attention.inner_norm, size.v)
     attention_params += 0 if attention.bias is None else size.heads * len(attention.bias.table)
+    attention_params += 0 if attention.logit_scale is None else size.heads
     mlp_params = _sublayer(mlp, size.mlp_in, _rows(block.geometry, size), size.hidden, size.mlp_out)
     mlp_params += _norm_params(mlp.inner_norm, size.hidden)
     attention_macs, mlp_macs = _block_macs(block.geometry, size, attended)

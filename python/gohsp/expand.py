@@ -83,6 +83,8 @@ def _write_attention(into: Attention, attn: PrunedAttention, block: Any) -> None
         if not into.bias.table.is_leaf or not isinstance(into.bias.table, nn.Parameter):
             raise _NoPlace("its table of relative positions is one that the dense model computes")
         into.bias.table[:, list(attn.heads)] = attn.position_bias.table
+    if into.logit_scale is not None and attn.logit_scale is not None:
+        into.logit_scale[list(attn.heads)] = attn.logit_scale
 
 
 def _write_mlp(into: Mlp, mlp: PrunedMlp, block: Any) -> None:

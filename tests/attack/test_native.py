@@ -64,35 +64,38 @@ def test_norms_of_heads_of_other_widths_are_refused() -> None:
         cpu.run_packed(call.x, [packed], 3)
     widths = torch.tensor([[4, 40], [4, 4]])
     with pytest.raises(RuntimeError, match="qk_norm: wanted heads of one QK width; got 4 and 40"):
-        torch.ops.gohsp_kernels.cpu_attention(torch.ones(1, 2, 96), widths, WORDS, [1, 0, 0, 0, 0, 0], 1.0, 1e-6, 8, 2)
+        torch.ops.gohsp_kernels.cpu_attention(
+            torch.ones(1, 2, 96), widths, WORDS, [1, 0, 0, 0, 0, 0, 0], 1.0, 1e-6, 8, 2
+        )
     widths = torch.tensor([[4, 6], [4, 4]])
     turned = torch.ones(1, 2, 28), widths, WORDS
     for numbers, message in (
-        ([0, 0, 2, 4, 0, 0], "qk_norm: wanted heads of one QK width; got 4 and 6"),
-        ([0, 0, 2**40, 5, 0, 0], "rope: wanted no negative number of tokens, and no gigantic one"),
-        ([0, 0, -2, 5, 0, 0], "rope: wanted no negative number of tokens, and no gigantic one"),
-        ([0, 0, 3, 5, 0, 0], "words: too short"),
-        ([0, 0, 1, 5, 0, 0], "words: wanted no more than norms, angles and biases"),
-        ([0, 0, 0, 0, 2**40, 2], "biases: wanted a group, no negative number of tokens, and no gigantic ones"),
-        ([0, 0, 0, 0, -1, 2], "biases: wanted a group, no negative number of tokens, and no gigantic ones"),
-        ([0, 0, 0, 0, 1, -2], "biases: wanted a group, no negative number of tokens, and no gigantic ones"),
-        ([0, 0, 0, 0, 2**30, 2**30], "biases: wanted a group, no negative number|biases: wanted no gi"),
-        ([0, 0, 0, 0, 1, 2], "words: too short"),
-        ([0, 2, 0, 0, 0, 0], "layouts: unknown kind of norm 2"),
-        ([0, 0], "numbers: wanted 6; got 2"),
+        ([0, 0, 2, 4, 0, 0, 0], "qk_norm: wanted heads of one QK width; got 4 and 6"),
+        ([0, 0, 2**40, 5, 0, 0, 0], "rope: wanted no negative number of tokens, and no gigantic one"),
+        ([0, 0, -2, 5, 0, 0, 0], "rope: wanted no negative number of tokens, and no gigantic one"),
+        ([0, 0, 3, 5, 0, 0, 0], "words: too short"),
+        ([0, 0, 1, 5, 0, 0, 0], "words: wanted no more than norms, angles, biases and factors"),
+        ([0, 0, 0, 0, 2**40, 2, 0], "biases: wanted a group, no negative number of tokens, and no gigantic ones"),
+        ([0, 0, 0, 0, -1, 2, 0], "biases: wanted a group, no negative number of tokens, and no gigantic ones"),
+        ([0, 0, 0, 0, 1, -2, 0], "biases: wanted a group, no negative number of tokens, and no gigantic ones"),
+        ([0, 0, 0, 0, 2**30, 2**30, 0], "biases: wanted a group, no negative number|biases: wanted no gi"),
+        ([0, 0, 0, 0, 1, 2, 0], "words: too short"),
+        ([0, 0, 0, 0, 0, 0, 1], "words: wanted no more than norms, angles, biases and factors"),
+        ([0, 2, 0, 0, 0, 0, 0], "layouts: unknown kind of norm 2"),
+        ([0, 0], "numbers: wanted 7; got 2"),
     ):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.gohsp_kernels.cpu_attention(*turned, numbers, 1.0, 1e-6, 8, 2)
     with pytest.raises(RuntimeError, match="rope: wanted even QK widths; got 3"):
         odd = torch.ones(1, 2, 22), torch.tensor([[4, 3], [4, 4]]), WORDS
-        torch.ops.gohsp_kernels.cpu_attention(*odd, [0, 0, 2, 3, 0, 0], 1.0, 1e-6, 8, 2)
+        torch.ops.gohsp_kernels.cpu_attention(*odd, [0, 0, 2, 3, 0, 0, 0], 1.0, 1e-6, 8, 2)
     with pytest.raises(RuntimeError, match="x: wanted 1 tokens, for which rotary positions were packed; got 2"):
         one = torch.ones(1, 2, 12), torch.tensor([[4], [4]]), WORDS[:4]
-        torch.ops.gohsp_kernels.cpu_attention(*one, [0, 0, 1, 2, 0, 0], 1.0, 1e-6, 4, 2)
+        torch.ops.gohsp_kernels.cpu_attention(*one, [0, 0, 1, 2, 0, 0, 0], 1.0, 1e-6, 4, 2)
     biased = torch.ones(1, 1, 12), torch.tensor([[4], [4]]), torch.zeros(64, dtype=torch.int32)
     for numbers, message in (
-        ([0, 0, 0, 0, 2, 2], "x: wanted 2 tokens, for which biases of attention were packed; got 1"),
-        ([0, 0, 0, 0, 4, 1], "x: wanted a multiple of 4 images, which have biases of their own in turns; got 1"),
+        ([0, 0, 0, 0, 2, 2, 0], "x: wanted 2 tokens, for which biases of attention were packed; got 1"),
+        ([0, 0, 0, 0, 4, 1, 0], "x: wanted a multiple of 4 images, which have biases of their own in turns; got 1"),
     ):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.gohsp_kernels.cpu_attention(*biased, numbers, 1.0, 1e-6, 4, 1)
@@ -103,13 +106,24 @@ def test_widths_whose_sum_would_wrap_are_refused(width: int) -> None:
     widths = torch.tensor([[width, width], [0, 0]])
     with pytest.raises(RuntimeError, match="widths: wanted 0 to"):
         torch.ops.gohsp_kernels.cpu_attention(
-            torch.ones(1, 2, 0), widths, WORDS[:0], [0, 0, 0, 0, 0, 0], 1.0, 1e-6, 0, 2
+            torch.ones(1, 2, 0), widths, WORDS[:0], [0, 0, 0, 0, 0, 0, 0], 1.0, 1e-6, 0, 2
         )
-    numbers = layout(_native.numbers("sublayers")["mlp"], 8, width, 1, 0, 0, 0, -1, -1)
+    numbers = layout(_native.numbers("sublayers")["mlp"], 8, width, 1, 0, 0, 0, 0, -1, -1)
     with pytest.raises(RuntimeError, match="layouts: wanted no negative and no gigantic sizes"):
         torch.ops.gohsp_kernels.cpu_sublayers(
             torch.ones(1, 2, 8), [torch.zeros(0, dtype=torch.int32)], [numbers], [1e-6, 1e-6, 1.0, 1e-6], 2
         )
+
+
+@pytest.mark.parametrize("operator", ["attention_sublayer", "mlp_sublayer"])
+def test_a_norm_behind_some_columns_is_refused(operator: str) -> None:
+    sizes: tuple[Any, ...] = (2, 7, 16, [4], [4]) if operator == "attention_sublayer" else ((2, 7), 16, 12)
+    call = getattr(Maker(1), operator)(*sizes, None, 9)
+    packed = cpu.pack_sublayer(call.operator, 16)
+    inner = (packed.layout == -1).nonzero()[0] - 1  # in front of the columns that are read, of which there are all
+    packed.layout[inner] = 1
+    with pytest.raises(RuntimeError, match="layouts: wanted all columns out in front of a norm"):
+        cpu.run_packed(call.x, [packed], 7)
 
 
 def test_a_gigantic_weight_without_elements_is_refused() -> None:
@@ -122,7 +136,7 @@ def test_tensors_on_meta_beside_others_are_refused(name: str) -> None:
     x = torch.ones(1, 2, 24)
     arguments = {
         "packed_linear": (x, torch.empty(8, 24, device="meta"), None, None, None, 8, "identity"),
-        "cpu_attention": (x, torch.empty(2, 2, dtype=torch.int64, device="meta"), WORDS[:0], [0] * 6, 1.0, 1e-6, 8, 2),
+        "cpu_attention": (x, torch.empty(2, 2, dtype=torch.int64, device="meta"), WORDS[:0], [0] * 7, 1.0, 1e-6, 8, 2),
     }[name]
     with pytest.raises(RuntimeError, match="tensors: wanted all on one device; got some on cpu and meta"):
         getattr(torch.ops.gohsp_kernels, name)(*arguments)

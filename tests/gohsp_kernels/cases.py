@@ -22,7 +22,17 @@ from torch import Tensor
 
 import gohsp_kernels as gk
 from gohsp_kernels import cpu
-from gohsp_kernels.descriptors import BIASED, GATED, INNER_NORM, NORM_KINDS, RMS_NORM, ROPE_PAIRS, ROTARY
+from gohsp_kernels.descriptors import (
+    BIASED,
+    COSINE,
+    GATED,
+    INNER_NORM,
+    NORM_KINDS,
+    POST_NORM,
+    RMS_NORM,
+    ROPE_PAIRS,
+    ROTARY,
+)
 from gohsp_kernels.registry import BACKENDS
 from gohsp_kernels.testing import TOLERANCE, Call, Maker, error, poisoned
 
@@ -107,7 +117,7 @@ def calls(draw: st.DrawFn, operator: str, parts: Collection[str] = ()) -> Call:
         if GATED in parts and draw(st.booleans()):
             more |= maker.gate(hidden, features if inputs is None else inputs)
         return maker.mlp_sublayer(
-            (batch, tokens), features, hidden, inputs, draw(kept(features)), activation=activation, **more
+            (batch, tokens), features, hidden, inputs, draw(written(features, more)), activation=activation, **more
         )
     heads = draw(st.integers(0, 5))
     v = draw(st.lists(st.sampled_from([0, 1, 7, 8, 16, 31, 64]), min_size=heads, max_size=heads))
@@ -122,18 +132,26 @@ def calls(draw: st.DrawFn, operator: str, parts: Collection[str] = ()) -> Call:
         options |= {"rope": maker.rope(tokens, qk), "rope_pairs": pairs}
     if BIASED in parts and draw(st.booleans()):
         options |= maker.bias(heads, tokens, draw(st.sampled_from([0, 1, batch])))
+    if COSINE in parts and not norms and draw(st.booleans()):
+        options |= maker.cosine(heads)
     if operator == "ragged_attention":
         return maker.attention(batch, tokens, qk, v, **options, **norms)
     options |= draw(inner_parts(maker, sum(v), parts))
-    return maker.attention_sublayer(
-        batch, tokens, features, qk, v, draw(kept(features)), draw(kept(features)), **options, **norms
-    )
+    columns = draw(kept(features)), draw(written(features, options))
+    return maker.attention_sublayer(batch, tokens, features, qk, v, *columns, **options, **norms)
+
+
+def written(features: int, options: dict[str, Any]) -> st.SearchStrategy[int | None]:
+    """A number of columns that are written: all of them in front of a norm."""
+    return st.none() if options.get("post_norm") else kept(features)
 
 
 @st.composite
 def inner_parts(draw: st.DrawFn, maker: Maker, width: int, parts: Collection[str]) -> dict[str, Any]:
-    """Kind of the norms, and a norm in front of the last matrix, of whose features ``width`` are left."""
+    """Place and kind of the norms, and a norm in front of the last matrix, of whose features ``width`` are left."""
     found: dict[str, Any] = {}
+    if POST_NORM in parts:
+        found["post_norm"] = draw(st.booleans())
     if RMS_NORM in parts:
         found["norm"] = draw(st.sampled_from(NORM_KINDS))
     if INNER_NORM in parts and draw(st.booleans()):

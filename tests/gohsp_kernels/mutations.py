@@ -100,6 +100,19 @@ MUTATIONS = {
     "biased scores: queries of a later tile take those of the first": Mutation(
         ATTENTION, "bias.row(r0 + i)", "bias.row(i)", "test_operators.py::test_edges"
     ),
+    "cosines: the factor of the first head is that of all": Mutation(
+        ATTENTION, "1.0f : factors[h]", "1.0f : factors[0]", "test_operators.py::test_edges"
+    ),
+    "cosines: keys keep their length": Mutation(
+        ATTENTION, "if (heads.cosine != nullptr) give_length(heads, nullptr, k);", "", "test_operators.py::test_edges"
+    ),
+    "a norm behind: it is in front as well": Mutation(
+        CHAIN, "if (part.behind == nullptr) {", "if (true) {", "test_operators.py::test_edges"
+    ),
+    "a norm behind: rows keep what they are": Mutation(
+        CHAIN, "normalise_row(part.norm, row, features, features, part.eps, row);", "",
+        "test_operators.py::test_edges",
+    ),
     "gather: the first column of the next vector is taken": Mutation(
         ROWS, "kept[next] < first + W)", "kept[next] <= first + W)",
         "test_cpu.py::test_batches_and_threads",

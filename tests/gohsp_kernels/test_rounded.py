@@ -77,16 +77,24 @@ def test_result_does_not_depend_on_threads_or_batch(form: str, threads: int) -> 
 
 @needs_native
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("part", ["rotary positions", "biased scores", "a gate", "an inner norm", "RMSNorm"])
+@pytest.mark.parametrize(
+    "part", ["rotary positions", "biased scores", "cosines", "a gate", "an inner norm", "RMSNorm", "a norm behind"]
+)
 def test_every_part_beside_every_format(part: str, form: str) -> None:
     """Each behaves as the format's own description says, between sublayers without any."""
     maker = Maker(12)
     attention: dict[str, Any] = {}
     mlp: dict[str, Any] = {}
+    written: tuple[int, ...] = (31, 33)
     if part == "rotary positions":
         attention = {"rope": maker.rope(20, [12, 6, 70]), "rope_pairs": "neighbours"}
     elif part == "biased scores":
         attention = maker.bias(3, 20, 3)
+    elif part == "cosines":
+        attention = maker.cosine(3)
+    elif part == "a norm behind":
+        attention = mlp = {"post_norm": True}
+        written = ()
     elif part == "a gate":
         mlp = {"activation": "silu", **maker.gate(50, 29)}
     elif part == "an inner norm":
@@ -94,8 +102,8 @@ def test_every_part_beside_every_format(part: str, form: str) -> None:
     else:
         attention = mlp = {"norm": "rms"}
     calls = [
-        maker.attention_sublayer(0, 0, FEATURES, [12, 6, 70], [8, 2, 7], 30, 31, **attention),
-        maker.mlp_sublayer((0,), FEATURES, 50, 29, 33, **mlp),
+        maker.attention_sublayer(0, 0, FEATURES, [12, 6, 70], [8, 2, 7], 30, *written[:1], **attention),
+        maker.mlp_sublayer((0,), FEATURES, 50, 29, *written[1:], **mlp),
         maker.attention_sublayer(0, 0, FEATURES, [5, 11], [8, 2]),
         maker.mlp_sublayer((0,), FEATURES, 64),
     ]

@@ -23,15 +23,15 @@ needs_native = pytest.mark.skipif(not _native.load(), reason=_native.load().reas
 def native_samples() -> dict[str, tuple[Any, ...]]:
     """Arguments of one call of each native operator."""
     maker, heads = Maker(1), ([8, 0, 6], [8, 3, 16])
-    placed = {"rope": maker.rope(9, heads[0]), **maker.bias(3, 9, 2)}
+    placed = {"rope": maker.rope(9, heads[0]), **maker.bias(3, 9, 2), **maker.cosine(3)}
     turned = maker.attention_sublayer(2, 9, 24, *heads, 17, 20, **placed, **maker.inner_norm(27, 48))
     gated = maker.mlp_sublayer((2, 9), 24, 40, 17, 20, **maker.gate(40, 17), **maker.inner_norm(40, 64))
     attention, x, _ = turned.described()
     mlp = gated.described()[0]
     chain = [cpu.pack_sublayer(sublayer, x.shape[-1]) for sublayer in (attention, mlp)]
     weight, bias = maker.weight(20, 17), maker.normal(20)
-    words = torch.cat((placed["rope"].flatten(), maker.normal(2 * 3 * 9 * 16))).view(torch.int32)
-    attended = torch.tensor([[8, 0, 6], [8, 3, 16]]), words, [0, 0, 9, 7, 2, 9]
+    words = torch.cat((placed["rope"].flatten(), maker.normal(2 * 3 * 9 * 16 + 3))).view(torch.int32)
+    attended = torch.tensor([[8, 0, 6], [8, 3, 16]]), words, [0, 0, 9, 7, 2, 9, 1]
     plain = cpu.pack_linear(weight, bias)
     embedding = cpu.pack_embedding(maker.weight(20, 60).reshape(20, 3, 4, 5), bias, maker.normal(3, 20))
     return {

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gohsp_kernels.reference import turned
+from gohsp_kernels.reference import logit_factors, turned
 
 
 def attend(
@@ -24,8 +24,8 @@ def attend(
     """Return the outputs of ragged heads, side by side, in plain PyTorch: one call of SDPA a head.
 
     Args:
-        attn: Module with ``qk_widths``, ``v_widths``, ``scale``, ``q_norm``, ``k_norm``, ``rope_pairs`` and
-            ``position_bias``.
+        attn: Module with ``qk_widths``, ``v_widths``, ``scale``, ``q_norm``, ``k_norm``, ``rope_pairs``,
+            ``position_bias`` and ``logit_scale``.
         qkv: [B, N, 2 * sum(qk_widths) + sum(v_widths)].
         masks: One a head; see :func:`head_masks`.
         is_causal: Attend to earlier tokens only.
@@ -48,13 +48,16 @@ def attend(
     halves = [width // 2 for width in attn.qk_widths]
     turns: Sequence[Tensor | None] = [None] * len(halves) if rope is None else rope.split(halves, dim=-1)
     masks, is_causal = _with_biases(masks, is_causal, attn.position_bias, qkv)
+    factors = [None] * len(halves) if attn.logit_scale is None else logit_factors(attn.logit_scale).split(1)
     outputs = []
-    for q, k, value, mask, angles in zip(*parts, masks, turns, strict=True):
+    for q, k, value, mask, angles, factor in zip(*parts, masks, turns, factors, strict=True):
         if q.shape[-1] == 0:
             # SDPA needs a channel; one of zeros gives the equal scores that no channel means.
             q = k = qkv.new_zeros(batch, tokens, 1)
         # With an axis of one head, because exporters know SDPA in four dimensions only.
         q, k, value = attn.q_norm(q)[:, None], attn.k_norm(k)[:, None], value[:, None]
+        if factor is not None:
+            q, k = F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1)
         if angles is not None:
             q, k = turned(q, angles, attn.rope_pairs), turned(k, angles, attn.rope_pairs)
         out = F.scaled_dot_product_attention(q, k, value, mask, dropout, is_causal, scale=attn.scale)

@@ -8,9 +8,11 @@ residual stream a matrix reads and writes are not in the state dict: they come f
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm, RmsNorm
 from torch import Tensor, nn
@@ -99,6 +101,8 @@ class PrunedAttention(nn.Module):
         self.inner_norm = _cut_norm(attn.inner_norm, layout.proj_cols)
         self.rope_pairs = attn.rope_pairs
         self.position_bias = None if attn.bias is None else PositionBias(attn.bias, layout.heads)
+        heads = torch.tensor(layout.heads, dtype=torch.int64, device="cpu")
+        self.logit_scale = None if attn.logit_scale is None else _cut(attn.logit_scale, heads)
         self.attn_drop = copy.deepcopy(attn.drop)
         self.proj = _cut_linear(attn.write, layout.attn_out, layout.proj_cols)
         self.proj_drop = copy.deepcopy(attn.write_drop)
@@ -146,7 +150,7 @@ class PrunedAttention(nn.Module):
         fused = all(_is_as_made(norm) and not _is_hooked(norm) for norm in (self.q_norm, self.k_norm))
         if fused and attn_mask is None and not is_causal and dropout == 0.0:
             more: dict[str, Any] = {"rope": rope, "rope_pairs": self.rope_pairs, **self.qk_norm_arguments()}
-            more |= self.bias_arguments()
+            more |= self.score_arguments()
             heads = gk.ragged_attention(qkv, self.qk_widths, self.v_widths, self.scale, **more)
         else:
             masks = head_masks(attn_mask, is_causal, self.heads, (x.shape[0], self.num_heads, x.shape[1]), x.dtype)
@@ -169,12 +173,14 @@ class PrunedAttention(nn.Module):
             "eps": q.eps,
         }
 
-    def bias_arguments(self) -> dict[str, Any]:
-        """Return what is added to scores as :func:`gohsp_kernels.ragged_attention` takes it; empty without."""
+    def score_arguments(self) -> dict[str, Any]:
+        """Return what makes scores of cosines, and what is added to them, as :func:`gohsp_kernels.ragged_attention`
+        takes it; empty without."""
         bias = self.position_bias
-        if bias is None:
-            return {}
-        return {"bias_table": bias.table, "bias_index": bias.index, "bias_mask": bias.mask}
+        found: dict[str, Any] = {} if self.logit_scale is None else {"logit_scale": self.logit_scale}
+        if bias is not None:
+            found |= {"bias_table": bias.table, "bias_index": bias.index, "bias_mask": bias.mask}
+        return found
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, qk={self.qk_widths}, v={self.v_widths}, scale={self.scale:.6g}"
@@ -223,7 +229,8 @@ class PrunedMlp(nn.Module):
 
 
 class PrunedBlock(CompactBlock):
-    """Pre-norm transformer block with compact parameters, called like timm's Block.
+    """Transformer block with compact parameters, called like timm's Block; its norms are in front of both halves, or
+    behind them.
 
     Each half runs as one fused sublayer, so the modules inside are not called one by one. They are where the fused form
     does not apply: dropout or drop path in training, an attention mask, a hook on any of them, or another module in
@@ -247,6 +254,11 @@ class PrunedBlock(CompactBlock):
         self.ls2 = _cut_layer_scale(mlp.scale, layout.mlp_out)
         self.drop_path2 = copy.deepcopy(mlp.drop_path)
         self.train(block.module.training)
+
+    @property
+    def post_norm(self) -> bool:
+        """Whether the norms are behind what they belong to."""
+        return self.geometry.post_norm
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, num_queries: int | None = None
@@ -330,13 +342,17 @@ class PrunedBlock(CompactBlock):
         return attn.attn_drop, attn.proj_drop, self.drop_path1, mlp.drop1, mlp.drop2, self.drop_path2
 
     def _by_modules(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None) -> Tensor:
-        seen = self.norm1(x)
-        if rope is None:
-            attended = self.attn(seen, attn_mask=attn_mask, is_causal=is_causal)
-        else:
-            attended = self.attn.attend(seen, attn_mask, is_causal, rope)
-        x = x + self.drop_path1(self.ls1(attended))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        def attend(seen: Tensor) -> Tensor:
+            if rope is None:
+                return self.attn(seen, attn_mask=attn_mask, is_causal=is_causal)
+            return self.attn.attend(seen, attn_mask, is_causal, rope)
+
+        x = x + self.drop_path1(self.ls1(self.normed(self.norm1, attend, x)))
+        return x + self.drop_path2(self.ls2(self.normed(self.norm2, self.mlp, x)))
+
+    def normed(self, norm: nn.Module, half: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Return what a half of the block gives, with its norm where that belongs, [B, N, D] for x [B, N, D]."""
+        return norm(half(x)) if self.post_norm else half(norm(x))
 
     def sublayers(self, rope: Tensor | None = None) -> tuple[partial[Tensor], partial[Tensor]]:
         """Return the two halves of the block as members of a :class:`gohsp_kernels.SublayerChain`.
@@ -372,8 +388,9 @@ class PrunedBlock(CompactBlock):
             norm=norm_kind(norm),
             rope=attn.rope if rope is None else rope,
             rope_pairs=attn.rope_pairs,
+            post_norm=self.post_norm,
             **_inner_norm_arguments(attn.inner_norm),
-            **attn.bias_arguments(),
+            **attn.score_arguments(),
             **qk_norm,
         )
 
@@ -396,6 +413,7 @@ class PrunedBlock(CompactBlock):
             out_cols=mlp.out_cols,
             eps=norm.eps,
             norm=norm_kind(norm),
+            post_norm=self.post_norm,
             **_inner_norm_arguments(mlp.inner_norm),
         )
 

@@ -54,6 +54,7 @@ class RaggedAttention(nn.Module):
         self.qkv, self.proj = plain_linear(attn.qkv), plain_linear(attn.proj)
         self.q_norm, self.k_norm, self.inner_norm = attn.q_norm, attn.k_norm, attn.inner_norm
         self.rope_pairs, self.position_bias = attn.rope_pairs, attn.position_bias
+        self.logit_scale = attn.logit_scale
         self.register_buffer("rope", attn.rope, persistent=False)
         self.attn_drop, self.proj_drop = attn.attn_drop, attn.proj_drop
 

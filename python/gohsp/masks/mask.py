@@ -232,7 +232,7 @@ class ModelMask:
         if generator is not None:
             check_kind("generator", generator, torch.Generator, "a torch.Generator")
         for block, size in zip(mask.blocks, mask.geometry.blocks, strict=True):
-            own = {**shares, "qk": 1.0} if size.qk_whole and not isinstance(keep, Mapping) else shares
+            own = shares if isinstance(keep, Mapping) else {**shares, **dict.fromkeys(_whole_fields(size), 1.0)}
             for name, share in own.items():
                 draws = torch.rand(getattr(block, name).shape, generator=generator, device="cpu")
                 kept = draws < share
@@ -414,6 +414,14 @@ def _validate_block(block: BlockMask, size: BlockGeometry, where: str) -> None:
             f"{where}.qk: wanted every QK channel of the kept heads, because {size.qk_whole}; "
             "prune heads, V channels, neurons or columns of this model instead"
         )
+    for name in ("attn_out", "mlp_out"):
+        if size.writes_whole and not bool(getattr(block, name).all()):
+            raise ValueError(f"{where}.{name}: wanted every residual feature, because {size.writes_whole}")
+
+
+def _whole_fields(size: BlockGeometry) -> tuple[str, ...]:
+    """Fields of a block's mask in which nothing may go but what goes with its head."""
+    return (*(("qk",) if size.qk_whole else ()), *(("attn_out", "mlp_out") if size.writes_whole else ()))
 
 
 def _indices(kept: Tensor) -> Tensor:
@@ -444,7 +452,7 @@ def _write_sizes(block: BlockGeometry) -> dict[str, Any]:
     return {name: value for name, value in asdict(block).items() if value or name not in _ADDED_SIZES}
 
 
-_ADDED_SIZES = ("rope", "gated")
+_ADDED_SIZES = ("rope", "gated", "cosine", "post_norm")
 
 
 def _read_geometry(data: Any, version: int) -> Geometry:

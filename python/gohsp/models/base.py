@@ -11,21 +11,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
+from timm.layers import RmsNorm
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gohsp_kernels import ACTIVATIONS
-from gohsp_kernels.reference import added_scores, turned
+from gohsp_kernels.reference import added_scores, logit_factors, turned
 
 MAX_SIZE = 2**16
 """Of a width or a number of heads in a file: what is larger is taken for damage before memory is asked for."""
 
 MAX_DEPTH = 10_000
 """Of a model in a file, in blocks."""
+
+LEAST_GAIN = 0.1
+"""Of a norm behind a sublayer, beside the root mean square of all: what is smaller is undone by less than it has."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class BlockGeometry:
         qk_norm: Whether q and k are normalised head by head. Such a norm mixes the channels of a head.
         rope: Whether q and k are turned by rotary positions, pair by pair of their channels.
         gated: Whether the MLP has a gate for each neuron.
+        cosine: Whether scores are cosines: q and k are divided by their lengths.
+        post_norm: Whether norms stand behind both halves and not in front of them.
     """
 
     dim: int
@@ -49,12 +55,21 @@ class BlockGeometry:
     qk_norm: bool = False
     rope: bool = False
     gated: bool = False
+    cosine: bool = False
+    post_norm: bool = False
+
+    @property
+    def writes_whole(self) -> str:
+        """Why every residual feature is written, or the empty string where single ones may not be."""
+        return "the norm behind a sublayer mixes the features that it writes" if self.post_norm else ""
 
     @property
     def qk_whole(self) -> str:
         """Why a head keeps all of its QK channels or goes, or the empty string where single ones may go."""
         if self.qk_norm:
             return "qk-norm mixes the channels of a head"
+        if self.cosine:
+            return "cosine attention divides the channels of a head by their length"
         return "rotary positions turn the channels of a head in pairs" if self.rope else ""
 
     @property
@@ -224,12 +239,14 @@ class Trace:
         seen: What ``read`` reads, [B, N, D].
         read: What it gave, [B, N, r].
         hidden: What ``write`` reads, [B, N, m].
+        given: What ``write`` gave, [B, N, D].
         after: The residual stream after the sublayer, [B, N, D].
     """
 
     seen: Tensor
     read: Tensor
     hidden: Tensor
+    given: Tensor
     after: Tensor
 
 
@@ -237,9 +254,11 @@ class Trace:
 class Sublayer:
     """One residual half of a block: ``x + scale(body(norm(x)))``, where the body ends in ``write``.
 
+    Where the geometry has ``post_norm``, it is ``x + scale(norm(body(x)))``.
+
     Attributes:
         prefix: "attn" or "mlp", as in the names of groups.
-        norm: LayerNorm over the residual stream.
+        norm: Norm over the features of the residual stream.
         body: The attention or MLP module.
         read: Its first linear map (q, k and v; or fc1).
         write: Its last linear map (proj or fc2), whose inputs are head outputs or hidden neurons.
@@ -275,24 +294,100 @@ class Sublayer:
         Nothing of the model is changed meanwhile, so that several threads may do so. ``body`` is not called: libraries
         differ in what theirs take and give.
         """
-        seen = self.norm(x)
+        seen = self.sees(x)
         read = self.read(seen)
         hidden = self.hidden(read)
-        return Trace(seen, read, hidden, x + self.scale(self.write(hidden)))
+        given = self.write(hidden)
+        return Trace(seen, read, hidden, given, x + self.adds(given))
+
+    def sees(self, x: Tensor) -> Tensor:
+        """Return what ``read`` reads [B, N, D], for the residual stream [B, N, D]."""
+        return x if self.geometry.post_norm else cast(Tensor, self.norm(x))
+
+    def adds(self, given: Tensor) -> Tensor:
+        """Return what the sublayer adds to the residual stream [B, N, D], for what ``write`` gave, [B, N, D]."""
+        return cast(Tensor, self.scale(self.norm(given) if self.geometry.post_norm else given))
 
     def hidden(self, read: Tensor) -> Tensor:
         """Return what ``write`` reads [B, N, m], for what ``read`` gave [B, N, r]."""
         raise NotImplementedError
 
+    def judged(self, trace: Trace) -> Tensor:
+        """Return the part of a trace that errors of the sublayer are measured in, [B, N, D].
+
+        The residual stream; what ``write`` gave, where a norm lies between, which makes other errors of these.
+        """
+        return trace.given if self.geometry.post_norm else trace.after
+
+    def weigh(self, trace: Trace, weights: Tensor) -> Tensor:
+        """Return how much errors of the rows that ``write`` gives count, [B, N], for weights of the tokens, [N].
+
+        A norm between divides rows by their length, and their errors with it.
+        """
+        if not self.geometry.post_norm:
+            return weights.expand(trace.given.shape[:2])
+        return weights / _lengths(self.norm, trace.given)[..., 0].square()
+
+    def wanted(self, trace: Trace, gap: Tensor) -> Tensor:
+        """Return what ``write`` should give so that the sublayer adds ``gap`` to the residual stream, [B, N, D].
+
+        A norm is undone to first order, about what ``write`` gives: its mean and its length are free, and stay.
+        """
+        if self.geometry.post_norm:
+            return _before_norm(self.norm, self.layer_scale(), trace.given, gap)
+        return (gap * _inverse(self.gain())).to(gap.dtype)
+
     def gain(self) -> Tensor:
+        """Return what an output of ``write`` is multiplied by on its way to where errors are measured, float64 [D].
+
+        The layer scale; ones where there is none, or where they are measured in what ``write`` gives.
+        """
+        gain = self.layer_scale()
+        return torch.ones_like(gain) if self.geometry.post_norm else gain
+
+    def layer_scale(self) -> Tensor:
         """Return the layer scale as float64 [D]; ones where there is none."""
         gamma = getattr(self.scale, "gamma", None)
         weight = self.write.weight
         return weight.new_ones(weight.shape[0], dtype=torch.float64) if gamma is None else gamma.detach().double()
 
     def written(self) -> Tensor:
-        """Return the weight of ``write`` as the residual stream meets it, layer scale included: float64 [D, m]."""
+        """Return the weight of ``write`` times :meth:`gain`: float64 [D, m]."""
         return self.write.weight.detach().double() * self.gain()[:, None]
+
+
+def _inverse(gain: Tensor) -> Tensor:
+    """One over some factors; 0 for 0, as a feature that is never written asks for nothing."""
+    return torch.where(gain == 0, 0.0, 1 / gain)
+
+
+def _before_norm(norm: Any, scale: Tensor, given: Tensor, gap: Tensor) -> Tensor:
+    """Return what a norm and a layer scale [D] make ``gap`` of, to first order about ``given``, both [B, N, D].
+
+    What is wanted beyond what ``given`` becomes goes back through the derivative of the norm, token by token.
+    """
+    wide, has_mean = given.double(), _has_mean(norm)
+    level = _lengths(norm, given)
+    unit = (wide - wide.mean(dim=-1, keepdim=True) if has_mean else wide) / level
+    becomes = norm(given).double() * scale
+    gain = scale * norm.weight.detach().double()
+    # A feature of next to no gain would ask for so much that the norm made all others small.
+    change = (gap.double() - becomes) * gain / (gain.square() + LEAST_GAIN**2 * gain.square().mean() + 1e-30)
+    change = change - change.mean(dim=-1, keepdim=True) if has_mean else change
+    change = change - unit * (unit * change).mean(dim=-1, keepdim=True)
+    return (wide + level * change).to(gap.dtype)
+
+
+def _has_mean(norm: nn.Module) -> bool:
+    """Return whether a norm takes the mean away first."""
+    return not isinstance(norm, nn.RMSNorm | RmsNorm)
+
+
+def _lengths(norm: Any, x: Tensor) -> Tensor:
+    """Return what a norm divides rows [B, N, D] by, float64 [B, N, 1]."""
+    wide = x.double()
+    centred = wide - wide.mean(dim=-1, keepdim=True) if _has_mean(norm) else wide
+    return (centred.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt()
 
 
 @dataclass(frozen=True)
@@ -320,7 +415,7 @@ class ScoreBias:
     """What is added to the scores of each query and key, by head: for their relative position, and as a mask.
 
     Attributes:
-        table: [positions, H]; a parameter, or computed of some.
+        table: [positions, H]; a parameter, or computed of some, without gradient.
         index: int64 [N, N], the row of the table for each query and key.
         trains: Whether training changes the table.
         mask: [windows, N, N], added to the scores of every head of a window; None for none.
@@ -352,6 +447,7 @@ class Attention(Sublayer):
             and k, for the tokens of an image of the model's own size; None where there are none.
         rope_pairs: Which channels are a pair; see :func:`gohsp_kernels.ragged_attention`.
         bias: What is added to the scaled scores, or None.
+        logit_scale: [H], of cosine attention, as :func:`gohsp_kernels.ragged_attention` has it; None without.
         windows: Which tokens attend to each other, or None where all do.
         transition: What the model has between the block before and this one; None for nothing.
     """
@@ -365,6 +461,7 @@ class Attention(Sublayer):
     rope: Tensor | None = None
     rope_pairs: str = "halves"
     bias: ScoreBias | None = None
+    logit_scale: Tensor | None = None
     windows: Windows | None = None
     transition: Callable[[Tensor], Tensor] | None = None
     prefix: ClassVar[str] = "attn"
@@ -400,6 +497,9 @@ class Attention(Sublayer):
     def _finished(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q and k [B, H, N, d] behind their norms, turned by their positions."""
         q, k = self.q_norm(q), self.k_norm(k)
+        if self.logit_scale is not None:
+            factors = logit_factors(self.logit_scale)[:, None, None]
+            q, k = F.normalize(q, dim=-1) * factors, F.normalize(k, dim=-1)
         if self.rope is None:
             return q, k
         return turned(q, self.rope, self.rope_pairs), turned(k, self.rope, self.rope_pairs)

@@ -15,7 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import AttentionRope
-from timm.models.eva import Eva, EvaAttention, EvaBlock
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from torch import Tensor, nn
 
 from gohsp.layers import (
@@ -43,6 +43,7 @@ from gohsp.models.timm_parts import (
     check_blocks,
     is_gated,
     layer_scale,
+    let_read,
     open_attention,
     open_mlp,
     placed,
@@ -305,8 +306,8 @@ def _own_rope(model: Any) -> Tensor | None:
 
 def _why_unsupported(block: Any) -> str | None:
     """Return why this block cannot be pruned exactly, or None if it can."""
-    if type(block) is not EvaBlock:
-        return f"wanted timm's pre-norm EvaBlock, got {type(block).__name__}"
+    if type(block) not in (EvaBlock, EvaBlockPostNorm):
+        return f"wanted timm's EvaBlock or EvaBlockPostNorm, got {type(block).__name__}"
     return (
         why_altered(block)
         or why_norms(block)
@@ -346,28 +347,31 @@ def _open(block: Any, rope: Tensor | None) -> OpenBlock:
         qk_norm=not isinstance(attn.q_norm, nn.Identity),
         rope=rope is not None,
         gated=is_gated(mlp),
+        post_norm=type(block) is EvaBlockPostNorm,
     )
     tokens = None if rope is None else attn.num_prefix_tokens + rope.shape[-2]
     angles = None if rope is None or tokens is None else angles_of(rope, pairs, tokens)
-    scale, more = layer_scale(block.gamma_1), {"rope": angles, "rope_pairs": pairs}
-    attention = open_attention(block, read, Projection(attn.proj), scale, size, **more)
-    return OpenBlock(block, attention, open_mlp(block, layer_scale(block.gamma_2), size))
+    scales = [layer_scale(getattr(block, name, None)) for name in ("gamma_1", "gamma_2")]
+    more: dict[str, Any] = {"rope": angles, "rope_pairs": pairs}
+    attention = open_attention(block, read, Projection(attn.proj), scales[0], size, **more)
+    return OpenBlock(block, attention, open_mlp(block, scales[1], size))
 
 
 def _plain_block(block: PrunedBlock, prefix: int, by_head: bool) -> nn.Module:
     attn, mlp = block.attn, block.mlp
-    plain = unfilled(EvaBlock, dim=2, num_heads=1)
-    plain.norm1 = then_select(block.norm1, attn.in_cols)
+    plain = unfilled(EvaBlockPostNorm if block.post_norm else EvaBlock, dim=2, num_heads=1)
     # timm's own takes the rotary positions of all heads that there were.
     of_all = not by_head or len(attn.heads) == attn.num_heads
     plain.attn = _plain_attention(attn, prefix, of_all)
-    plain.gamma_1 = whole_gamma(block.ls1)
-    plain.drop_path1 = block.drop_path1
-    plain.norm2 = then_select(block.norm2, mlp.in_cols)
     plain.mlp = plain_mlp(mlp)
     plain.mlp.fc2 = placed(mlp.fc2, mlp.out_cols, mlp.dim)
-    plain.gamma_2 = whole_gamma(block.ls2)
-    plain.drop_path2 = block.drop_path2
+    plain.drop_path1, plain.drop_path2 = block.drop_path1, block.drop_path2
+    if block.post_norm:
+        plain.norm1, plain.norm2 = block.norm1, block.norm2
+        let_read(plain.attn, plain.mlp, block)
+    else:
+        plain.norm1, plain.norm2 = then_select(block.norm1, attn.in_cols), then_select(block.norm2, mlp.in_cols)
+        plain.gamma_1, plain.gamma_2 = whole_gamma(block.ls1), whole_gamma(block.ls2)
     return cast(nn.Module, plain.train(block.training))
 
 

@@ -12,7 +12,15 @@ from timm.layers import GELU, GELUTanh, GluMlp, LayerNorm, QuickGELU, RmsNorm, S
 from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
 
-from gohsp.layers import CompactLayerScale, PlaceColumns, PrunedMlp, SelectColumns, norm_kind, plain_linear
+from gohsp.layers import (
+    CompactLayerScale,
+    PlaceColumns,
+    PrunedBlock,
+    PrunedMlp,
+    SelectColumns,
+    norm_kind,
+    plain_linear,
+)
 from gohsp.models.base import Attention, BlockGeometry, Mlp, Projection
 from gohsp.models.refusals import why_altered, why_linear
 
@@ -61,7 +69,13 @@ def softmax_scale(attn: Any, width: int) -> float:
 
 
 def open_attention(
-    block: Any, read: Projection, write: Projection, scale: nn.Module, size: BlockGeometry, **more: Any
+    block: Any,
+    read: Projection,
+    write: Projection,
+    scale: nn.Module,
+    size: BlockGeometry,
+    factor: float | None = None,
+    **more: Any,
 ) -> Attention:
     """Return the attention half of a block of timm's.
 
@@ -69,6 +83,7 @@ def open_attention(
         block: It has ``norm1``, ``attn`` and ``drop_path1``.
         read, write, scale: See :class:`gohsp.models.base.Sublayer`.
         size: Sizes of the block.
+        factor: On the scores, where it is not the usual one.
         more: What else the half has; see :class:`gohsp.models.base.Attention`.
     """
     attn = block.attn
@@ -81,7 +96,7 @@ def open_attention(
         scale=scale,
         drop_path=block.drop_path1,
         geometry=size,
-        softmax_scale=softmax_scale(attn, size.head_dim),
+        softmax_scale=softmax_scale(attn, size.head_dim) if factor is None else factor,
         drop=attn.attn_drop,
         write_drop=attn.proj_drop,
         **norms,
@@ -212,6 +227,19 @@ def unfilled(kind: Any, **sizes: Any) -> Any:
 def then_select(norm: nn.Module, cols: Tensor | None) -> nn.Module:
     """Return a norm that gives the features that are read, of which there are all where ``cols`` is None."""
     return norm if cols is None else nn.Sequential(norm, SelectColumns(cols))
+
+
+def selecting(layer: nn.Module, cols: Tensor | None) -> nn.Module:
+    """Return a linear layer that reads these features alone, of which there are all where ``cols`` is None."""
+    return layer if cols is None else nn.Sequential(SelectColumns(cols), layer)
+
+
+def let_read(attn: Any, mlp: Any, block: PrunedBlock) -> None:
+    """Let plain halves of a block, whose norms are behind them, read the features that the compact ones read."""
+    attn.qkv = selecting(attn.qkv, block.attn.in_cols)
+    for name in ("fc1", "fc1_g", "fc1_x"):
+        if hasattr(mlp, name):
+            setattr(mlp, name, selecting(getattr(mlp, name), block.mlp.in_cols))
 
 
 def plain_norm(norm: Any, width: int) -> nn.Module:

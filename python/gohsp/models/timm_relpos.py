@@ -19,7 +19,12 @@ from timm.layers import LayerScale, RelPosBias
 from timm.layers.pos_embed_rel import gen_relative_position_index
 from timm.models import beit
 from timm.models.beit import Beit
-from timm.models.vision_transformer_relpos import RelPosAttention, RelPosBlock, VisionTransformerRelPos
+from timm.models.vision_transformer_relpos import (
+    RelPosAttention,
+    RelPosBlock,
+    ResPostRelPosBlock,
+    VisionTransformerRelPos,
+)
 from torch import Tensor, nn
 
 from gohsp.layers import FrozenBlock, PrunedAttention, PrunedBlock, PrunedBlocks, RaggedAttention, plain_linear
@@ -40,6 +45,7 @@ from gohsp.models.timm_parts import (
     check_blocks,
     is_gated,
     layer_scale,
+    let_read,
     open_attention,
     open_mlp,
     placed,
@@ -138,8 +144,8 @@ class TimmRelPos(TimmNamed):
 
     def why_unsupported(self, block: Any) -> str | None:
         """Return why this block cannot be pruned exactly, or None if it can."""
-        if type(block) is not RelPosBlock:
-            return f"wanted timm's pre-norm RelPosBlock, got {type(block).__name__}"
+        if type(block) not in (RelPosBlock, ResPostRelPosBlock):
+            return f"wanted timm's RelPosBlock or ResPostRelPosBlock, got {type(block).__name__}"
         return _why_not(block, RelPosAttention)
 
     def bias(self, attn: Any, common: Any) -> ScoreBias | None:
@@ -155,12 +161,16 @@ class TimmRelPos(TimmNamed):
     def plain_block(self, block: PrunedBlock) -> nn.Module:
         """Return a compact block as the library's own, in plain PyTorch."""
         attn = block.attn
-        plain = _plain(unfilled(RelPosBlock, dim=2, num_heads=1), block)
+        kind = ResPostRelPosBlock if block.post_norm else RelPosBlock
+        plain = _plain(unfilled(kind, dim=2, num_heads=1), block)
         if _is_whole(attn):
             plain.attn = _librarys(unfilled(RelPosAttention, dim=2, num_heads=1), attn)
             plain.attn.head_dim, plain.attn.q_norm, plain.attn.k_norm = attn.v_widths[0], attn.q_norm, attn.k_norm
             plain.attn.rel_pos = _plain_table(attn)
-        plain.ls1, plain.ls2 = _plain_scale(block.ls1), _plain_scale(block.ls2)
+        if block.post_norm:
+            let_read(plain.attn, plain.mlp, block)
+        else:
+            plain.ls1, plain.ls2 = _plain_scale(block.ls1), _plain_scale(block.ls2)
         return cast(nn.Module, plain)
 
     def embed(self, model: Any, images: Tensor) -> Tensor:
@@ -205,7 +215,7 @@ class TimmBeit(TimmRelPos):
 
     def why_unsupported(self, block: Any) -> str | None:
         if type(block) is not beit.Block:
-            return f"wanted timm's pre-norm Block of Beit, got {type(block).__name__}"
+            return f"wanted timm's Block of Beit, got {type(block).__name__}"
         if block.attn.qkv_bias_separate:
             return "a bias of q, k and v that is added after the product"
         return _why_not(block, beit.Attention)
@@ -217,7 +227,8 @@ class TimmBeit(TimmRelPos):
             return None
         tables = [source.relative_position_bias_table for source in sources]
         trains = any(table.requires_grad for table in tables)
-        return ScoreBias(sum(tables[1:], tables[0]), _real(sources[0], beit.gen_relative_position_index), trains)
+        table = tables[0] if len(tables) == 1 else sum(tables).detach()
+        return ScoreBias(table, _real(sources[0], beit.gen_relative_position_index), trains)
 
     def plain_block(self, block: PrunedBlock) -> nn.Module:
         plain = _plain(unfilled(beit.Block, dim=2, num_heads=1), block)
@@ -260,7 +271,7 @@ def _of_module(source: Any) -> ScoreBias:
     if source.prefix_tokens:  # which have no position: a row of zeros
         prefix = (source.prefix_tokens, 0, source.prefix_tokens, 0)
         index, table = F.pad(index, prefix, value=len(table)), F.pad(table, (0, 0, 0, 1))
-    return ScoreBias(table, index, any(parameter.requires_grad for parameter in source.parameters()))
+    return ScoreBias(table.detach(), index, any(parameter.requires_grad for parameter in source.parameters()))
 
 
 def _real(source: Any, make: Any, **more: Any) -> Tensor:
@@ -291,9 +302,10 @@ def _open(block: Any, bias: ScoreBias | None) -> OpenBlock:
         hidden=mlp.fc2.in_features,
         qk_norm=not isinstance(getattr(attn, "q_norm", nn.Identity()), nn.Identity),
         gated=is_gated(mlp),
+        post_norm=type(block) is ResPostRelPosBlock,
     )
     scales = [
-        getattr(block, own) if hasattr(block, own) else layer_scale(getattr(block, gamma))
+        getattr(block, own) if hasattr(block, own) else layer_scale(getattr(block, gamma, None))
         for own, gamma in (("ls1", "gamma_1"), ("ls2", "gamma_2"))
     ]
     attention = open_attention(block, read, Projection(attn.proj), scales[0], size, bias=bias)
@@ -338,11 +350,11 @@ def _plain(plain: Any, block: PrunedBlock) -> Any:
     """Fill a block of timm's with the parts of a compact one, but for its layer scale."""
     attn: PrunedAttention = block.attn
     mlp = block.mlp
-    plain.norm1 = then_select(block.norm1, attn.in_cols)
+    front = (None, None) if block.post_norm else (attn.in_cols, mlp.in_cols)
+    plain.norm1, plain.norm2 = then_select(block.norm1, front[0]), then_select(block.norm2, front[1])
     plain.attn = PlainRelPosAttention(attn)
     plain.attn.proj = placed(attn.proj, attn.out_cols, attn.dim)
     plain.drop_path1, plain.drop_path2 = block.drop_path1, block.drop_path2
-    plain.norm2 = then_select(block.norm2, mlp.in_cols)
     plain.mlp = plain_mlp(mlp)
     plain.mlp.fc2 = placed(mlp.fc2, mlp.out_cols, mlp.dim)
     return plain.train(block.training)

@@ -89,9 +89,9 @@ class PrunedSwinBlock(_InWindows, PrunedBlock):
 
     def _by_modules(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None) -> Tensor:
         # A path is dropped for an image and not for a window.
-        attended = self.join(self.attn(self.norm1(x)))
+        attended = self.join(self.normed(self.norm1, self.attn, x))
         y = self.join(x) + self.drop_path1(self.ls1(attended))
-        return self.split(y + self.drop_path2(self.ls2(self.mlp(self.norm2(y)))))
+        return self.split(y + self.drop_path2(self.ls2(self.normed(self.norm2, self.mlp, y))))
 
 
 class FrozenSwinBlock(_InWindows, FrozenBlock):
@@ -148,7 +148,7 @@ class TimmSwin(TimmStages):
 
     def freeze_block(self, frozen: Any, block: Any) -> None:
         frozen.__class__ = FrozenSwinBlock
-        _put_in_order(frozen, block.order.view(block.windows, -1), block.grid)
+        put_in_order(frozen, block.order.view(block.windows, -1), block.grid)
 
     def classifier(self, model: Any) -> tuple[Any, str]:
         return model.head, "fc"
@@ -157,7 +157,7 @@ class TimmSwin(TimmStages):
         dressed: Any = compact
         dressed.__class__ = PrunedSwinBlock
         dressed.window_size, dressed.shift_size = tuple(block.window_size), tuple(block.shift_size)
-        _put_in_order(dressed, _order(block), block.input_resolution)
+        put_in_order(dressed, _order(block), block.input_resolution)
         return compact
 
     def embed(self, model: Any, images: Tensor) -> Tensor:
@@ -165,13 +165,18 @@ class TimmSwin(TimmStages):
         return tokens.flatten(1, 2)
 
     def features(self, model: Any, x: Tensor) -> Tensor:
-        pooled: Tensor = model.forward_head(_map_behind(model, x), pre_logits=True)
+        pooled: Tensor = model.forward_head(self.head_reads(model, x), pre_logits=True)
         return pooled if pooled.dim() == 2 else pooled.flatten(1, -2)
+
+    def head_reads(self, model: Any, x: Tensor) -> Tensor:
+        """Return the map of features that the head reads, for the residual stream [B, N, D] behind the last block."""
+        normed: Tensor = model.norm(x.unflatten(1, model.layers[-1].output_resolution))
+        return normed
 
     def answers(self, model: Any, x: Tensor) -> Tensor | None:
         if model.num_classes == 0:
             return None
-        logits: Tensor = model.forward_head(_map_behind(model, x))
+        logits: Tensor = model.forward_head(self.head_reads(model, x))
         return logits if logits.dim() == 2 else None
 
     def stream_shape(self, model: Any) -> tuple[int, int, int]:
@@ -202,14 +207,17 @@ class TimmSwin(TimmStages):
         return [*parts, (model.head, (1, *model.layers[-1].output_resolution, model.num_features))]
 
     def describe(self, model: Any, geometry: Geometry) -> dict[str, Any]:
-        own = {
+        return self.described(model, self.described_sizes(model, [len(stage.blocks) for stage in model.layers]))
+
+    def described_sizes(self, model: Any, depths: list[int]) -> dict[str, Any]:
+        """Return the arguments that the live model tells better than those that it was made with."""
+        return {
             "num_classes": model.num_classes,
             "global_pool": model.head.global_pool.pool_type,
             "img_size": list(model.patch_embed.img_size),
             "in_chans": model.patch_embed.proj.in_channels,
-            "depths": [len(stage.blocks) for stage in model.layers],
+            "depths": depths,
         }
-        return self.described(model, own)
 
     def check_description(self, description: Mapping[str, Any], geometry: Geometry) -> None:
         check_keys(description, ("class", "architecture", "arguments"), "plan.model")
@@ -229,13 +237,7 @@ def _merged(stage: Any, x: Tensor) -> Tensor:
     return tokens.flatten(1, 2)
 
 
-def _map_behind(model: Any, x: Tensor) -> Tensor:
-    """Return what the head reads [B, height, width, D], for the residual stream behind the last block."""
-    normed: Tensor = model.norm(x.unflatten(1, model.layers[-1].output_resolution))
-    return normed
-
-
-def _put_in_order(block: Any, order: Tensor, grid: Sequence[int]) -> None:
+def put_in_order(block: Any, order: Tensor, grid: Sequence[int]) -> None:
     """Tell a compact or frozen block which tokens [windows, n] stand together in a map of so many."""
     block.windows, block.grid = len(order), tuple(grid)
     block.register_buffer("order", order.flatten(), persistent=False)
@@ -243,11 +245,18 @@ def _put_in_order(block: Any, order: Tensor, grid: Sequence[int]) -> None:
 
 
 def _order(block: Any) -> Tensor:
-    """Return the tokens of each window of a block, int64 [windows, n], shifted as the block shifts them."""
-    height, width = block.input_resolution
-    rows, columns = block.window_size
+    return window_order(block.input_resolution, block.window_size, block.shift_size)
+
+
+def window_order(grid: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> Tensor:
+    """Return the tokens of each window of a map, int64 [windows, n].
+
+    Args:
+        grid, window, shift: (height, width) of the map, of a window, and of what the map is rolled by beforehand.
+    """
+    (height, width), (rows, columns) = grid, window
     places = torch.arange(height * width, device="cpu").view(height, width)
-    places = places.roll((-block.shift_size[0], -block.shift_size[1]), dims=(0, 1))
+    places = places.roll((-shift[0], -shift[1]), dims=(0, 1))
     return places.view(height // rows, rows, width // columns, columns).transpose(1, 2).reshape(-1, rows * columns)
 
 
@@ -270,7 +279,7 @@ def _open(block: Any) -> OpenBlock:
         head_dim=read.out_features // 3 // attn.num_heads,
         hidden=block.mlp.fc2.in_features,
     )
-    more = {"bias": _bias(block), "windows": Windows(_order(block).to(attn.qkv.weight.device))}
+    more: dict[str, Any] = {"bias": _bias(block), "windows": Windows(_order(block).to(attn.qkv.weight.device))}
     attention = open_attention(block, read, Projection(attn.proj), nn.Identity(), size, **more)
     return OpenBlock(block, attention, open_mlp(block, nn.Identity(), size))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""timm's VisionTransformer and VisionTransformerDistilled of standard pre-norm blocks.
+"""timm's VisionTransformer and VisionTransformerDistilled of standard blocks, norms in front of their halves or behind.
 
 Which of them can be pruned exactly, where their parts are, and the two classes that a compressed model belongs to. No
 other module knows timm's names, so that a change in timm is met in this file.
@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import timm
 import torch
@@ -21,7 +21,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Attention as TimmAttention
 from timm.layers import LayerNorm, LayerScale, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
 from gohsp.files import check_keys, cut, explain, shown
@@ -57,6 +57,7 @@ from gohsp.models.timm_parts import (
     ACTIVATIONS,
     check_blocks,
     is_gated,
+    let_read,
     open_attention,
     open_mlp,
     plain_mlp,
@@ -71,8 +72,8 @@ from gohsp.models.timm_parts import (
 
 def _why_unsupported(block: Any) -> str | None:
     """Return why this block cannot be pruned exactly, or None if it can."""
-    if type(block) is not Block:
-        return f"wanted timm's pre-norm Block, got {type(block).__name__}"
+    if type(block) not in (Block, ResPostBlock):
+        return f"wanted timm's Block or ResPostBlock, got {type(block).__name__}"
     return (
         why_altered(block)
         or why_norms(block)
@@ -252,7 +253,13 @@ class TimmVit(Family):
         return result
 
     def describe(self, model: Any, geometry: Geometry) -> dict[str, Any]:
-        """Return the class of the dense model and the arguments that make it, read from the live model."""
+        """Return the class of the dense model and the arguments that make it, read from the live model.
+
+        Raises:
+            ValueError: No arguments but those of a registered name give it norms behind its halves.
+        """
+        if geometry.blocks[0].post_norm and _registered_name(model) is None:
+            raise ValueError("model: wanted one that timm.create_model made; plan.json describes no other ResPostBlock")
         return {
             "class": DENSE_CLASS[type(model)].__name__,
             "architecture": _registered_name(model),
@@ -302,9 +309,16 @@ def _open(block: Block) -> OpenBlock:
         hidden=mlp.fc2.in_features,
         qk_norm=not isinstance(attn.q_norm, nn.Identity),
         gated=is_gated(mlp),
+        post_norm=type(block) is ResPostBlock,
     )
-    attention = open_attention(block, Projection(attn.qkv), Projection(attn.proj), block.ls1, size)
-    return OpenBlock(block, attention, open_mlp(block, block.ls2, size))
+    scales = _layer_scales(block)
+    attention = open_attention(block, Projection(attn.qkv), Projection(attn.proj), scales[0], size)
+    return OpenBlock(block, attention, open_mlp(block, scales[1], size))
+
+
+def _layer_scales(block: Any) -> tuple[nn.Module, nn.Module]:
+    """Return the layer scales of both halves; a norm behind a half has none behind it."""
+    return getattr(block, "ls1", nn.Identity()), getattr(block, "ls2", nn.Identity())
 
 
 def _recorded(model: Any, name: str) -> Any:
@@ -323,7 +337,20 @@ def _image_channels(model: Any) -> int:
     return next(part.in_channels for part in model.patch_embed.modules() if isinstance(part, nn.Conv2d))
 
 
-def _plain_block(block: PrunedBlock) -> Block:
+def _plain_block(block: PrunedBlock) -> nn.Module:
+    return _plain_post_norm(block) if block.post_norm else _plain_pre_norm(block)
+
+
+def _plain_post_norm(block: PrunedBlock) -> nn.Module:
+    plain = unfilled(ResPostBlock, dim=1, num_heads=1)
+    plain.attn, plain.mlp = _plain_attention(block.attn), plain_mlp(block.mlp)
+    let_read(plain.attn, plain.mlp, block)
+    plain.norm1, plain.norm2 = block.norm1, block.norm2
+    plain.drop_path1, plain.drop_path2 = block.drop_path1, block.drop_path2
+    return cast(nn.Module, plain.train(block.training))
+
+
+def _plain_pre_norm(block: PrunedBlock) -> Block:
     attn, mlp = block.attn, block.mlp
     plain = unfilled(Block, dim=1, num_heads=1)
     plain.norm1 = then_select(block.norm1, attn.in_cols)

@@ -151,7 +151,8 @@ def _pass(
         trace = layer.trace(part)
         part.copy_(trace.after)
         rows = weights.expand(part.shape[:2])
-        return trace, sums_of(trace.read[..., : size.span], weight=rows), sums_of(trace.hidden, weight=rows)
+        written = layer.weigh(trace, weights)
+        return trace, sums_of(trace.read[..., : size.span], weight=rows), sums_of(trace.hidden, weight=written)
 
     queries, outputs = Moments(size.span, device=x.device), Moments(size.span, device=x.device)
 

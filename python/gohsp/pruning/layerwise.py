@@ -159,7 +159,7 @@ class LayerwisePruner:
         weights = sensitivity.weights()
 
         def look(part: Tensor) -> Sums:
-            seen = layer.norm(part)
+            seen = layer.sees(part)
             return sums_of(seen, layer.read(seen), weights.expand(part.shape[:2]))
 
         moments = Moments(layer.read.in_features, layer.read.out_features, self.stream.device)
@@ -187,19 +187,17 @@ class LayerwisePruner:
     def _gather(self, index: int) -> tuple[Moments, QKMoments | None]:
         """Gather what write reads in the pruned network, and what it should give to bring the stream to the dense one.
 
-        The target is the gap between the two streams with layer scale divided out, so that each layer also mends what
-        the layers before it broke. Where QK channels may go, what they do is gathered as well.
+        The target closes the gap between the two streams, so that each layer also mends what the layers before it
+        broke. Where QK channels may go, what they do is gathered as well.
         """
         layer = self.layers[index]
         weights = self.scores.sensitivities[index].weights()
-        gain = layer.gain()
-        inverse = torch.where(gain == 0, 0.0, 1 / gain)  # a feature that is never written asks for nothing
         channels = qk_moments(layer, weights, self.settings)
 
         def look(part: Tensor, wanted: Tensor) -> tuple[Sums, tuple[Tensor, Sums] | None]:
             trace = layer.trace(part)
-            gap = ((wanted - part) * inverse).to(part.dtype)
-            sums = sums_of(trace.hidden, gap, weights.expand(part.shape[:2]))
+            target = layer.wanted(trace, wanted - part)
+            sums = sums_of(trace.hidden, target, layer.weigh(trace, weights))
             return sums, None if channels is None else channels.sums(trace)
 
         moments = Moments(layer.write.in_features, layer.write.out_features, self.stream.device)

@@ -266,6 +266,10 @@ def _check(settings: PruneSettings, floors: Mapping[str, float], size: Geometry)
     whole = next((block.qk_whole for block in size.blocks if block.qk_whole), "")
     if "qk" in groups and whole:
         raise ValueError(f"groups: wanted no 'qk' for this model, because {whole}")
+    written = next((block.writes_whole for block in size.blocks if block.writes_whole), "")
+    for group in ("attn_out", "mlp_out"):
+        if group in groups and written:
+            raise ValueError(f"groups: wanted no {group!r} for this model, because {written}")
     check_kind("floors", floors, Mapping, "a mapping of shares")
     for group, floor in floors.items():
         check_number(f"floors[{group!r}]", floor)

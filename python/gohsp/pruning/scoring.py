@@ -169,9 +169,10 @@ def _sublayer_statistics(
         trace = layer.trace(part)
         part.copy_(trace.after)
         rows = weights.expand(part.shape[:2])
+        written = layer.weigh(trace, weights)
         return (
             None if graph is None else trace,  # else nothing holds on to it
-            sums_of(trace.hidden, weight=rows),
+            sums_of(trace.hidden, weight=written),
             sums_of(trace.seen, weight=rows) if reads else None,
             None if channels is None else channels.sums(trace),
         )
@@ -313,7 +314,7 @@ class QKMoments:
             squares = q.square() * self.weights.to(q.dtype)[:, None]
             return squares.sum(dim=(0, 2), dtype=torch.float64), sums_of(trace.hidden[..., :0], weight=rows)
         gap = trace.hidden - v.mean(dim=2).flatten(1)[:, None]
-        return qk_energy(q, k), sums_of(gap, weight=rows)
+        return qk_energy(q, k), sums_of(gap, weight=self.layer.weigh(trace, self.weights))
 
     def add(self, energy: Tensor, gap: Sums) -> None:
         """Add what :meth:`sums` gave."""

@@ -21,7 +21,8 @@ class Sensitivity:
     In all of them the expectation is over images and over random projections f of the features.
 
     Attributes:
-        metric: E[sum over tokens of g g^T], float64 [D, D], for g the gradient of f by the residual stream after it.
+        metric: E[sum over tokens of g g^T], float64 [D, D], for g the gradient of f by the residual stream after it, or
+            by what write gave where a norm lies between; see :meth:`gohsp.models.base.Sublayer.judged`.
         tokens: E[||g||^2] of each token, float64 [N].
         taylor: E[(sum over tokens of x * df/dx)^2] of each input x of its write, float64 [m]: the squared change of the
             features, to first order, when that column is taken out.
@@ -113,12 +114,12 @@ def measure_sensitivities(
 
 def _sums(layer: Attention | Mlp, traced: _Traced) -> Sensitivity:
     """Return what the images of a chunk add to the sensitivity of a sublayer."""
-    flat = traced.after.flatten(0, 1)
+    flat = traced.judged.flatten(0, 1)
     heads, width, _ = _heads(layer)
     by_head = traced.read[..., : heads * width].unflatten(-1, (heads, width)).flatten(0, 1)
     return Sensitivity(
         metric=flat.T @ flat,
-        tokens=traced.after.square().sum(dim=(0, 2), dtype=torch.float64),
+        tokens=traced.judged.square().sum(dim=(0, 2), dtype=torch.float64),
         taylor=_squared_terms(traced.hidden, traced.hidden_gradient),
         taylor_in=_squared_terms(traced.seen, traced.read @ traced.read_weight),
         rows=traced.read.square().sum(dim=(0, 1), dtype=torch.float64),
@@ -139,14 +140,15 @@ def _squared_terms(x: Tensor, gradient: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Traced:
-    """What read sees and write reads in one sublayer, and gradients by the latter, by read's output, by the stream."""
+    """What read sees and write reads in one sublayer, and gradients by read's output, by the latter, by what errors are
+    measured in."""
 
     seen: Tensor
     hidden: Tensor
     read_weight: Tensor
     read: Tensor
     hidden_gradient: Tensor
-    after: Tensor
+    judged: Tensor
 
 
 def _traced_gradients(opened: OpenModel, x: Tensor, signs: Tensor) -> list[_Traced]:
@@ -158,7 +160,9 @@ def _traced_gradients(opened: OpenModel, x: Tensor, signs: Tensor) -> list[_Trac
             traces.append(layer.trace(layer.enter(x)))
             x = traces[-1].after
         value = (opened.features(x) * signs.clone()).sum()
-        flat = torch.autograd.grad(value, [t for trace in traces for t in (trace.read, trace.hidden, trace.after)])
+        judged = [layer.judged(trace) for layer, trace in zip(opened.sublayers, traces, strict=True)]
+        inside = [(trace.read, trace.hidden, last) for trace, last in zip(traces, judged, strict=True)]
+        flat = torch.autograd.grad(value, [part for parts in inside for part in parts])
     gradients = iter(flat)
     return [
         _Traced(trace.seen.detach(), trace.hidden.detach(), layer.read.weight.detach(), *islice(gradients, 3))

@@ -149,7 +149,7 @@ def _advance(layer: Attention | Mlp, x: Tensor, sensitivity: Sensitivity) -> Ten
     def look(part: Tensor) -> Sums:
         trace = layer.trace(part)
         part.copy_(trace.after)
-        return sums_of(trace.hidden, weight=weights.expand(part.shape[:2]))
+        return sums_of(trace.hidden, weight=layer.weigh(trace, weights))
 
     moments = Moments(layer.write.in_features, device=x.device)
     each_chunk(look, moments.add, x)
@@ -165,7 +165,9 @@ def _written_roots(layer: Attention | Mlp, covariance: Tensor, nodes: Sequence[T
 
 
 def _seen(layer: Attention | Mlp) -> Tensor:
-    """Return the weight of ``read`` as the residual stream meets it but for LayerNorm's division, [r, D]."""
+    """Return the weight of ``read`` as the residual stream meets it but for a norm's division, [r, D]."""
+    if layer.geometry.post_norm:
+        return layer.read.weight.detach()
     weight, scale = layer.read.weight.detach(), getattr(layer.norm, "weight", None)
     weight = weight if scale is None else weight * scale.detach()
     return weight - weight.mean(dim=1, keepdim=True)

@@ -128,7 +128,7 @@ def agreement(model: nn.Module) -> float:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    mask = ModelMask.random(model, _shares(model), torch.Generator().manual_seed(0))
+    mask = ModelMask.random(model, 0.7, torch.Generator().manual_seed(0))
     small = compress(model, mask)
     shape = family_of(model).image_shape(model) or (3, 224, 224)
     if count(small, shape) != count(model, shape, mask=mask):
@@ -138,11 +138,6 @@ def agreement(model: nn.Module) -> float:
     with torch.no_grad():
         wanted = mask.apply_(copy.deepcopy(model))(images)
         return max(_difference(other(images), wanted) for other in (small, densify(small)))
-
-
-def _shares(model: nn.Module) -> dict[str, float]:
-    shares = dict.fromkeys(("heads", "v", "hidden", "attn_in", "attn_out", "mlp_in", "mlp_out"), 0.7)
-    return shares if any(size.qk_whole for size in open_model(model).geometry.blocks) else {**shares, "qk": 0.7}
 
 
 def _difference(got: Any, wanted: Any) -> float:

@@ -32,7 +32,10 @@ GROUPS = ("heads", "qk", "v", "hidden", "attn_in", "attn_out", "mlp_in", "mlp_ou
 
 def masks(model: nn.Module) -> list[ModelMask]:
     """Some of all fields, among them one that takes nothing and one that leaves blocks next to nothing."""
-    shares: list[Any] = [0.7, dict.fromkeys(FIELDS, 1.0), {"heads": 0.3, "hidden": 0.1, "attn_out": 0.2, "mlp_in": 0.2}]
+    narrow = {"heads": 0.3, "hidden": 0.1, "attn_out": 0.2, "mlp_in": 0.2}
+    if any(size.writes_whole for size in open_model(model).geometry.blocks):
+        del narrow["attn_out"]
+    shares: list[Any] = [0.7, dict.fromkeys(FIELDS, 1.0), narrow]
     more = [0.3 + 0.03 * number for number in range(int(os.environ.get("GOHSP_AGREEMENT_MASKS", "3")) - 3)]
     return [ModelMask.random(model, keep, torch.Generator().manual_seed(i)) for i, keep in enumerate([*shares, *more])]
 
@@ -60,7 +63,8 @@ def test_compressed_plain_and_frozen_it_is_the_masked_one(name: str) -> None:
                 assert difference(gohsp.freeze(single)(x.float()), wanted) < 1e-5
 
 
-@EACH
+# Theirs compute biases of relative positions, and have no place for a table.
+@pytest.mark.parametrize("name", [name for name in ZOO if not name.startswith("Swin v2")])
 def test_heads_of_one_width_become_the_librarys_own_attention(name: str) -> None:
     model, x = make(name), images()
     # Their attention has as many channels as the residual stream.
@@ -95,7 +99,8 @@ def test_the_open_model_computes_what_the_model_does(name: str) -> None:
         stream = opened.embed(x)
         for layer in opened.sublayers:
             stream = layer.trace(layer.enter(stream)).after
-        assert difference(stream, seen[-1].flatten(1, -2)) < 1e-12  # of some models [B, H, W, D]
+        behind = getattr(opened.blocks[-1].module, "norm3", nn.Identity())
+        assert difference(behind(stream), seen[-1].flatten(1, -2)) < 1e-12  # of some models [B, H, W, D]
         assert opened.features(stream).shape[0] == len(x)
         logits = opened.family.answers(model, stream)
     if logits is not None:

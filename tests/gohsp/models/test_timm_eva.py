@@ -145,7 +145,6 @@ def test_compiled_it_is_the_same() -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "eva_giant_patch14_224": ({"use_post_norm": True}, "wanted timm's pre-norm EvaBlock, got EvaBlockPostNorm"),
     "eva02_tiny_patch14_224": ({"patch_drop_rate": 0.5}, "wanted no patch dropout"),
 }
 

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from timm.layers import GELU, AttentionPoolLatent, GatedMlp, GELUTanh, QuickGELU, RmsNorm, RmsNormFp32
-from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer
 from torch import Tensor, nn
 
 import gohsp
@@ -34,8 +34,7 @@ def small(**arguments: Any) -> VisionTransformer:
     ("arguments", "message"),
     [
         ({"scale_mlp_norm": True, "norm_layer": RmsNormFp32}, "norm1 is RmsNormFp32; wanted LayerNorm or RMSNorm"),
-        ({"block_fn": ParallelScalingBlock}, "wanted timm's pre-norm Block, got ParallelScalingBlock"),
-        ({"block_fn": ResPostBlock, "init_values": 1.0}, "wanted timm's pre-norm Block, got ResPostBlock"),
+        ({"block_fn": ParallelScalingBlock}, "wanted timm's Block or ResPostBlock, got ParallelScalingBlock"),
         ({"mlp_layer": GatedMlp}, "mlp is GatedMlp; wanted timm's Mlp, GluMlp or SwiGLU"),
         ({"act_layer": nn.Hardswish}, "activation Hardswish; known are gelu, gelu_tanh"),
         ({"attn_layer": "diff"}, "attn is DiffAttention"),

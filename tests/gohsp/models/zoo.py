@@ -80,6 +80,20 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "Swin, three stages": partial(
         _named, "swin_tiny_patch4_window7_224", patch_size=2, depth=None, depths=(2, 3, 1), num_heads=(3, 6, 12), **SWIN
     ),
+    "Swin v2, relative positions by an MLP": partial(
+        _named,
+        "swinv2_tiny_window8_256",
+        **{"patch_size": 2, "depth": None, "depths": (2, 3, 1), "num_heads": (3, 6, 12), **SWIN},
+    ),
+    "Swin v2 CR, relative positions by an MLP, and norms between": partial(
+        _named,
+        "swinv2_cr_tiny_ns_224",
+        **{"patch_size": 2, "depth": None, "depths": (2, 3, 1), "num_heads": (3, 6, 12), **SWIN},
+        extra_norm_period=2,
+    ),
+    "norms behind both halves": partial(_named, "vit_base_patch16_rpn_224"),
+    "norms behind both halves, relative positions by an MLP": partial(_named, "vit_relpos_base_patch16_rpn_224"),
+    "norms behind both halves, EVA-02 CLIP": partial(_named, "eva02_enormous_patch14_clip_224", patch_size=8),
     "NesT, two levels": partial(
         Nest, SIDE, 3, 4, 2, (24, 48), (3, 6), (2, 1), num_classes=5, drop_path_rate=0.0, pad_type="same"
     ),

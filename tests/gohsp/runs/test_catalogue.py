@@ -63,10 +63,10 @@ def test_what_is_not_taken_has_a_reason(library: str, name: str, verdict: str, r
 
 
 def test_a_refusal_is_told_with_the_block() -> None:
-    entry = catalogue.look("timm", "eva02_enormous_patch14_clip_224")
+    entry = catalogue.look("timm", "vit_large_patch16_sapiens2")
     assert entry is not None
     assert entry.verdict == "no"
-    assert entry.reason == "cannot prune blocks.0: wanted timm's pre-norm EvaBlock, got EvaBlockPostNorm"
+    assert entry.reason == "cannot prune blocks.8: 16 heads of queries that share 8 of keys and values"
     assert catalogue.look("timm", "resnet18") is None
 
 
