@@ -80,9 +80,10 @@ def _write_attention(into: Attention, attn: PrunedAttention, block: Any) -> None
     _write_inner_norm(into.inner_norm, attn.inner_norm, layout.proj_cols)
     _write_scale(into.scale, block.ls1)
     if into.bias is not None and attn.position_bias is not None:
-        if not into.bias.table.is_leaf or not isinstance(into.bias.table, nn.Parameter):
+        table = into.bias.table
+        if not isinstance(table if table._base is None else table._base, nn.Parameter):
             raise _NoPlace("its table of relative positions is one that the dense model computes")
-        into.bias.table[:, list(attn.heads)] = attn.position_bias.table
+        table[:, list(attn.heads)] = attn.position_bias.table
     if into.logit_scale is not None and attn.logit_scale is not None:
         into.logit_scale[list(attn.heads)] = attn.logit_scale
 

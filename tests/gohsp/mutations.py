@@ -36,7 +36,7 @@ MUTATIONS = {
         "models/test_adapters.py::test_compressed_plain_and_frozen_it_is_the_masked_one",
     ),
     "timm: a hybrid's images have the channels of its backbone's result": Mutation(
-        "models/timm_vit.py", "for part in model.patch_embed.modules() if", "for part in [model.patch_embed.proj] if",
+        "models/timm_vit.py", "for part in embed.modules() if", "for part in [embed.proj] if",
         "models/test_adapters.py::test_costs_are_those_of_the_parameters_and_products",
     ),
     "mask: q and k rows of a pruned head stay": Mutation(

@@ -208,6 +208,14 @@ class Projection:
                 if layer.bias is not None:
                     layer.bias.copy_(values)
 
+    def rows_by_head(self, weight: Tensor, num_heads: int) -> Tensor:
+        """View a matrix like that of one layer, [parts H d, inputs], as [H, parts, d, inputs]; parts are q, k and v."""
+        return weight.view(-1, num_heads, self.out_features // (3 * num_heads), weight.shape[1]).transpose(0, 1)
+
+    def columns_by_head(self, weight: Tensor, num_heads: int) -> Tensor:
+        """View a matrix like that of one layer, [outputs, H d], as [H, outputs, d]."""
+        return weight.view(len(weight), num_heads, -1).transpose(0, 1)
+
     def watch_inputs(self, function: Callable[[Tensor], Tensor]) -> RemovableHandle:
         """Let each call read what a function gives for the inputs [..., inputs], until the handle is removed."""
         return self.layers[0].register_forward_pre_hook(lambda _, inputs: function(inputs[0]))
@@ -415,16 +423,22 @@ class ScoreBias:
     """What is added to the scores of each query and key, by head: for their relative position, and as a mask.
 
     Attributes:
-        table: [positions, H]; a parameter, or computed of some, without gradient.
+        source: Gives the table, [positions, H]: a parameter or a view of one, or what is computed of some, anew at each
+            call.
         index: int64 [N, N], the row of the table for each query and key.
         trains: Whether training changes the table.
         mask: [windows, N, N], added to the scores of every head of a window; None for none.
     """
 
-    table: Tensor
+    source: Callable[[], Tensor]
     index: Tensor
     trains: bool
     mask: Tensor | None = None
+
+    @property
+    def table(self) -> Tensor:
+        """What is added for each relative position and head, [positions, H]."""
+        return self.source()
 
     def __call__(self, batch: int) -> Tensor:
         """Return the biases for so many sequences, [batch or 1, H, N, N]."""

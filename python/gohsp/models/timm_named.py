@@ -129,9 +129,13 @@ class TimmNamed(TimmVit):
         made: nn.Module = dense
         if type(made) is not self.dense:
             raise ValueError(f"plan.model: wanted a {self.dense.__name__}, but timm made a {type(made).__name__}")
-        if dense.patch_embed.num_patches > _MOST_PATCHES:
+        if self.patches(dense) > _MOST_PATCHES:
             raise ValueError(f"plan.model.arguments.img_size: wanted at most {_MOST_PATCHES} patches")
         return made
+
+    def patches(self, model: Any) -> int:
+        """Return how many patches a dense model makes of an image of its own size."""
+        return int(model.patch_embed.num_patches)
 
     def plain(self, arguments: Any) -> dict[str, Any]:
         """Return the arguments of a description, which are numbers, names and short lists of these."""

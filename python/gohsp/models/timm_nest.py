@@ -7,7 +7,7 @@ What pruning calls a block is a transformer layer here; blocks of the image are 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gohsp.files import check_keys, cut, shown
-from gohsp.layers import FrozenBlock, PrunedAttention, PrunedBlock, RaggedAttention, SelectColumns, plain_linear
+from gohsp.layers import PrunedAttention, RaggedAttention, SelectColumns, plain_linear
 from gohsp.models.base import (
     MAX_DEPTH,
     BlockGeometry,
@@ -31,7 +31,8 @@ from gohsp.models.base import (
 )
 from gohsp.models.registry import register
 from gohsp.models.timm_parts import open_attention, open_mlp, placed, plain_mlp, then_select, unfilled, why_half_blocks
-from gohsp.models.timm_stages import TimmStages
+from gohsp.models.timm_stages import Place, TimmStages, places_in
+from gohsp.models.timm_windows import FrozenWindowBlock, InWindows, PrunedWindowBlock
 
 
 class InterleavedHeads(Projection):
@@ -62,6 +63,9 @@ class InterleavedHeads(Projection):
     def clear_(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
         super().clear_(rows, None if columns is None else columns[self._order.argsort().to(columns.device)])
 
+    def columns_by_head(self, weight: Tensor, num_heads: int) -> Tensor:
+        return weight.view(len(weight), -1, num_heads).permute(2, 0, 1)
+
     def watch_inputs(self, function: Callable[[Tensor], Tensor]) -> RemovableHandle:
         order, inverse = self._order, self._order.argsort()
         return super().watch_inputs(lambda x: function(x[..., order.to(x.device)])[..., inverse.to(x.device)])
@@ -72,28 +76,22 @@ def interleaved(channels: int, num_heads: int) -> Tensor:
     return torch.arange(channels, device="cpu").view(-1, num_heads).T.flatten()
 
 
-class PrunedNestLayer(PrunedBlock):
+class _InBlocksOfTheImage(InWindows):
+    """What compact and frozen layers have in common: they are called with [B, blocks of the image, tokens, D]."""
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.flatten(0, 1)
+
+    def join(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        return x.unflatten(0, (-1, size[0]))
+
+
+class PrunedNestLayer(_InBlocksOfTheImage, PrunedWindowBlock):
     """Transformer layer with compact parameters, called like timm's."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Return the layer's output [B, blocks of the image, tokens, D] for x of that shape."""
-        if self.must_call_modules():
-            return self._by_modules(x, None, False, None)
-        return self.run(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
-    def _by_modules(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None) -> Tensor:
-        # A path is dropped for an image and not for a block of it.
-        attended = self.attn(self.norm1(x).flatten(0, 1)).unflatten(0, x.shape[:2])
-        x = x + self.drop_path1(self.ls1(attended))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-
-
-class FrozenNestLayer(FrozenBlock):
+class FrozenNestLayer(_InBlocksOfTheImage, FrozenWindowBlock):
     """Packed transformer layer, called like timm's."""
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Return the output [B, blocks of the image, tokens, D] for x of that shape; no gradient flows through it."""
-        return super().forward(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 class PlainNestAttention(RaggedAttention):
@@ -112,15 +110,15 @@ class TimmNest(TimmStages):
 
     wanted = "a timm Nest (not a subclass)"
     dense, compressed, frozen_block = Nest, PrunedNest, FrozenNestLayer
-    block, place = TransformerLayer, "levels.{}.transformer_encoder.{}"
+    block = TransformerLayer
     arguments = (
         *("img_size", "in_chans", "patch_size", "num_levels", "embed_dims", "num_heads", "depths", "num_classes"),
         *("mlp_ratio", "qkv_bias", "drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate", "pad_type"),
         "global_pool",
     )
 
-    def stages(self, model: Any) -> list[nn.Sequential]:
-        return [level.transformer_encoder for level in model.levels]
+    def stages(self, model: Any) -> list[list[Place]]:
+        return [places_in(level.transformer_encoder) for level in model.levels]
 
     def between(self, model: Any, stage: int) -> Callable[[Tensor], Tensor] | None:
         return None if stage == 0 else partial(_aggregated, model.levels[stage - 1], model.levels[stage])

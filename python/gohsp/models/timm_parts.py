@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GELU, GELUTanh, GluMlp, LayerNorm, QuickGELU, RmsNorm, SwiGLU
+from timm.layers import GELU, GELUTanh, GluMlp, LayerNorm, LayerScale, QuickGELU, RmsNorm, SwiGLU
 from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
 
@@ -340,3 +340,13 @@ def whole_gamma(scale: nn.Module) -> nn.Parameter | None:
         return scale.gamma
     whole = scale.gamma.detach().new_ones(scale.dim).index_copy(0, scale.out_cols, scale.gamma.detach())
     return nn.Parameter(whole, requires_grad=scale.gamma.requires_grad)
+
+
+def plain_scale(scale: nn.Module) -> nn.Module:
+    """Return a layer scale as timm's blocks have it that keep it as a module."""
+    gamma = whole_gamma(scale)
+    if gamma is None:
+        return nn.Identity()
+    plain = unfilled(LayerScale, dim=2)
+    plain.gamma = gamma
+    return cast(nn.Module, plain)

@@ -10,13 +10,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import timm
 import torch
-import torch.nn.functional as F
-from timm.layers import LayerScale, RelPosBias
-from timm.layers.pos_embed_rel import gen_relative_position_index
 from timm.models import beit
 from timm.models.beit import Beit
 from timm.models.vision_transformer_relpos import (
@@ -50,12 +48,14 @@ from gohsp.models.timm_parts import (
     open_mlp,
     placed,
     plain_mlp,
+    plain_scale,
     then_select,
     tokens_read,
     unfilled,
     whole_gamma,
     why_half_blocks,
 )
+from gohsp.models.timm_positions import bias_of, plain_positions, real_index
 
 
 class PrunedRelPosBlock(PrunedBlock):
@@ -156,7 +156,7 @@ class TimmRelPos(TimmNamed):
             common: What the model has for all of its blocks, or None.
         """
         source = attn.rel_pos if attn.rel_pos is not None else common
-        return None if source is None else _of_module(source)
+        return bias_of(source)
 
     def plain_block(self, block: PrunedBlock) -> nn.Module:
         """Return a compact block as the library's own, in plain PyTorch."""
@@ -166,11 +166,11 @@ class TimmRelPos(TimmNamed):
         if _is_whole(attn):
             plain.attn = _librarys(unfilled(RelPosAttention, dim=2, num_heads=1), attn)
             plain.attn.head_dim, plain.attn.q_norm, plain.attn.k_norm = attn.v_widths[0], attn.q_norm, attn.k_norm
-            plain.attn.rel_pos = _plain_table(attn)
+            plain.attn.rel_pos = plain_positions(attn, (1, 1))
         if block.post_norm:
             let_read(plain.attn, plain.mlp, block)
         else:
-            plain.ls1, plain.ls2 = _plain_scale(block.ls1), _plain_scale(block.ls2)
+            plain.ls1, plain.ls2 = plain_scale(block.ls1), plain_scale(block.ls2)
         return cast(nn.Module, plain)
 
     def embed(self, model: Any, images: Tensor) -> Tensor:
@@ -225,10 +225,9 @@ class TimmBeit(TimmRelPos):
         sources += [] if common is None else [common]
         if not sources:
             return None
-        tables = [source.relative_position_bias_table for source in sources]
-        trains = any(table.requires_grad for table in tables)
-        table = tables[0] if len(tables) == 1 else sum(tables).detach()
-        return ScoreBias(table, _real(sources[0], beit.gen_relative_position_index), trains)
+        trains = any(source.relative_position_bias_table.requires_grad for source in sources)
+        index = real_index(sources[0], beit.gen_relative_position_index)
+        return ScoreBias(partial(_summed, sources), index, trains)
 
     def plain_block(self, block: PrunedBlock) -> nn.Module:
         plain = _plain(unfilled(beit.Block, dim=2, num_heads=1), block)
@@ -258,29 +257,11 @@ def _embed(model: Any, x: Tensor) -> Tensor:
     return x
 
 
-def _of_module(source: Any) -> ScoreBias:
-    """Return the biases that timm's RelPosBias holds, or that its RelPosMlp computes, as a table."""
-    area = source.window_area
-    if isinstance(source, RelPosBias):
-        index = _real(source, gen_relative_position_index, class_token=source.prefix_tokens > 0)
-        table = source.relative_position_bias_table
-        return ScoreBias(table, index, table.requires_grad)
-    table = source.bias_act(source.mlp(source.rel_coords_log).flatten(0, 1))
-    table = table if source.bias_gain is None else source.bias_gain * table
-    index = _real(source, gen_relative_position_index).view(area, area)
-    if source.prefix_tokens:  # which have no position: a row of zeros
-        prefix = (source.prefix_tokens, 0, source.prefix_tokens, 0)
-        index, table = F.pad(index, prefix, value=len(table)), F.pad(table, (0, 0, 0, 1))
-    return ScoreBias(table.detach(), index, any(parameter.requires_grad for parameter in source.parameters()))
-
-
-def _real(source: Any, make: Any, **more: Any) -> Tensor:
-    """Return the index of relative positions, [N, N], real where the model is on meta: no file holds it."""
-    index: Tensor = source.relative_position_index
-    if index.is_meta:
-        index = make(source.window_size, **more)
-    side = round(index.numel() ** 0.5)
-    return index.view(side, side)
+def _summed(sources: Sequence[Any]) -> Tensor:
+    """Return the sum of the tables of some modules, [positions, H]."""
+    first, *more = (source.relative_position_bias_table for source in sources)
+    table: Tensor = sum(more, first)
+    return table
 
 
 def _why_not(block: Any, attention: type[nn.Module]) -> str | None:
@@ -325,25 +306,6 @@ def _librarys(plain: Any, attn: PrunedAttention) -> Any:
     plain.qkv, plain.proj = plain_linear(attn.qkv), placed(attn.proj, attn.out_cols, attn.dim)
     plain.attn_drop, plain.proj_drop = attn.attn_drop, attn.proj_drop
     return plain
-
-
-def _plain_table(attn: PrunedAttention) -> nn.Module | None:
-    bias = attn.position_bias
-    if bias is None:
-        return None
-    table = unfilled(RelPosBias, window_size=(1, 1), num_heads=1)
-    table.relative_position_bias_table, table.bias_shape = bias.table, (*bias.index.shape, len(attn.heads))
-    table.register_buffer("relative_position_index", bias.index.flatten(), persistent=False)
-    return cast(nn.Module, table)
-
-
-def _plain_scale(scale: nn.Module) -> nn.Module:
-    gamma = whole_gamma(scale)
-    if gamma is None:
-        return nn.Identity()
-    plain = unfilled(LayerScale, dim=2)
-    plain.gamma = gamma
-    return cast(nn.Module, plain)
 
 
 def _plain(plain: Any, block: PrunedBlock) -> Any:

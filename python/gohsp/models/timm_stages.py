@@ -7,7 +7,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor, nn
 
@@ -17,22 +17,42 @@ from gohsp.models.refusals import refuse_computed
 from gohsp.models.timm_named import TimmNamed
 
 
+class Place(NamedTuple):
+    """Where a block is.
+
+    Attributes:
+        holder: Module that it is a child of.
+        name: Its name there.
+    """
+
+    holder: nn.Module
+    name: str
+
+    @property
+    def block(self) -> Any:
+        """What is there."""
+        return getattr(self.holder, self.name)
+
+
+def places_in(blocks: nn.Module) -> list[Place]:
+    """Return the places of all children of a module, in their order."""
+    return [Place(blocks, name) for name, _ in blocks.named_children()]
+
+
 class TimmStages(TimmNamed):
-    """Adapter for one class of timm's that has stages.
+    """Adapter for one class of timm's that has stages: blocks one after another, and something in front of them.
 
     Attributes:
         compressed: What a compressed model of the class is.
         block: Class of the blocks.
-        place: Where they are, for messages.
     """
 
     compressed: ClassVar[type[nn.Module]]
     block: ClassVar[type[nn.Module]]
-    place: ClassVar[str]
 
     @abstractmethod
-    def stages(self, model: Any) -> list[nn.Sequential]:
-        """Return what holds the blocks of each stage, in the order of the data."""
+    def stages(self, model: Any) -> list[list[Place]]:
+        """Return where the blocks of each stage are, in the order of the data."""
 
     @abstractmethod
     def between(self, model: Any, stage: int) -> Callable[[Tensor], Tensor] | None:
@@ -41,6 +61,10 @@ class TimmStages(TimmNamed):
     @abstractmethod
     def why_unsupported(self, block: Any) -> str | None:
         """Return why a block cannot be pruned exactly, or None if it can."""
+
+    def why_not_there(self, block: Any, model: Any, stage: int) -> str | None:
+        """Return why a block cannot be pruned where it is in a model, or None if it can."""
+        return None
 
     @abstractmethod
     def opened(self, block: Any, model: Any | None, stage: int) -> OpenBlock:
@@ -66,16 +90,16 @@ class TimmStages(TimmNamed):
 
     def blocks(self, model: Any) -> list[Any]:
         """Return the blocks of a model, in the order of the data."""
-        return [block for stage in self.stages(model) for block in stage]
+        return [place.block for stage in self.stages(model) for place in stage]
 
     def open_blocks(self, model: Any) -> tuple[OpenBlock, ...]:
         if type(model) is not self.dense:
             raise wrong_kind(self.wanted, model)
         found = []
         for number, stage in enumerate(self.stages(model)):
-            for index, block in enumerate(stage):
-                if reason := self._why_not(block):
-                    raise ValueError(f"model: cannot prune {self.place.format(number, index)}: {reason}")
+            for index, block in enumerate(place.block for place in stage):
+                if reason := self._why_not(block) or self.why_not_there(block, model, number):
+                    raise ValueError(f"model: cannot prune {name_of(model, block)}: {reason}")
                 opened = self.opened(block, model, number)
                 if index == 0:
                     entered = replace(opened.attention, transition=self.between(model, number))
@@ -127,7 +151,11 @@ class TimmStages(TimmNamed):
 
     def _replace(self, model: Any, blocks: Sequence[nn.Module]) -> None:
         """Put blocks in the place of a model's own."""
-        waiting = iter(blocks)
-        for stage in self.stages(model):
-            for index in range(len(stage)):
-                stage[index] = next(waiting)
+        places = [place for stage in self.stages(model) for place in stage]
+        for place, block in zip(places, blocks, strict=True):
+            setattr(place.holder, place.name, block)
+
+
+def name_of(model: nn.Module, block: nn.Module) -> str:
+    """Return the name of a block in its model."""
+    return next(name for name, module in model.named_modules() if module is block)

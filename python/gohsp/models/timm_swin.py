@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """timm's SwinTransformer: stages of growing width, whose blocks attend within windows that are shifted in every second.
 
-Windows are an order of the tokens. A compact block puts its tokens into that order once, shift and partition in one
-read, runs both of its sublayers on windows, and puts them back: norms, MLP and residual know nothing of it.
+Windows are an order of the tokens: shift and partition are one read.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from timm.layers import PatchEmbed
@@ -24,9 +23,7 @@ from torch import Tensor, nn
 
 from gohsp.files import check_keys, shown
 from gohsp.layers import (
-    FrozenBlock,
     PrunedAttention,
-    PrunedBlock,
     RaggedAttention,
     SelectColumns,
     plain_linear,
@@ -45,10 +42,11 @@ from gohsp.models.base import (
 from gohsp.models.registry import register
 from gohsp.models.timm_named import COMMON_ARGUMENTS, OfOneSize
 from gohsp.models.timm_parts import open_attention, open_mlp, placed, plain_mlp, then_select, unfilled, why_half_blocks
-from gohsp.models.timm_stages import TimmStages
+from gohsp.models.timm_stages import Place, TimmStages, places_in
+from gohsp.models.timm_windows import FrozenWindowBlock, InWindows, PrunedWindowBlock, places_in_windows
 
 
-class _InWindows:
+class _InOrder(InWindows):
     """What compact and frozen blocks have in common: the order of their tokens.
 
     Attributes:
@@ -63,17 +61,15 @@ class _InWindows:
     grid: tuple[int, int]
 
     def split(self, x: Tensor) -> Tensor:
-        """Return the tokens window by window, [B * windows, n, D] from [B, height, width, D]."""
         if tuple(x.shape[1:3]) != self.grid:
             raise ValueError(f"x: wanted a map of {self.grid} tokens, which the windows are for; got {list(x.shape)}")
         return x.flatten(1, 2).index_select(1, self.order).unflatten(1, (self.windows, -1)).flatten(0, 1)
 
-    def join(self, x: Tensor) -> Tensor:
-        """Undo :meth:`split`."""
+    def join(self, x: Tensor, size: Sequence[int]) -> Tensor:
         return x.unflatten(0, (-1, self.windows)).flatten(1, 2).index_select(1, self.inverse).unflatten(1, self.grid)
 
 
-class PrunedSwinBlock(_InWindows, PrunedBlock):
+class PrunedSwinBlock(_InOrder, PrunedWindowBlock):
     """Block with compact parameters, called like timm's SwinTransformerBlock.
 
     Attributes:
@@ -83,23 +79,9 @@ class PrunedSwinBlock(_InWindows, PrunedBlock):
     window_size: tuple[int, int]
     shift_size: tuple[int, int]
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Return the block's output [B, height, width, D] for x of that shape."""
-        return self.join(self.run(self.split(x)))
 
-    def _by_modules(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, rope: Tensor | None) -> Tensor:
-        # A path is dropped for an image and not for a window.
-        attended = self.join(self.normed(self.norm1, self.attn, x))
-        y = self.join(x) + self.drop_path1(self.ls1(attended))
-        return self.split(y + self.drop_path2(self.ls2(self.normed(self.norm2, self.mlp, y))))
-
-
-class FrozenSwinBlock(_InWindows, FrozenBlock):
+class FrozenSwinBlock(_InOrder, FrozenWindowBlock):
     """Packed block, called like timm's SwinTransformerBlock."""
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        """Return the block's output [B, height, width, D] for x of that shape; no gradient flows through it."""
-        return self.join(FrozenBlock.forward(self, self.split(x)))
 
 
 class PlainWindowAttention(RaggedAttention):
@@ -117,15 +99,19 @@ class TimmSwin(TimmStages):
     """Adapter for timm's SwinTransformer."""
 
     wanted = "a timm SwinTransformer (not a subclass)"
-    dense, compressed, frozen_block = SwinTransformer, PrunedSwinTransformer, FrozenSwinBlock
-    block, place = SwinTransformerBlock, "layers.{}.blocks.{}"
+    dense: ClassVar[type[nn.Module]] = SwinTransformer
+    compressed = PrunedSwinTransformer
+    frozen_block: ClassVar[type[FrozenSwinBlock]] = FrozenSwinBlock
+    compact_block: ClassVar[type[PrunedSwinBlock]] = PrunedSwinBlock
+    block: ClassVar[type[nn.Module]] = SwinTransformerBlock
+    attention: ClassVar[type[nn.Module]] = WindowAttention
     arguments = (
         *(name for name in COMMON_ARGUMENTS if name not in ("depth", "init_values")),
         *("depths", "head_dim", "window_size", "always_partition"),
     )
 
-    def stages(self, model: Any) -> list[nn.Sequential]:
-        return [stage.blocks for stage in model.layers]
+    def stages(self, model: Any) -> list[list[Place]]:
+        return [places_in(stage.blocks) for stage in model.layers]
 
     def between(self, model: Any, stage: int) -> Callable[[Tensor], Tensor] | None:
         own = model.layers[stage]
@@ -134,30 +120,49 @@ class TimmSwin(TimmStages):
     def why_unsupported(self, block: Any) -> str | None:
         if block.dynamic_mask:
             return "windows for images of any size; wanted strict_img_size"
-        if any(side % window for side, window in zip(block.input_resolution, block.window_size, strict=True)):
-            return f"windows of {tuple(block.window_size)} do not divide its {tuple(block.input_resolution)} tokens"
-        if type(block.attn) is not WindowAttention:
-            return f"attn is {type(block.attn).__name__}; wanted timm's WindowAttention"
+        if any(side % window for side, window in zip(self.grid(block), block.window_size, strict=True)):
+            return f"windows of {tuple(block.window_size)} do not divide its {self.grid(block)} tokens"
+        if type(block.attn) is not self.attention:
+            return f"attn is {type(block.attn).__name__}; wanted timm's {self.attention.__name__}"
         return why_half_blocks(block)
 
+    def grid(self, block: Any) -> tuple[int, int]:
+        """Return (height, width) of the map of tokens that a dense block reads."""
+        height, width = block.input_resolution
+        return height, width
+
+    def order(self, block: Any) -> Tensor:
+        """Return the tokens of each window of a dense block, int64 [windows, n], shifted as the block shifts them."""
+        return places_in_windows(self.grid(block), block.window_size, block.shift_size)
+
     def opened(self, block: Any, model: Any | None, stage: int) -> OpenBlock:
-        return _open(block)
+        attn = block.attn
+        read = Projection(attn.qkv)
+        size = BlockGeometry(
+            dim=read.in_features,
+            num_heads=attn.num_heads,
+            head_dim=read.out_features // 3 // attn.num_heads,
+            hidden=block.mlp.fc2.in_features,
+        )
+        more: dict[str, Any] = {"bias": _bias(block), "windows": Windows(self.order(block).to(attn.qkv.weight.device))}
+        attention = open_attention(block, read, Projection(attn.proj), nn.Identity(), size, **more)
+        return OpenBlock(block, attention, open_mlp(block, nn.Identity(), size))
 
     def plain_block(self, block: Any) -> nn.Module:
         return _plain_block(block)
 
     def freeze_block(self, frozen: Any, block: Any) -> None:
-        frozen.__class__ = FrozenSwinBlock
-        put_in_order(frozen, block.order.view(block.windows, -1), block.grid)
+        frozen.__class__ = self.frozen_block
+        _put_in_order(frozen, block.order.view(block.windows, -1), block.grid)
 
     def classifier(self, model: Any) -> tuple[Any, str]:
         return model.head, "fc"
 
     def dress(self, compact: CompactBlock, block: Any) -> CompactBlock:
         dressed: Any = compact
-        dressed.__class__ = PrunedSwinBlock
+        dressed.__class__ = self.compact_block
         dressed.window_size, dressed.shift_size = tuple(block.window_size), tuple(block.shift_size)
-        put_in_order(dressed, _order(block), block.input_resolution)
+        _put_in_order(dressed, self.order(block), self.grid(block))
         return compact
 
     def embed(self, model: Any, images: Tensor) -> Tensor:
@@ -237,27 +242,11 @@ def _merged(stage: Any, x: Tensor) -> Tensor:
     return tokens.flatten(1, 2)
 
 
-def put_in_order(block: Any, order: Tensor, grid: Sequence[int]) -> None:
+def _put_in_order(block: Any, order: Tensor, grid: Sequence[int]) -> None:
     """Tell a compact or frozen block which tokens [windows, n] stand together in a map of so many."""
     block.windows, block.grid = len(order), tuple(grid)
     block.register_buffer("order", order.flatten(), persistent=False)
     block.register_buffer("inverse", order.flatten().argsort(), persistent=False)
-
-
-def _order(block: Any) -> Tensor:
-    return window_order(block.input_resolution, block.window_size, block.shift_size)
-
-
-def window_order(grid: Sequence[int], window: Sequence[int], shift: Sequence[int]) -> Tensor:
-    """Return the tokens of each window of a map, int64 [windows, n].
-
-    Args:
-        grid, window, shift: (height, width) of the map, of a window, and of what the map is rolled by beforehand.
-    """
-    (height, width), (rows, columns) = grid, window
-    places = torch.arange(height * width, device="cpu").view(height, width)
-    places = places.roll((-shift[0], -shift[1]), dims=(0, 1))
-    return places.view(height // rows, rows, width // columns, columns).transpose(1, 2).reshape(-1, rows * columns)
 
 
 def _bias(block: Any) -> ScoreBias:
@@ -267,21 +256,7 @@ def _bias(block: Any) -> ScoreBias:
     if index.is_meta:
         index = get_relative_position_index(*attn.window_size)
         mask = block.get_attn_mask(device=torch.device("cpu"), dtype=table.dtype)
-    return ScoreBias(table, index, table.requires_grad, mask)
-
-
-def _open(block: Any) -> OpenBlock:
-    attn = block.attn
-    read = Projection(attn.qkv)
-    size = BlockGeometry(
-        dim=read.in_features,
-        num_heads=attn.num_heads,
-        head_dim=read.out_features // 3 // attn.num_heads,
-        hidden=block.mlp.fc2.in_features,
-    )
-    more: dict[str, Any] = {"bias": _bias(block), "windows": Windows(_order(block).to(attn.qkv.weight.device))}
-    attention = open_attention(block, read, Projection(attn.proj), nn.Identity(), size, **more)
-    return OpenBlock(block, attention, open_mlp(block, nn.Identity(), size))
+    return ScoreBias(partial(getattr, attn, "relative_position_bias_table"), index, table.requires_grad, mask)
 
 
 def _plain_block(block: PrunedSwinBlock) -> nn.Module:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from timm.models.swin_transformer import get_relative_position_index
@@ -46,15 +46,13 @@ from gohsp.models.timm_parts import (
     open_mlp,
     plain_mlp,
     unfilled,
-    why_half_blocks,
 )
+from gohsp.models.timm_stages import Place, places_in
 from gohsp.models.timm_swin import (
     FrozenSwinBlock,
     PlainWindowAttention,
     PrunedSwinBlock,
     TimmSwin,
-    put_in_order,
-    window_order,
 )
 
 
@@ -106,32 +104,17 @@ class TimmSwinV2(TimmSwin):
     """Adapter for timm's SwinTransformerV2."""
 
     wanted = "a timm SwinTransformerV2 (not a subclass)"
-    dense, compressed = SwinTransformerV2, PrunedSwinTransformerV2
-    frozen_block: ClassVar[type[FrozenSwinBlock]] = FrozenSwinV2Block
-    block = SwinTransformerV2Block
-    compact_block: ClassVar[type[PrunedSwinBlock]] = PrunedSwinV2Block
-    attention: ClassVar[type[nn.Module]] = CosineAttention
+    dense, compressed, frozen_block = SwinTransformerV2, PrunedSwinTransformerV2, FrozenSwinV2Block
+    block, compact_block, attention = SwinTransformerV2Block, PrunedSwinV2Block, CosineAttention
     arguments = (
         *(name for name in COMMON_ARGUMENTS if name not in ("depth", "init_values")),
         *("depths", "window_size", "always_partition", "pretrained_window_sizes"),
     )
 
     def why_unsupported(self, block: Any) -> str | None:
-        attn = block.attn
-        if block.dynamic_mask:
-            return "windows for images of any size; wanted strict_img_size"
-        if any(side % window for side, window in zip(self.grid(block), block.window_size, strict=True)):
-            return f"windows of {tuple(block.window_size)} do not divide its {tuple(self.grid(block))} tokens"
-        if type(attn) is not self.attention:
-            return f"attn is {type(attn).__name__}; wanted timm's {self.attention.__name__}"
-        if getattr(attn, "qkv_bias_separate", False):
+        if getattr(block.attn, "qkv_bias_separate", False):
             return "a bias of q, k and v that is added after the product"
-        return why_half_blocks(block)
-
-    def grid(self, block: Any) -> tuple[int, int]:
-        """Return (height, width) of the map of tokens that a block reads."""
-        height, width = block.input_resolution
-        return height, width
+        return super().why_unsupported(block)
 
     def bias(self, block: Any) -> ScoreBias:
         """Return what the attention of a block adds to its scores; no file holds index and mask."""
@@ -139,9 +122,8 @@ class TimmSwinV2(TimmSwin):
         index, coords = attn.relative_position_index, attn.relative_coords_table
         if index.is_meta:
             _, index = attn._make_pair_wise_relative_positions(device=torch.device("cpu"), dtype=coords.dtype)
-        table = 16 * torch.sigmoid(attn.cpb_mlp(coords).flatten(0, 2))
         trains = any(parameter.requires_grad for parameter in attn.cpb_mlp.parameters())
-        return ScoreBias(table.detach(), index, trains, _mask(block))
+        return ScoreBias(partial(_computed, attn), index, trains, _mask(block))
 
     def opened(self, block: Any, model: Any | None, stage: int) -> OpenBlock:
         attn = block.attn
@@ -154,22 +136,10 @@ class TimmSwinV2(TimmSwin):
             cosine=True,
             post_norm=True,
         )
-        order = window_order(self.grid(block), block.window_size, block.shift_size)
-        more: dict[str, Any] = {"bias": self.bias(block), "windows": Windows(order.to(attn.qkv.weight.device))}
-        more |= {"logit_scale": attn.logit_scale.flatten(), "factor": 1.0}
+        windows = Windows(self.order(block).to(attn.qkv.weight.device))
+        more = {"bias": self.bias(block), "windows": windows, "logit_scale": attn.logit_scale.flatten(), "factor": 1.0}
         attention = open_attention(block, read, Projection(attn.proj), nn.Identity(), size, **more)
         return OpenBlock(block, attention, open_mlp(block, nn.Identity(), size))
-
-    def dress(self, compact: CompactBlock, block: Any) -> CompactBlock:
-        dressed: Any = compact
-        dressed.__class__ = self.compact_block
-        dressed.window_size, dressed.shift_size = tuple(block.window_size), tuple(block.shift_size)
-        put_in_order(dressed, window_order(self.grid(block), block.window_size, block.shift_size), self.grid(block))
-        return compact
-
-    def freeze_block(self, frozen: Any, block: Any) -> None:
-        super().freeze_block(frozen, block)
-        frozen.__class__ = self.frozen_block
 
     def plain_block(self, block: Any) -> nn.Module:
         sizes = {"input_resolution": block.grid, "window_size": block.window_size, "shift_size": block.shift_size}
@@ -181,7 +151,7 @@ class TimmSwinV2Cr(TimmSwinV2):
 
     wanted = "a timm SwinTransformerV2Cr (not a subclass)"
     dense, compressed, frozen_block = SwinTransformerV2Cr, PrunedSwinTransformerV2Cr, FrozenSwinV2CrBlock
-    block, place = SwinTransformerV2CrBlock, "stages.{}.blocks.{}"
+    block = SwinTransformerV2CrBlock
     compact_block = PrunedSwinV2CrBlock
     attention = WindowMultiHeadAttention
     arguments = (
@@ -190,8 +160,8 @@ class TimmSwinV2Cr(TimmSwinV2):
         *("sequential_attn", "weight_init"),
     )
 
-    def stages(self, model: Any) -> list[nn.Sequential]:
-        return [stage.blocks for stage in model.stages]
+    def stages(self, model: Any) -> list[list[Place]]:
+        return [places_in(stage.blocks) for stage in model.stages]
 
     def open_blocks(self, model: Any) -> tuple[OpenBlock, ...]:
         found = list(super().open_blocks(model))
@@ -203,9 +173,9 @@ class TimmSwinV2Cr(TimmSwinV2):
         return tuple(found)
 
     def between(self, model: Any, stage: int) -> Callable[[Tensor], Tensor] | None:
-        return (
-            None if stage == 0 else partial(_merged, model.stages[stage].downsample, model.stages[stage - 1].feat_size)
-        )
+        if stage == 0:
+            return None
+        return partial(_merged, model.stages[stage].downsample, model.stages[stage - 1].feat_size)
 
     def grid(self, block: Any) -> tuple[int, int]:
         height, width = block.feat_size
@@ -218,10 +188,9 @@ class TimmSwinV2Cr(TimmSwinV2):
             index = index.to(coords.device)
         # timm asks its MLP for every query and key; here once for all of them that are as far apart.
         pairs = torch.arange(index.numel(), device=index.device)
-        coords = coords[index.new_empty(int(index.max()) + 1).scatter(0, index.flatten(), pairs).to(coords.device)]
-        mlp = attn.meta_mlp
-        table = mlp.fc2(mlp.act(mlp.fc1(coords)))  # without its dropout, which is for training
-        return ScoreBias(table.detach(), index, any(p.requires_grad for p in mlp.parameters()), _mask(block))
+        pairs = index.new_empty(int(index.max()) + 1).scatter(0, index.flatten(), pairs).to(coords.device)
+        trains = any(parameter.requires_grad for parameter in attn.meta_mlp.parameters())
+        return ScoreBias(partial(_computed_cr, attn, pairs), index, trains, _mask(block))
 
     def dress(self, compact: CompactBlock, block: Any) -> CompactBlock:
         dressed: Any = super().dress(compact, block)
@@ -287,6 +256,19 @@ def _normed(norm: nn.Module, then: Callable[[Tensor], Tensor] | None, x: Tensor)
     """Return what a block reads behind a norm of the residual stream, and what may be behind that."""
     normed: Tensor = norm(x)
     return normed if then is None else then(normed)
+
+
+def _computed(attn: CosineAttention) -> Tensor:
+    """Return the table that the MLP of positions of a Swin v2 attention gives."""
+    return 16 * torch.sigmoid(attn.cpb_mlp(attn.relative_coords_table).flatten(0, 2))
+
+
+def _computed_cr(attn: WindowMultiHeadAttention, pairs: Tensor) -> Tensor:
+    """Return the table of another one, whose MLP sees what stands for these pairs of a query and a key."""
+    mlp = attn.meta_mlp
+    # Step by step, because a call in training would drop some of its neurons.
+    table: Tensor = mlp.fc2(mlp.act(mlp.fc1(attn.relative_coordinates_log[pairs])))
+    return table
 
 
 def _mask(block: Any) -> Tensor | None:

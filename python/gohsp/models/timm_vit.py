@@ -334,7 +334,8 @@ def _projection(model: Any) -> nn.Module | None:
 
 def _image_channels(model: Any) -> int:
     """Return the channels of the images: what the first convolution reads, which in a hybrid is of its backbone."""
-    return next(part.in_channels for part in model.patch_embed.modules() if isinstance(part, nn.Conv2d))
+    embed = getattr(model, "patch_embed", model)
+    return next(part.in_channels for part in embed.modules() if isinstance(part, nn.Conv2d))
 
 
 def _plain_block(block: PrunedBlock) -> nn.Module:

@@ -186,25 +186,16 @@ def _guide(importance: Sequence[Tensor], size: Geometry, guidance: float) -> lis
 
 def _split(opened: OpenModel) -> Iterator[_Split]:
     for index, block in enumerate(opened.blocks):
-        size, attention, mlp = block.geometry, block.attention, block.mlp
+        size, mlp, read, write = block.geometry, block.mlp, block.attention.read, block.attention.write
         matrices: list[tuple[nn.Linear, bool, Callable[[Tensor], Tensor]]] = [
-            *((layer, True, partial(_rows_by_head, size=size)) for layer in attention.read.layers),
-            *((layer, True, partial(_columns_by_head, size=size)) for layer in attention.write.layers),
+            *((layer, True, partial(read.rows_by_head, num_heads=size.num_heads)) for layer in read.layers),
+            *((layer, True, partial(write.columns_by_head, num_heads=size.num_heads)) for layer in write.layers),
             *((layer, False, partial(_rows, size=size)) for layer in mlp.read.layers),
             *((layer, False, _columns) for layer in mlp.write.layers),
         ]
         for linear, is_attention, by_group in matrices:
             z = linear.weight.detach().clone()
             yield _Split(index, is_attention, linear.weight, z, torch.zeros_like(z), by_group)
-
-
-def _rows_by_head(weight: Tensor, size: BlockGeometry) -> Tensor:
-    """View the rows of q, of k, of v or of some of these below each other as [H, parts, d, inputs]."""
-    return weight.view(-1, size.num_heads, size.head_dim, weight.shape[1]).transpose(0, 1)
-
-
-def _columns_by_head(weight: Tensor, size: BlockGeometry) -> Tensor:
-    return weight.view(-1, size.num_heads, size.head_dim).transpose(0, 1)
 
 
 def _rows(weight: Tensor, size: BlockGeometry) -> Tensor:

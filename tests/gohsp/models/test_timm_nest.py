@@ -36,6 +36,8 @@ def test_a_matrix_of_channels_that_take_turns_is_seen_head_after_head() -> None:
         gone[4:8] = True  # the second head
         seen.clear_(columns=gone)
         assert torch.equal(seen.weight == 0, gone.expand(5, 12))
+        by_head = seen.columns_by_head(layer.weight, 3)
+        assert torch.equal(by_head, seen.weight.view(5, 3, 4).transpose(0, 1)) and by_head._base is not None
         kept: list[Any] = []
         handle = seen.watch_inputs(lambda inputs: kept.append(inputs) or inputs)
         seen(x.flatten(-2))

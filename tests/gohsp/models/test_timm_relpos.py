@@ -114,6 +114,17 @@ def test_attention_masks_come_on_top() -> None:
         assert difference(attn(x), causal) > 1e-3
 
 
+@pytest.mark.parametrize("name", [MLP, SHARED])
+def test_positions_that_are_computed_are_refined_with_their_block(name: str) -> None:
+    model, x = make(name), images(6)
+    result = gohsp.prune(model, [x], {"macs": 0.6}, refine=3)
+    with torch.no_grad():
+        assert difference(gohsp.compress(result.model, result.mask)(x), result.model(x)) < 1e-10
+        masked = result.mask.apply_(copy.deepcopy(result.model)).train()
+        again = gohsp.compress(masked, result.mask).eval()  # whatever the MLP drops in training
+        assert difference(again(x), result.model(x)) < 1e-10
+
+
 @pytest.mark.slow
 def test_compiled_it_is_the_same() -> None:
     masked, small = pair(BEIT)
