@@ -22,6 +22,7 @@ import timm
 import torch
 import torchvision
 from timm.models.eva import Eva
+from timm.models.maxxvit import MaxxVit
 from timm.models.nest import Nest
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
@@ -208,7 +209,11 @@ _MAKERS: dict[str, Callable[[str], nn.Module]] = {
 
 def _smaller_timm(name: str, model: Any) -> nn.Module:
     """Return one block behind the embedding, for images of few patches; of stages the first ones, short."""
-    embed, classes = model.patch_embed, min(model.num_classes, 5)
+    classes = min(model.num_classes, 5)
+    if isinstance(model, MaxxVit):
+        dims = [told["num_chs"] for told in model.feature_info[1:3]]
+        return _timm(name, img_size=64, embed_dim=dims, depths=(1, 1), num_classes=classes)
+    embed = model.patch_embed
     if isinstance(model, SwinTransformer):
         windows = [
             2 * step * side for step, side in zip(embed.patch_size, model.layers[0].blocks[0].window_size, strict=True)

@@ -50,6 +50,8 @@ def _named(name: str, **arguments: Any) -> nn.Module:
 
 
 SWIN = {"window_size": 4, "drop_path_rate": 0.0}
+MAXVIT: dict[str, Any] = {"img_size": SIDE, "num_classes": 5, "stem_width": 8, "embed_dim": (24, 48), "depths": (1, 2)}
+MAXVIT |= {"transformer_dim_head": 8, "transformer_window_size": (4, 2), "transformer_grid_size": (2, 4)}
 
 ZOO: dict[str, Callable[[], nn.Module]] = {
     "AIMv2, RMSNorm and a gated MLP": partial(_named, "aimv2_large_patch14_224"),
@@ -97,6 +99,14 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "NesT, two levels": partial(
         Nest, SIDE, 3, 4, 2, (24, 48), (3, 6), (2, 1), num_classes=5, drop_path_rate=0.0, pad_type="same"
     ),
+    "MaxViT": partial(timm.create_model, "maxvit_tiny_tf_224", head_hidden_size=20, **MAXVIT),
+    "MaxViT of timm's own, heads apart, positions by an MLP": partial(
+        timm.create_model, "maxvit_rmlp_pico_rw_256", transformer_rel_pos_dim=16, **MAXVIT
+    ),
+    "MaxxViT, ConvNeXt's blocks and a table": partial(
+        timm.create_model, "maxxvit_rmlp_nano_rw_256", transformer_rel_pos_type="bias", **MAXVIT
+    ),
+    "MaxxViT v2, grids alone": partial(timm.create_model, "maxxvitv2_nano_rw_256", **MAXVIT),
     "timm VisionTransformer": partial(_timm, init_values=0.5),
     "timm hybrid": partial(timm.create_model, "vit_tiny_r_s16_p8_224", img_size=SIDE, depth=2, num_classes=5),
     "ViTModel": partial(_hugging_face, "ViTModel", "ViTConfig", WIDE),
