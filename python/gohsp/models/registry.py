@@ -106,8 +106,8 @@ def known_block(block: nn.Module) -> tuple[Family, OpenBlock]:
     if found is None:
         kind = type(block)
         raise TypeError(
-            "block: wanted timm's Block, SwinTransformerBlock, PartitionAttentionCl or TransformerLayer of its Nest, "
-            "torchvision's EncoderBlock, or a layer of transformers' ViT, DeiT, ViTMSN, "
+            "block: wanted timm's Block, SwinTransformerBlock, PartitionAttentionCl, HieraBlock or TransformerLayer of "
+            "its Nest, torchvision's EncoderBlock, or a layer of transformers' ViT, DeiT, ViTMSN, "
             f"IJepa, Dinov2, Dinov2WithRegisters, CLIP or Siglip; got {kind.__module__}.{kind.__name__}"
         )
     return found

@@ -97,8 +97,8 @@ def open_attention(
         drop_path=block.drop_path1,
         geometry=size,
         softmax_scale=softmax_scale(attn, size.head_dim) if factor is None else factor,
-        drop=attn.attn_drop,
-        write_drop=attn.proj_drop,
+        drop=getattr(attn, "attn_drop", nn.Dropout(0.0)),
+        write_drop=getattr(attn, "proj_drop", nn.Identity()),
         **norms,
         **more,
     )

@@ -159,3 +159,38 @@ class TimmStages(TimmNamed):
 def name_of(model: nn.Module, block: nn.Module) -> str:
     """Return the name of a block in its model."""
     return next(name for name, module in model.named_modules() if module is block)
+
+
+class TimmRuns(TimmStages):
+    """Adapter for one class of timm's that has one list of blocks, some of which stay as they are.
+
+    A stage is a run of blocks that may be pruned, one after another; what stays is in front of the next one.
+    """
+
+    @abstractmethod
+    def stays(self, block: Any) -> bool:
+        """Return whether a block of a model, dense or compressed, is one that stays as it is."""
+
+    def stages(self, model: Any) -> list[list[Place]]:
+        return [run for _, run in self._runs(model) if run]
+
+    def in_front(self, model: Any, stage: int) -> list[Any]:
+        """Return the blocks that stay between a run and the one before it."""
+        return self._runs(model)[stage][0]
+
+    def behind(self, model: Any) -> list[Any]:
+        """Return the blocks that stay behind the last run."""
+        staying, run = self._runs(model)[-1]
+        return [] if run else staying
+
+    def _runs(self, model: Any) -> list[tuple[list[Any], list[Place]]]:
+        """Return (what stays in front of it, the run) of each run; the last one may be empty."""
+        runs: list[tuple[list[Any], list[Place]]] = [([], [])]
+        for place in places_in(model.blocks):
+            if not self.stays(place.block):
+                runs[-1][1].append(place)
+                continue
+            if runs[-1][1]:
+                runs.append(([], []))
+            runs[-1][0].append(place.block)
+        return runs

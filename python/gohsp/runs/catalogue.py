@@ -22,6 +22,7 @@ import timm
 import torch
 import torchvision
 from timm.models.eva import Eva
+from timm.models.hiera import Hiera
 from timm.models.maxxvit import MaxxVit
 from timm.models.nest import Nest
 from timm.models.swin_transformer import SwinTransformer
@@ -213,6 +214,9 @@ def _smaller_timm(name: str, model: Any) -> nn.Module:
     if isinstance(model, MaxxVit):
         dims = [told["num_chs"] for told in model.feature_info[1:3]]
         return _timm(name, img_size=64, embed_dim=dims, depths=(1, 1), num_classes=classes)
+    if isinstance(model, Hiera):
+        unit, side = {"mask_unit_size": model.q_stride, "q_pool": 1}, 4 * model.patch_stride[0]
+        return _timm(name, img_size=side, stages=(1, 2), num_classes=classes, **unit)
     embed = model.patch_embed
     if isinstance(model, SwinTransformer):
         windows = [

@@ -52,7 +52,8 @@ def _named(name: str, **arguments: Any) -> nn.Module:
 SWIN = {"window_size": 4, "drop_path_rate": 0.0}
 MAXVIT: dict[str, Any] = {"img_size": SIDE, "num_classes": 5, "stem_width": 8, "embed_dim": (24, 48), "depths": (1, 2)}
 MAXVIT |= {"transformer_dim_head": 8, "transformer_window_size": (4, 2), "transformer_grid_size": (2, 4)}
-
+HIERA: dict[str, Any] = {"img_size": SIDE, "num_classes": 5, "embed_dim": 24, "num_heads": 3, "stages": (2, 3, 2)}
+HIERA |= {"q_pool": 2, "mask_unit_size": (4, 4), "mask_unit_attn": (True, True, False)}
 ZOO: dict[str, Callable[[], nn.Module]] = {
     "AIMv2, RMSNorm and a gated MLP": partial(_named, "aimv2_large_patch14_224"),
     "DINOv2 giant, a gated MLP": partial(_named, "vit_giant_patch14_dinov2"),
@@ -107,6 +108,10 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
         timm.create_model, "maxxvit_rmlp_nano_rw_256", transformer_rel_pos_type="bias", **MAXVIT
     ),
     "MaxxViT v2, grids alone": partial(timm.create_model, "maxxvitv2_nano_rw_256", **MAXVIT),
+    "Hiera": partial(timm.create_model, "hiera_tiny_224", **HIERA),
+    "Hiera with windows of positions, layer scale, and a stage of one block at its end": partial(
+        timm.create_model, "hiera_small_abswin_256", **{**HIERA, "init_values": 0.5, "stages": (1, 4, 1)}
+    ),
     "timm VisionTransformer": partial(_timm, init_values=0.5),
     "timm hybrid": partial(timm.create_model, "vit_tiny_r_s16_p8_224", img_size=SIDE, depth=2, num_classes=5),
     "ViTModel": partial(_hugging_face, "ViTModel", "ViTConfig", WIDE),
