@@ -10,6 +10,7 @@ import gohsp.models.timm_nest
 import gohsp.models.timm_relpos
 import gohsp.models.timm_swin
 import gohsp.models.timm_swin_v2
+import gohsp.models.timm_towers
 import gohsp.models.timm_vit  # noqa: F401  registers the family
 from gohsp.compress import accelerate, compress, compress_block, densify
 from gohsp.count import count

@@ -131,14 +131,79 @@ class PlainEvaAttention(RaggedAttention):
         return super().forward(x, attn_mask, is_causal, angles)
 
 
-class PrunedEva(CompressedModel, Eva):
-    """A timm Eva whose blocks are compact. Made by :func:`gohsp.compress`.
+class HoldsPositions(CompressedModel):
+    """What compressed models have in common whose blocks hold the rotary positions of images of the model's own size.
 
-    Rotary positions of images of the model's own size are kept with the packed weights. Others work as well, but the
-    weights of attention are then packed at each call: tell timm's ``set_input_size`` what the images are.
+    Others work as well, but the weights of attention are then packed at each call.
     """
 
     own_rope: Tensor | None
+
+    def through(self, x: Tensor, rope: Tensor | None, queries: int | None = None, **how: Any) -> Tensor:
+        """Return the residual stream behind the last block.
+
+        Args:
+            x: [B, N, D].
+            rope: Rotary positions as timm gives them to blocks, or None.
+            queries: Give the first so many tokens only; all by default.
+            how: What else timm gives to each block.
+
+        Returns:
+            [B, queries or N, D].
+        """
+        model: Any = self
+        whole = not how and not model.grad_checkpointing and not model.training
+        if whole and not torch.compiler.is_compiling() and self._is_own(rope):
+            stream: Tensor = model.blocks(x, num_queries=queries)
+            return stream
+        for index, block in enumerate(model.blocks):
+            turns = rope[index] if rope is not None and _is_mixed(model) else rope
+            if model.grad_checkpointing:
+                x = timm.models.checkpoint(block, x, rope=turns, **how)
+            else:
+                x = block(x, rope=turns, **how)
+        return x if queries is None else x[:, :queries]
+
+    def _pos_embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, rope = super()._pos_embed(x)  # type: ignore[misc]
+        model: Any = self
+        if isinstance(model.blocks[0], FrozenBlock) and not self._is_own(rope):
+            raise ValueError(
+                f"x: wanted images of {tuple(model.patch_embed.img_size)}, whose rotary positions a frozen model holds"
+            )
+        return x, rope
+
+    def _is_own(self, rope: Tensor | None) -> bool:
+        """Whether the blocks hold these rotary positions; they take them over where the model's own have changed."""
+        own, model = self.own_rope, cast(Any, self)
+        if rope is None or own is None or rope.device.type != "cpu":
+            return rope is own  # a GPU would have to be waited for, and a capture cannot
+        if _equal(rope, own):
+            return True
+        if isinstance(model.blocks[0], FrozenBlock):
+            return False
+        now = own_positions(self)
+        if now is None or not _equal(now, rope):
+            return False
+        self.take_over(now)
+        return True
+
+    def take_over(self, rope: Tensor) -> None:
+        """Let the blocks hold these rotary positions, which are those of an image of the model's own size."""
+        model: Any = self
+        with torch.inference_mode(False):  # training reads them too
+            self.own_rope = rope.detach().clone()
+            for index, block in enumerate(model.blocks):
+                turns = self.own_rope[index] if _is_mixed(model) else self.own_rope
+                tokens = turns.shape[-2] + model.num_prefix_tokens
+                block.attn.rope = block.attn.angles(angles_of(turns, block.attn.rope_pairs, tokens))
+
+
+class PrunedEva(HoldsPositions, Eva):
+    """A timm Eva whose blocks are compact. Made by :func:`gohsp.compress`.
+
+    For images of another size tell timm's ``set_input_size``; see :class:`HoldsPositions`.
+    """
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return the tokens behind the last norm, as timm's own does."""
@@ -157,51 +222,9 @@ class PrunedEva(CompressedModel, Eva):
 
     def _features(self, x: Tensor, attn_mask: Tensor | None, is_causal: bool, queries: int | None = None) -> Tensor:
         x, rope = self._pos_embed(self.patch_embed(x))
-        x = self.norm_pre(x)
-        whole = attn_mask is None and not is_causal and not self.grad_checkpointing
-        if whole and not torch.compiler.is_compiling() and not self.training and self._is_own(rope):
-            features: Tensor = self.norm(self.blocks(x, num_queries=queries))
-            return features
-        for index, block in enumerate(self.blocks):
-            turns = rope[index] if rope is not None and self.rope_mixed else rope
-            if self.grad_checkpointing:
-                x = timm.models.checkpoint(block, x, rope=turns, attn_mask=attn_mask, is_causal=is_causal)
-            else:
-                x = block(x, rope=turns, attn_mask=attn_mask, is_causal=is_causal)
-        features = self.norm(x)
-        return features if queries is None else features[:, :queries]
-
-    def _pos_embed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        x, rope = super()._pos_embed(x)
-        if isinstance(self.blocks[0], FrozenBlock) and not self._is_own(rope):
-            raise ValueError(
-                f"x: wanted images of {tuple(self.patch_embed.img_size)}, whose rotary positions a frozen model holds"
-            )
-        return x, rope
-
-    def _is_own(self, rope: Tensor | None) -> bool:
-        """Whether the blocks hold these rotary positions; they take them over where the model's own have changed."""
-        own = self.own_rope
-        if rope is None or own is None or rope.device.type != "cpu":
-            return rope is own  # a GPU would have to be waited for, and a capture cannot
-        if _equal(rope, own):
-            return True
-        if isinstance(self.blocks[0], FrozenBlock):
-            return False
-        now = _own_rope(self)
-        if now is None or not _equal(now, rope):
-            return False
-        self.take_over(now)
-        return True
-
-    def take_over(self, rope: Tensor) -> None:
-        """Let the blocks hold these rotary positions, which are those of an image of the model's own size."""
-        with torch.inference_mode(False):  # training reads them too
-            self.own_rope = rope.detach().clone()
-            for index, block in enumerate(self.blocks):
-                turns = self.own_rope[index] if self.rope_mixed else self.own_rope
-                tokens = turns.shape[-2] + self.num_prefix_tokens
-                block.attn.rope = block.attn.angles(angles_of(turns, block.attn.rope_pairs, tokens))
+        masked = {"attn_mask": attn_mask, "is_causal": is_causal} if attn_mask is not None or is_causal else {}
+        features: Tensor = self.norm(self.through(self.norm_pre(x), rope, queries, **masked))
+        return features
 
 
 _ARGUMENTS = (
@@ -229,18 +252,14 @@ class TimmEva(TimmNamed):
             raise wrong_kind(self.wanted, model)
         if model.patch_drop is not None:
             raise ValueError("model: wanted no patch dropout, which gives each image rotary positions of its own")
-        check_blocks(model, _why_unsupported)
-        rope = _own_rope(model)
+        check_blocks(model, why_eva)
+        rope = own_positions(model)
         per_block = [rope[i] if rope is not None and model.rope_mixed else rope for i in range(len(model.blocks))]
-        return tuple(map(_open, model.blocks, per_block))
+        return tuple(map(open_turned, model.blocks, per_block))
 
     def embed(self, model: Any, images: Tensor) -> Tensor:
-        own = model.patch_embed.img_size
-        if model.rope is not None and tuple(images.shape[-2:]) != tuple(own):
-            raise ValueError(
-                f"images: wanted {tuple(own)}, which the model's rotary positions are for, got {list(images.shape)}; "
-                "timm's set_input_size gives the model another size"
-            )
+        if model.rope is not None:
+            refuse_other_sizes(model.patch_embed, images, "timm's set_input_size gives the model another size")
         tokens: Tensor = model.norm_pre(model._pos_embed(model.patch_embed(images))[0])
         return tokens
 
@@ -251,21 +270,20 @@ class TimmEva(TimmNamed):
             result.blocks[index] = block
         result.blocks.__class__ = PrunedBlocks
         result.__class__ = PrunedEva
-        rope = _own_rope(result)
-        result.register_buffer("own_rope", None if rope is None else rope.detach().clone(), persistent=False)
+        hold_positions(result)
         return result
 
     def refresh(self, model: Any) -> None:
         if model.rope is None:
             return
         model.rope.to(model.patch_embed.proj.weight.dtype)
-        model.take_over(_own_rope(model))
+        model.take_over(own_positions(model))
 
     def disassemble(self, model: Any) -> nn.Module:
         refuse_computed(model.blocks)
         result: Any = copy.deepcopy(model)
         for index, block in enumerate(result.blocks):
-            result.blocks[index] = _plain_block(block, model.num_prefix_tokens, model.rope_mixed)
+            result.blocks[index] = plain_eva(block, model.num_prefix_tokens, model.rope_mixed)
         result.blocks.__class__ = nn.ModuleList
         result.__class__ = Eva
         del result.own_rope
@@ -273,9 +291,7 @@ class TimmEva(TimmNamed):
 
     def build(self, description: Mapping[str, Any]) -> nn.Module:
         dense: Any = super().build(description)
-        if dense.rope is not None:  # no file holds its tables: they follow from the arguments
-            dense.rope.to_empty(device="cpu")
-            dense.rope.init_non_persistent_buffers()
+        make_real(dense.rope)
         return cast(nn.Module, dense)
 
 
@@ -288,7 +304,34 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b)
 
 
-def _own_rope(model: Any) -> Tensor | None:
+def _is_mixed(model: Any) -> bool:
+    """Return whether each block has rotary positions of its own."""
+    return bool(getattr(model, "rope_mixed", False))
+
+
+def hold_positions(model: Any) -> None:
+    """Let a model of which the blocks have just become compact hold what these were given."""
+    rope = own_positions(model)
+    model.register_buffer("own_rope", None if rope is None else rope.detach().clone(), persistent=False)
+
+
+def make_real(rope: Any) -> None:
+    """Fill the tables of a module of rotary positions that was made on meta: no file holds them."""
+    if rope is not None:
+        rope.to_empty(device="cpu")
+        rope.init_non_persistent_buffers()
+
+
+def refuse_other_sizes(embed: Any, images: Tensor, way_out: str) -> None:
+    """Refuse images of another size than the model's own, for which rotary positions were opened."""
+    own = tuple(embed.img_size)
+    if tuple(images.shape[-2:]) != own:
+        raise ValueError(
+            f"images: wanted {own}, which the model's rotary positions are for, got {list(images.shape)}; {way_out}"
+        )
+
+
+def own_positions(model: Any) -> Tensor | None:
     """Return the rotary positions of images of the model's own size, as timm gives them to blocks, or None."""
     rope = model.rope
     if rope is None:
@@ -297,26 +340,27 @@ def _own_rope(model: Any) -> Tensor | None:
     rope.eval()  # which shifts them at random otherwise
     try:
         with torch.no_grad():
-            known = not model.dynamic_img_size and hasattr(rope, "feat_shape")
+            known = not getattr(model, "dynamic_img_size", True) and hasattr(rope, "feat_shape")
             positions: Tensor = rope.get_embed() if known else rope.get_embed(shape=model.patch_embed.grid_size)
             return positions
     finally:
         rope.train(training)
 
 
-def _why_unsupported(block: Any) -> str | None:
+def why_eva(block: Any) -> str | None:
     """Return why this block cannot be pruned exactly, or None if it can."""
     if type(block) not in (EvaBlock, EvaBlockPostNorm):
         return f"wanted timm's EvaBlock or EvaBlockPostNorm, got {type(block).__name__}"
     return (
         why_altered(block)
         or why_norms(block)
-        or _why_attention(block.attn)
+        or why_turned(block.attn)
         or why_mlp(block.mlp, block.norm2.normalized_shape[0])
     )
 
 
-def _why_attention(attn: Any) -> str | None:
+def why_turned(attn: Any) -> str | None:
+    """Return why an attention with rotary positions cannot be pruned exactly, or None if it can."""
     if type(attn) not in (EvaAttention, AttentionRope):
         return f"attn is {type(attn).__name__}; wanted timm's EvaAttention or AttentionRope"
     if attn.gate is not None:
@@ -336,7 +380,13 @@ def _reads(attn: Any) -> Projection:
     return SplitBiases(attn) if getattr(attn, "q_bias", None) is not None else Projection(attn.qkv)
 
 
-def _open(block: Any, rope: Tensor | None) -> OpenBlock:
+def open_turned(block: Any, rope: Tensor | None) -> OpenBlock:
+    """Return a block that there is nothing against, opened.
+
+    Args:
+        block: An EvaBlock, or one of the same parts.
+        rope: Rotary positions as timm gives them to it, or None.
+    """
     attn, mlp = block.attn, block.mlp
     read, pairs = _reads(attn), "halves" if attn.rotate_half else "neighbours"
     size = BlockGeometry(
@@ -357,9 +407,25 @@ def _open(block: Any, rope: Tensor | None) -> OpenBlock:
     return OpenBlock(block, attention, open_mlp(block, scales[1], size))
 
 
-def _plain_block(block: PrunedBlock, prefix: int, by_head: bool) -> nn.Module:
+def plain_eva(block: PrunedBlock, prefix: int, by_head: bool) -> nn.Module:
+    """Return a compact block as timm's EvaBlock; see :func:`fill_turned`."""
+    if block.post_norm:
+        return cast(nn.Module, fill_turned(unfilled(EvaBlockPostNorm, dim=2, num_heads=1), block, prefix, by_head))
+    plain = fill_turned(unfilled(EvaBlock, dim=2, num_heads=1), block, prefix, by_head)
+    plain.gamma_1, plain.gamma_2 = whole_gamma(block.ls1), whole_gamma(block.ls2)
+    return cast(nn.Module, plain)
+
+
+def fill_turned(plain: Any, block: PrunedBlock, prefix: int, by_head: bool) -> Any:
+    """Fill a block of timm's with the parts of a compact one, but for its layer scale.
+
+    Args:
+        plain: An EvaBlock, or one of the same parts.
+        block: The compact one.
+        prefix: Tokens that have no position.
+        by_head: Whether each head has positions of its own.
+    """
     attn, mlp = block.attn, block.mlp
-    plain = unfilled(EvaBlockPostNorm if block.post_norm else EvaBlock, dim=2, num_heads=1)
     # timm's own takes the rotary positions of all heads that there were.
     of_all = not by_head or len(attn.heads) == attn.num_heads
     plain.attn = _plain_attention(attn, prefix, of_all)
@@ -371,8 +437,7 @@ def _plain_block(block: PrunedBlock, prefix: int, by_head: bool) -> nn.Module:
         let_read(plain.attn, plain.mlp, block)
     else:
         plain.norm1, plain.norm2 = then_select(block.norm1, attn.in_cols), then_select(block.norm2, mlp.in_cols)
-        plain.gamma_1, plain.gamma_2 = whole_gamma(block.ls1), whole_gamma(block.ls2)
-    return cast(nn.Module, plain.train(block.training))
+    return plain.train(block.training)
 
 
 def _plain_attention(attn: PrunedAttention, prefix: int, of_all: bool) -> nn.Module:

@@ -74,12 +74,14 @@ class TimmNamed(TimmVit):
         return [(module, shape) for module, shape in parts if module is not None]
 
     def freeze(self, model: Any, blocks: Any, embedding: str = "float32") -> nn.Module:
-        result: Any = copy.deepcopy(model, {id(model.blocks): model.blocks})
+        compact = self.trunk(model).blocks
+        result: Any = copy.deepcopy(model, {id(compact): compact})
         for block in blocks:
             block.__class__ = self.frozen_block
-        result.blocks = blocks
-        if type(model.head) is nn.Linear and not has_additions(model.head):
-            result.head = FrozenLinear(model.head)
+        self.trunk(result).blocks = blocks
+        head = getattr(model, "head", None)
+        if type(head) is nn.Linear and not has_additions(head):
+            result.head = FrozenLinear(head)
         return cast(nn.Module, result)
 
     def describe(self, model: Any, geometry: Geometry) -> dict[str, Any]:
@@ -135,7 +137,7 @@ class TimmNamed(TimmVit):
 
     def patches(self, model: Any) -> int:
         """Return how many patches a dense model makes of an image of its own size."""
-        return int(model.patch_embed.num_patches)
+        return int(self.trunk(model).patch_embed.num_patches)
 
     def plain(self, arguments: Any) -> dict[str, Any]:
         """Return the arguments of a description, which are numbers, names and short lists of these."""

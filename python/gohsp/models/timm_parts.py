@@ -133,8 +133,13 @@ def open_mlp(block: Any, scale: nn.Module, size: BlockGeometry) -> Mlp:
     )
 
 
-def why_norms(block: Any) -> str | None:
-    """Return why the norms of a block are not those of the kernels, or None if they are."""
+def why_norms(block: Any, *also: type[nn.Module]) -> str | None:
+    """Return why the norms of a block are not those of the kernels, or None if they are.
+
+    Args:
+        block: It has ``norm1``, ``attn``, ``norm2`` and ``mlp``.
+        also: Other classes of norms that the caller knows what to do with.
+    """
     attn = block.attn
     q_norm, k_norm, inner = (getattr(attn, name, nn.Identity()) for name in ("q_norm", "k_norm", "norm"))
     halves = (
@@ -144,7 +149,7 @@ def why_norms(block: Any) -> str | None:
     for norms in halves:
         there = {name: norm for name, norm in norms.items() if not isinstance(norm, nn.Identity)}
         for name, norm in there.items():
-            if type(norm) not in (nn.LayerNorm, LayerNorm, nn.RMSNorm, RmsNorm):
+            if type(norm) not in (nn.LayerNorm, LayerNorm, nn.RMSNorm, RmsNorm, *also):
                 return f"{name} is {type(norm).__name__}; wanted LayerNorm or RMSNorm"
             if norm.weight is None or norm.eps is None:
                 return f"{name} has no learned scale or no eps"

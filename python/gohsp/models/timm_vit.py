@@ -137,6 +137,10 @@ class TimmVit(Family):
 
     wanted = "a timm VisionTransformer or VisionTransformerDistilled (not a subclass)"
 
+    def trunk(self, model: Any) -> Any:
+        """Return what has the patch embedding and the blocks: the model, or the encoder that it wraps."""
+        return model
+
     def claims(self, model: nn.Module) -> bool:
         return isinstance(model, VisionTransformer)
 
@@ -181,23 +185,27 @@ class TimmVit(Family):
             _recorded(model, "mean") or IMAGENET_DEFAULT_MEAN,
             _recorded(model, "std") or IMAGENET_DEFAULT_STD,
         )
-        mean, std = (v if len(v) == _image_channels(model) else (sum(v) / len(v),) for v in values)
+        channels = _image_channels(self.trunk(model))
+        mean, std = (v if len(v) == channels else (sum(v) / len(v),) for v in values)
         return mean, std
 
     def stream_places(self, model: Any) -> list[nn.Module]:
         return [*model.blocks, model.norm]
 
     def stream_shape(self, model: Any) -> tuple[int, int, int]:
+        model = self.trunk(model)
         embed = model.patch_embed
         # embed_dim keeps its old value where another tool narrowed the model.
         features = getattr(embed.proj, "out_channels", model.embed_dim)
         return len(model.blocks), embed.num_patches + model.num_prefix_tokens, features
 
     def image_shape(self, model: Any) -> tuple[int, int, int] | None:
+        model = self.trunk(model)
         size = model.patch_embed.img_size
         return None if size is None else (_image_channels(model), *size)
 
     def tokens(self, model: Any, height: int, width: int) -> int:
+        model = self.trunk(model)
         embed = model.patch_embed
         if embed.strict_img_size and (height, width) != tuple(embed.img_size):
             raise ValueError(f"wanted {tuple(embed.img_size)}, which this model is fixed to, got {(height, width)}")

@@ -26,6 +26,8 @@ from timm.models.hiera import Hiera
 from timm.models.maxxvit import MaxxVit
 from timm.models.nest import Nest
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
 from torch import Tensor, nn
 
 from gohsp.compress import compress, densify
@@ -210,6 +212,7 @@ _MAKERS: dict[str, Callable[[str], nn.Module]] = {
 
 def _smaller_timm(name: str, model: Any) -> nn.Module:
     """Return one block behind the embedding, for images of few patches; of stages the first ones, short."""
+    model = getattr(model, "encoder", model)
     classes = min(model.num_classes, 5)
     if isinstance(model, MaxxVit):
         dims = [told["num_chs"] for told in model.feature_info[1:3]]
@@ -218,7 +221,9 @@ def _smaller_timm(name: str, model: Any) -> nn.Module:
         unit, side = {"mask_unit_size": model.q_stride, "q_pool": 1}, 4 * model.patch_stride[0]
         return _timm(name, img_size=side, stages=(1, 2), num_classes=classes, **unit)
     embed = model.patch_embed
-    if isinstance(model, SwinTransformer):
+    if isinstance(model, SwinTransformerV2Cr):
+        return _timm(name, img_size=64, depths=(2, *[1] * (len(model.stages) - 1)), num_classes=classes)
+    if isinstance(model, SwinTransformer | SwinTransformerV2):
         windows = [
             2 * step * side for step, side in zip(embed.patch_size, model.layers[0].blocks[0].window_size, strict=True)
         ]

@@ -11,6 +11,7 @@ import timm
 import torch
 import torchvision
 import transformers
+from timm.layers import RmsNorm, RmsNormFp32
 from timm.models.nest import Nest
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -47,6 +48,17 @@ def _named(name: str, **arguments: Any) -> nn.Module:
     """Return a small one of timm's architectures: its kinds of blocks, positions and MLPs, and other sizes."""
     sizes = {"img_size": SIDE, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
     return timm.create_model(name, **sizes | arguments)
+
+
+def _tower(name: str, **arguments: Any) -> nn.Module:
+    """Return a small encoder of a vision-language model, whose heads are of 8 channels: two axes of positions."""
+    model = _named(name, out_features=16, **arguments)
+    for holder in [*model.modules()]:
+        for part, norm in holder.named_children():
+            if type(norm) is RmsNormFp32:  # of float64 it would leave float32's digits
+                own = RmsNorm(norm.normalized_shape, norm.eps, norm.weight is not None)
+                setattr(holder, part, own)
+    return model
 
 
 SWIN = {"window_size": 4, "drop_path_rate": 0.0}
@@ -112,6 +124,11 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "Hiera with windows of positions, layer scale, and a stage of one block at its end": partial(
         timm.create_model, "hiera_small_abswin_256", **{**HIERA, "init_values": 0.5, "stages": (1, 4, 1)}
     ),
+    "Qwen3 encoder, which merges tokens": partial(_tower, "qwen3_vit_88m_enc", pos_embed_grid_size=6),
+    "Qwen3 classifier": partial(_tower, "qwen3_vit_88m", pos_embed_grid_size=6),
+    "Qwen3 classifier that merges tokens": partial(_tower, "qwen3_vit_88m_merge", pos_embed_grid_size=6),
+    "DeepSeek encoder that pools": partial(_tower, "deepseek_vit_412m_enc", global_pool="avg"),
+    "DeepSeek classifier that merges tokens": partial(_tower, "deepseek_vit_412m_align"),
     "timm VisionTransformer": partial(_timm, init_values=0.5),
     "timm hybrid": partial(timm.create_model, "vit_tiny_r_s16_p8_224", img_size=SIDE, depth=2, num_classes=5),
     "ViTModel": partial(_hugging_face, "ViTModel", "ViTConfig", WIDE),
