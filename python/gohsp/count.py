@@ -217,7 +217,7 @@ def _sublayer(layer: Sublayer, inputs: int, rows: int, columns: int, outputs: in
     """Return the parameters of norm, reading and writing matrix, and layer scale, at the given widths."""
     read = (inputs + (layer.read.bias is not None)) * rows
     write = (columns + (layer.write.bias is not None)) * outputs
-    return count_parameters(layer.norm) + read + write + (0 if isinstance(layer.scale, nn.Identity) else outputs)
+    return count_parameters(*layer.norms) + read + write + (0 if isinstance(layer.scale, nn.Identity) else outputs)
 
 
 def _rows(geometry: BlockGeometry, size: BlockSize) -> int:

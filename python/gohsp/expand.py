@@ -97,6 +97,7 @@ def _write_mlp(into: Mlp, mlp: PrunedMlp, block: Any) -> None:
     _write(into.read, matrix, rows, layout.mlp_in)
     _write(into.write, mlp.fc2, layout.mlp_out, layout.hidden)
     into.norm.load_state_dict(block.norm2.state_dict())
+    into.own_norm.load_state_dict(mlp.norm.state_dict())
     _write_inner_norm(into.inner_norm, mlp.inner_norm, layout.hidden)
     _write_scale(into.scale, block.ls2)
 

@@ -85,8 +85,10 @@ class _BlockChain:
 
     def __init__(self, blocks: PrunedBlocks) -> None:
         members: list[Any] = list(blocks)
-        self._as_made = all(isinstance(block, PrunedBlock) and block.is_as_made() for block in members)
-        self._chain = gk.SublayerChain([s for block in members for s in block.sublayers()] if self._as_made else [])
+        self._is_one = all(
+            isinstance(block, PrunedBlock) and block.is_as_made() and block.is_one_chain() for block in members
+        )
+        self._chain = gk.SublayerChain([s for block in members for s in block.sublayers()] if self._is_one else [])
         self._entries: list[tuple[dict[str, Any], str, Any]] = []
         self._sizes: list[tuple[dict[str, Any], int]] = []
         self._hooks: list[dict[int, Any]] = []
@@ -115,7 +117,7 @@ class _BlockChain:
 
         It calls no hook, and it holds parameters: a weight that is computed from others would stay as it was.
         """
-        return self._as_made and not self._computes and not any(self._hooks)
+        return self._is_one and not self._computes and not any(self._hooks)
 
 
 # Plain attributes of the modules that the sublayers are told of, and what would run instead of the class's own code.

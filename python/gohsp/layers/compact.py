@@ -200,6 +200,7 @@ class PrunedMlp(nn.Module):
     def __init__(self, mlp: Mlp, layout: BlockLayout) -> None:
         super().__init__()
         self.dim: int = mlp.write.out_features
+        self.norm = copy.deepcopy(mlp.own_norm)
         self.activation: str = mlp.activation
         neurons, gates = layout.hidden, None
         if mlp.gate:
@@ -216,6 +217,7 @@ class PrunedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the MLP's output [..., D] for x [..., D], zero in the features that are not written."""
+        x = self.norm(x)
         if self.gate is None:
             hidden = _product(self.fc1, x, in_cols=self.in_cols, activation=self.activation)
         else:
@@ -295,7 +297,16 @@ class PrunedBlock(CompactBlock):
         if attn_mask is not None or is_causal or self.must_call_modules():
             y = self._by_modules(x, attn_mask, is_causal, rope)
             return y if num_queries is None else y[:, :num_queries]
-        return gk.SublayerChain(self.sublayers(rope))(x, num_queries=num_queries)
+        if self.is_one_chain():
+            return gk.SublayerChain(self.sublayers(rope))(x, num_queries=num_queries)
+        attention, mlp = self.sublayers(rope)
+        return behind_norm(
+            self.norm2, gk.SublayerChain([mlp]), gk.SublayerChain([attention])(x, num_queries=num_queries)
+        )
+
+    def is_one_chain(self) -> bool:
+        """Return whether both halves run as one chain: an MLP that begins with a norm stands behind two."""
+        return isinstance(self.mlp.norm, nn.Identity)
 
     def halves(self) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
         return (self.norm1, self.attn, self.ls1), (self.norm2, self.mlp, self.ls2)
@@ -333,7 +344,7 @@ class PrunedBlock(CompactBlock):
 
     def _inside(self) -> tuple[nn.Module, ...]:
         attn = self.attn
-        norms = self.norm1, attn.q_norm, attn.k_norm, attn.inner_norm, self.norm2, self.mlp.inner_norm
+        norms = self.norm1, attn.q_norm, attn.k_norm, attn.inner_norm, self.norm2, self.mlp.norm, self.mlp.inner_norm
         bias = () if attn.position_bias is None else (attn.position_bias,)
         return attn, self.mlp, *norms, *bias, *self._holders(), self.ls1, self.ls2, *self._drop_modules()
 
@@ -356,6 +367,8 @@ class PrunedBlock(CompactBlock):
 
     def sublayers(self, rope: Tensor | None = None) -> tuple[partial[Tensor], partial[Tensor]]:
         """Return the two halves of the block as members of a :class:`gohsp_kernels.SublayerChain`.
+
+        Where they are not one chain, the second is for what ``norm2`` gives; see :func:`behind_norm`.
 
         Args:
             rope: See :meth:`run`.
@@ -395,7 +408,8 @@ class PrunedBlock(CompactBlock):
         )
 
     def _mlp_sublayer(self) -> partial[Tensor]:
-        norm, mlp, scale = self.norm2, self.mlp, self.ls2
+        mlp, scale = self.mlp, self.ls2
+        norm = self.norm2 if self.is_one_chain() else mlp.norm
         fc1, fc2 = mlp.fc1, mlp.fc2
         return partial(
             gk.mlp_sublayer,
@@ -416,6 +430,15 @@ class PrunedBlock(CompactBlock):
             post_norm=self.post_norm,
             **_inner_norm_arguments(mlp.inner_norm),
         )
+
+
+def behind_norm(norm: Any, sublayer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return the residual stream [B, N, D] behind a sublayer that reads what a norm gives.
+
+    A sublayer adds what it computes to what it reads, and that is not the stream here: it is taken off again.
+    """
+    seen = norm(x)
+    return x + (sublayer(seen) - seen)
 
 
 def _inner_norm_arguments(norm: Any) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import gohsp_kernels as gk
-from gohsp.layers.compact import PrunedBlock, hook_tables
+from gohsp.layers.compact import PrunedBlock, behind_norm, hook_tables
 
 
 class FrozenEmbedding(nn.Module):
@@ -72,7 +73,7 @@ class FrozenLinear(nn.Module):
 
 
 class FrozenBlock(nn.Module):
-    """A block whose two sublayers are packed.
+    """A block whose two sublayers are packed: in one chain, or in two with a norm between them.
 
     Args:
         block: The compact block. It is not changed, and not held.
@@ -81,7 +82,10 @@ class FrozenBlock(nn.Module):
 
     def __init__(self, block: PrunedBlock, weights: str = "float32") -> None:
         super().__init__()
-        self.chain = gk.SublayerChain(block.sublayers()).frozen(block.attn.dim, weights)
+        sublayers, dim = block.sublayers(), block.attn.dim
+        self.norm = None if block.is_one_chain() else copy.deepcopy(block.norm2).requires_grad_(False)
+        self.chain = gk.SublayerChain(sublayers if self.norm is None else sublayers[:1]).frozen(dim, weights)
+        self.last = None if self.norm is None else gk.SublayerChain(sublayers[1:]).frozen(dim, weights)
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, num_queries: int | None = None
@@ -94,17 +98,18 @@ class FrozenBlock(nn.Module):
         _refuse_rewriting()
         if attn_mask is not None or is_causal:
             raise ValueError("attn_mask: wanted None for a frozen model; the model that it was made from takes a mask")
-        return self.chain(x.detach(), num_queries=num_queries)
+        x = self.chain(x.detach(), num_queries=num_queries)
+        return x if self.last is None else behind_norm(self.norm, self.last, x)
 
 
 class FrozenBlocks(nn.Sequential):
-    """Frozen blocks, run as one chain where no hook hangs on one of them."""
+    """Frozen blocks, run as one chain where each is one and no hook hangs on it."""
 
     def forward(self, x: Tensor, num_queries: int | None = None) -> Tensor:
         """Return the last block's output [B, num_queries or N, D] for x [B, N, D]; no gradient flows through it."""
         _refuse_rewriting()
         blocks: list[Any] = list(self)
-        if any(any(hook_tables(block)) for block in blocks):
+        if any(block.last is not None or any(hook_tables(block)) for block in blocks):
             for block in blocks[:-1]:
                 x = block(x)
             return blocks[-1](x, num_queries=num_queries)

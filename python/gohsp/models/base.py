@@ -296,21 +296,28 @@ class Sublayer:
         """
         return x
 
+    @property
+    def norms(self) -> tuple[Any, ...]:
+        """What stands between the residual stream and ``read``, in the order of the data, or behind ``write``."""
+        return (self.norm,)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """Return what ``read`` reads for the residual stream, [B, N, D] from [B, N, D]."""
+        for norm in () if self.geometry.post_norm else self.norms:
+            x = norm(x)
+        return x
+
     def trace(self, x: Tensor) -> Trace:
         """Compute step by step what the model does in evaluation mode, and return all of it.
 
         Nothing of the model is changed meanwhile, so that several threads may do so. ``body`` is not called: libraries
         differ in what theirs take and give.
         """
-        seen = self.sees(x)
+        seen = self.seen(x)
         read = self.read(seen)
         hidden = self.hidden(read)
         given = self.write(hidden)
         return Trace(seen, read, hidden, given, x + self.adds(given))
-
-    def sees(self, x: Tensor) -> Tensor:
-        """Return what ``read`` reads [B, N, D], for the residual stream [B, N, D]."""
-        return x if self.geometry.post_norm else cast(Tensor, self.norm(x))
 
     def adds(self, given: Tensor) -> Tensor:
         """Return what the sublayer adds to the residual stream [B, N, D], for what ``write`` gave, [B, N, D]."""
@@ -530,6 +537,7 @@ class Mlp(Sublayer):
         gate: "first" or "last" where half of what ``read`` gives, [B, N, 2 M], are gates: the activation is on these,
             and what it gives is multiplied by the other half; empty where there are none.
         inner_norm: Norm of the hidden neurons, or ``nn.Identity``.
+        own_norm: A norm behind ``norm`` that the MLP begins with, or ``nn.Identity``.
     """
 
     activation: str
@@ -537,7 +545,12 @@ class Mlp(Sublayer):
     write_drop: nn.Module
     gate: str = ""
     inner_norm: Any = field(default_factory=nn.Identity)
+    own_norm: Any = field(default_factory=nn.Identity)
     prefix: ClassVar[str] = "mlp"
+
+    @property
+    def norms(self) -> tuple[Any, ...]:
+        return self.norm, self.own_norm
 
     def hidden(self, read: Tensor) -> Tensor:
         """Return what ``write`` reads of the hidden neurons [B, N, M], for what ``read`` gave."""

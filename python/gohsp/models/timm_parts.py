@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import GELU, GELUTanh, GluMlp, LayerNorm, LayerScale, QuickGELU, RmsNorm, SwiGLU
 from timm.layers import Mlp as TimmMlp
+from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 from gohsp.layers import (
@@ -51,7 +52,15 @@ def activation_name(module: nn.Module) -> str | None:
     return _NAMES.get(type(module))
 
 
-_MLPS = {TimmMlp: "", GluMlp: "packed", SwiGLU: "apart"}
+_MLPS = {TimmMlp: "", GluMlp: "packed", SwiGLU: "apart", GeGluMlp: "normed"}
+
+# kind -> names of the layers that it reads with, and of that which it writes with
+_LAYERS = {
+    "": ("fc1", "fc2"),
+    "packed": ("fc1", "fc2"),
+    "apart": ("fc1_g", "fc1_x", "fc2"),
+    "normed": ("w0", "w1", "w2"),
+}
 
 
 def is_gated(mlp: nn.Module) -> bool:
@@ -117,11 +126,13 @@ def open_mlp(block: Any, scale: nn.Module, size: BlockGeometry) -> Mlp:
     """
     mlp = block.mlp
     kind = _MLPS[type(mlp)]
+    *read, write = (getattr(mlp, name) for name in _LAYERS[kind])
+    norm = "own_norm" if kind == "normed" else "inner_norm"
     return Mlp(
         norm=block.norm2,
         body=mlp,
-        read=Projection(mlp.fc1_g, mlp.fc1_x) if kind == "apart" else Projection(mlp.fc1),
-        write=Projection(mlp.fc2),
+        read=Projection(*read),
+        write=Projection(write),
         scale=scale,
         drop_path=block.drop_path2,
         geometry=size,
@@ -129,7 +140,7 @@ def open_mlp(block: Any, scale: nn.Module, size: BlockGeometry) -> Mlp:
         drop=mlp.drop1,
         write_drop=mlp.drop2,
         gate="" if not kind else "last" if kind == "packed" and mlp.gate_last else "first",
-        inner_norm=mlp.norm,
+        **{norm: mlp.norm},
     )
 
 
@@ -162,15 +173,28 @@ def why_norms(block: Any, *also: type[nn.Module]) -> str | None:
     return None
 
 
-def why_mlp(mlp: Any, dim: int) -> str | None:
-    """Return why an MLP is not what the kernels compute into a residual stream of ``dim``, or None if it is."""
-    if type(mlp) not in _MLPS:
-        return f"mlp is {type(mlp).__name__}; wanted timm's Mlp, GluMlp or SwiGLU"
-    names = ("fc1_g", "fc1_x", "fc2") if type(mlp) is SwiGLU else ("fc1", "fc2")
+def hidden_width(mlp: Any) -> int:
+    """Return how many neurons an MLP of timm's has."""
+    return int(getattr(mlp, _LAYERS[_MLPS[type(mlp)]][-1]).in_features)
+
+
+def why_mlp(mlp: Any, dim: int, normed: bool = False) -> str | None:
+    """Return why an MLP is not what the kernels compute into a residual stream of ``dim``, or None if it is.
+
+    Args:
+        mlp: The MLP.
+        dim: Features of the stream.
+        normed: Whether one that begins with a norm will do, GeGluMlp.
+    """
+    kind = _MLPS.get(type(mlp))
+    if kind is None or (kind == "normed" and not normed):
+        return f"mlp is {type(mlp).__name__}; wanted timm's Mlp, GluMlp{', GeGluMlp' if normed else ''} or SwiGLU"
+    names = _LAYERS[kind]
     if reason := next(filter(None, (why_linear(f"mlp.{name}", getattr(mlp, name)) for name in names)), None):
         return reason
-    if mlp.fc2.out_features != dim:
-        return f"MLP writes {mlp.fc2.out_features} features into a residual stream of {dim}"
+    outputs = getattr(mlp, names[-1]).out_features
+    if outputs != dim:
+        return f"MLP writes {outputs} features into a residual stream of {dim}"
     if activation_name(mlp.act) is None:
         return f"activation {type(mlp.act).__name__}; known are {', '.join(ACTIVATIONS)}"
     return None
@@ -262,7 +286,12 @@ _FIRST = {"rms": "channels", "layer": "num_channels"}
 
 
 def plain_mlp(mlp: PrunedMlp) -> nn.Module:
-    """Return timm's MLP with the parameters of a compact one."""
+    """Return timm's MLP with the parameters of a compact one.
+
+    One that begins with a norm selects the features that it reads behind that; others read what they are given.
+    """
+    if not isinstance(mlp.norm, nn.Identity):
+        return _plain_normed(mlp)
     if mlp.gate is None:
         plain = unfilled(TimmMlp, in_features=2)
         plain.fc1 = plain_linear(mlp.fc1)
@@ -272,6 +301,16 @@ def plain_mlp(mlp: PrunedMlp) -> nn.Module:
     plain.act = ACTIVATIONS[mlp.activation]()
     plain.norm = plain_norm(mlp.inner_norm, mlp.fc1.weight.shape[0])
     plain.fc2 = plain_linear(mlp.fc2)
+    plain.drop1, plain.drop2 = mlp.drop1, mlp.drop2
+    return cast(nn.Module, plain)
+
+
+def _plain_normed(mlp: PrunedMlp) -> nn.Module:
+    plain = unfilled(GeGluMlp, in_features=2, hidden_features=2)
+    plain.norm = then_select(mlp.norm, mlp.in_cols)
+    gate: Any = mlp.gate  # timm has none such without
+    plain.w0, plain.w1, plain.w2 = plain_linear(gate), plain_linear(mlp.fc1), plain_linear(mlp.fc2)
+    plain.act = ACTIVATIONS[mlp.activation]()
     plain.drop1, plain.drop2 = mlp.drop1, mlp.drop2
     return cast(nn.Module, plain)
 

@@ -56,6 +56,7 @@ from gohsp.models.registry import register
 from gohsp.models.timm_parts import (
     ACTIVATIONS,
     check_blocks,
+    hidden_width,
     is_gated,
     let_read,
     open_attention,
@@ -78,7 +79,7 @@ def _why_unsupported(block: Any) -> str | None:
         why_altered(block)
         or why_norms(block)
         or _why_attention(block.attn, block.norm1.normalized_shape[0])
-        or why_mlp(block.mlp, block.norm2.normalized_shape[0])
+        or why_mlp(block.mlp, block.norm2.normalized_shape[0], normed=type(block) is Block)
     )
 
 
@@ -314,7 +315,7 @@ def _open(block: Block) -> OpenBlock:
         dim=attn.qkv.in_features,
         num_heads=attn.num_heads,
         head_dim=attn.head_dim,
-        hidden=mlp.fc2.in_features,
+        hidden=hidden_width(mlp),
         qk_norm=not isinstance(attn.q_norm, nn.Identity),
         gated=is_gated(mlp),
         post_norm=type(block) is ResPostBlock,
@@ -366,7 +367,7 @@ def _plain_pre_norm(block: PrunedBlock) -> Block:
     plain.attn = _plain_attention(attn)
     plain.ls1 = _then_place(_plain_layer_scale(block.ls1), attn.out_cols, attn.dim)
     plain.drop_path1 = block.drop_path1
-    plain.norm2 = then_select(block.norm2, mlp.in_cols)
+    plain.norm2 = then_select(block.norm2, mlp.in_cols) if block.is_one_chain() else block.norm2
     plain.mlp = plain_mlp(mlp)
     plain.ls2 = _then_place(_plain_layer_scale(block.ls2), mlp.out_cols, mlp.dim)
     plain.drop_path2 = block.drop_path2

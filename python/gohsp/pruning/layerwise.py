@@ -159,7 +159,7 @@ class LayerwisePruner:
         weights = sensitivity.weights()
 
         def look(part: Tensor) -> Sums:
-            seen = layer.sees(part)
+            seen = layer.seen(part)
             return sums_of(seen, layer.read(seen), weights.expand(part.shape[:2]))
 
         moments = Moments(layer.read.in_features, layer.read.out_features, self.stream.device)

@@ -166,10 +166,12 @@ def _written_roots(layer: Attention | Mlp, covariance: Tensor, nodes: Sequence[T
 
 def _seen(layer: Attention | Mlp) -> Tensor:
     """Return the weight of ``read`` as the residual stream meets it but for a norm's division, [r, D]."""
+    weight = layer.read.weight.detach()
     if layer.geometry.post_norm:
-        return layer.read.weight.detach()
-    weight, scale = layer.read.weight.detach(), getattr(layer.norm, "weight", None)
-    weight = weight if scale is None else weight * scale.detach()
+        return weight
+    for norm in layer.norms:
+        scale = getattr(norm, "weight", None)
+        weight = weight if scale is None else weight * scale.detach()
     return weight - weight.mean(dim=1, keepdim=True)
 
 

@@ -35,7 +35,7 @@ def small(**arguments: Any) -> VisionTransformer:
     [
         ({"scale_mlp_norm": True, "norm_layer": RmsNormFp32}, "norm1 is RmsNormFp32; wanted LayerNorm or RMSNorm"),
         ({"block_fn": ParallelScalingBlock}, "wanted timm's Block or ResPostBlock, got ParallelScalingBlock"),
-        ({"mlp_layer": GatedMlp}, "mlp is GatedMlp; wanted timm's Mlp, GluMlp or SwiGLU"),
+        ({"mlp_layer": GatedMlp}, "mlp is GatedMlp; wanted timm's Mlp, GluMlp, GeGluMlp or SwiGLU"),
         ({"act_layer": nn.Hardswish}, "activation Hardswish; known are gelu, gelu_tanh"),
         ({"attn_layer": "diff"}, "attn is DiffAttention"),
     ],

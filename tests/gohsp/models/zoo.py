@@ -130,6 +130,9 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "DeepSeek encoder that pools": partial(_tower, "deepseek_vit_412m_enc", global_pool="avg"),
     "DeepSeek classifier that merges tokens": partial(_tower, "deepseek_vit_412m_align"),
     "timm VisionTransformer": partial(_timm, init_values=0.5),
+    "ViTamin, MLPs that begin with a norm": partial(
+        timm.create_model, "vitamin_small_224", img_size=SIDE, depth=2, num_classes=5
+    ),
     "timm hybrid": partial(timm.create_model, "vit_tiny_r_s16_p8_224", img_size=SIDE, depth=2, num_classes=5),
     "ViTModel": partial(_hugging_face, "ViTModel", "ViTConfig", WIDE),
     "ViTModel without pooler": partial(
