@@ -12,7 +12,7 @@ from torch import nn
 from gohsp.arguments import check_kind
 from gohsp.layers import PrunedBlock, find_bare_blocks, hook_tables
 from gohsp.masks.mask import BlockMask, ModelMask
-from gohsp.models.base import Family, OpenBlock, OpenModel
+from gohsp.models.base import BlockFamily, OpenBlock, OpenModel
 from gohsp.models.registry import family_of, known_block, open_block, open_model
 
 LARGEST_DIFFERENCE = 0.01  # of rows of q and k in principal axes, relative to their sum; light fine-tuning stays below
@@ -52,11 +52,12 @@ def compress_block(block: nn.Module, mask: BlockMask) -> nn.Module:
     """Return a compact block to stand in the place of a dense one, in a model of whatever class.
 
     It is called as the dense one is, computes what the masked one computes, and can be trained. For models that
-    :func:`compress` does not take as a whole, such as PiT, CrossViT and MobileViT, whose blocks are timm's own.
+    :func:`compress` does not take as a whole, such as PiT, CrossViT and MobileViT, whose blocks are timm's own, or
+    MaxViT.
 
     Args:
-        block: timm's ``Block``, torchvision's ``EncoderBlock``, or a layer of an image encoder of transformers. It is
-            not changed.
+        block: timm's ``Block`` and some others of timm's, torchvision's ``EncoderBlock``, or a layer of an image
+            encoder of transformers. It is not changed.
         mask: What to keep of it; :meth:`gohsp.BlockMask.of_block` gives the one that keeps everything.
 
     Raises:
@@ -153,7 +154,7 @@ def refuse_hooks(opened: OpenModel) -> None:
             )
 
 
-def _hooked(block: OpenBlock, family: Family) -> str | None:
+def _hooked(block: OpenBlock, family: BlockFamily) -> str | None:
     """Return the name of a module that a compact one takes the place of, and that a hook hangs on."""
     kept = {layer.norm for layer in block.sublayers}
     for name, module in block.module.named_modules():

@@ -651,7 +651,27 @@ class CompressedModel:
     """Marks the classes of compressed models; each derives from its dense class as well."""
 
 
-class Family(ABC):
+class BlockFamily(ABC):
+    """Adapter for blocks that stand in models of whatever class; see :func:`gohsp.compress_block`."""
+
+    @abstractmethod
+    def open_block(self, block: nn.Module) -> OpenBlock | None:
+        """Return a single dense block, in a model of whatever class; None where it is none of the family's.
+
+        Raises:
+            ValueError: It is, but holds something that cannot be pruned exactly; the message gives the reason.
+        """
+
+    def dress(self, compact: CompactBlock, block: nn.Module) -> CompactBlock:
+        """Return a compact block as callers of the dense one call it."""
+        return compact
+
+    def keeps_hook(self, hook: Any) -> bool:
+        """Return whether a hook on a block is the library's own, which it hangs on the compact block again."""
+        return False
+
+
+class Family(BlockFamily):
     """Adapter for a family of models: the one place that knows the names and the ways of their library.
 
     A family is registered by :func:`gohsp.models.registry.register`. Its methods take dense models of the family and
@@ -681,20 +701,7 @@ class Family(ABC):
         """
 
     def open_block(self, block: nn.Module) -> OpenBlock | None:
-        """Return a single dense block, in a model of whatever class; None where it is none of the family's.
-
-        Raises:
-            ValueError: It is, but holds something that cannot be pruned exactly; the message gives the reason.
-        """
-        return None
-
-    def dress(self, compact: CompactBlock, block: nn.Module) -> CompactBlock:
-        """Return a compact block as callers of the dense one call it."""
-        return compact
-
-    def keeps_hook(self, hook: Any) -> bool:
-        """Return whether a hook on a block is the library's own, which it hangs on the compact block again."""
-        return False
+        return None  # none of its blocks is taken alone
 
     @abstractmethod
     def architecture(self, model: nn.Module) -> str:
@@ -765,7 +772,7 @@ class Family(ABC):
         """Return the modules outside the blocks that a compressed model has not: its blocks do their work."""
         return []
 
-    def refresh(self, model: nn.Module) -> None:  # noqa: B027
+    def refresh(self, model: nn.Module) -> None:
         """Bring up to date what the blocks of a compressed model hold of the rest of it, and what no file holds.
 
         Called when its parameters were loaded, and before its blocks are packed for good.
@@ -793,7 +800,7 @@ class Family(ABC):
     def describe(self, model: nn.Module, geometry: Geometry) -> dict[str, Any]:
         """Return plain JSON values from which :meth:`build` makes the dense model of a compressed one."""
 
-    def check_description(self, description: Mapping[str, Any], geometry: Geometry) -> None:  # noqa: B027
+    def check_description(self, description: Mapping[str, Any], geometry: Geometry) -> None:
         """Refuse a description that cannot give a dense model of some sizes, before :meth:`build` spends time on it.
 
         Raises:

@@ -8,10 +8,22 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gohsp.models.base import CompactBlock, CompressedModel, Family, Geometry, OpenBlock, OpenModel, wrong_kind
+from gohsp.models.base import (
+    BlockFamily,
+    CompactBlock,
+    CompressedModel,
+    Family,
+    Geometry,
+    OpenBlock,
+    OpenModel,
+    wrong_kind,
+)
 
 FAMILIES: list[Family] = []
 """In the order in which they are asked."""
+
+BLOCKS: list[BlockFamily] = []
+"""Of blocks in models that are not taken as a whole, asked after those."""
 
 
 class Outside(NamedTuple):
@@ -46,6 +58,11 @@ DEEPEST = 64
 def register(family: Family) -> None:
     """Add a family of models. It is asked before those that are there."""
     FAMILIES.insert(0, family)
+
+
+def register_blocks(family: BlockFamily) -> None:
+    """Add a family of blocks in models that are not taken as a whole."""
+    BLOCKS.insert(0, family)
 
 
 def family_of(model: nn.Module) -> Family:
@@ -95,7 +112,7 @@ def _import_adapter(module: nn.Module) -> None:
             import_module(outside.adapter)
 
 
-def known_block(block: nn.Module) -> tuple[Family, OpenBlock]:
+def known_block(block: nn.Module) -> tuple[BlockFamily, OpenBlock]:
     """Open a single dense block, in a model of whatever class.
 
     Raises:
@@ -106,21 +123,22 @@ def known_block(block: nn.Module) -> tuple[Family, OpenBlock]:
     if found is None:
         kind = type(block)
         raise TypeError(
-            "block: wanted timm's Block, SwinTransformerBlock, PartitionAttentionCl, HieraBlock or TransformerLayer of "
-            "its Nest, torchvision's EncoderBlock, or a layer of transformers' ViT, DeiT, ViTMSN, "
+            "block: wanted timm's Block, SwinTransformerBlock, PartitionAttentionCl, HieraBlock, TransformerLayer of its "
+            "Nest, Transformer of its VOLO, or a block of its GlobalContextVit or Twins whose queries, keys and values are "
+            "of the same tokens, torchvision's EncoderBlock, or a layer of transformers' ViT, DeiT, ViTMSN, "
             f"IJepa, Dinov2, Dinov2WithRegisters, CLIP or Siglip; got {kind.__module__}.{kind.__name__}"
         )
     return found
 
 
-def open_block(block: nn.Module) -> tuple[Family, OpenBlock] | None:
+def open_block(block: nn.Module) -> tuple[BlockFamily, OpenBlock] | None:
     """Return what :func:`known_block` does, or None where no family knows such blocks.
 
     Raises:
         ValueError: It holds something that gohsp cannot prune exactly; the message gives the reason.
     """
     _import_adapter(block)
-    for family in FAMILIES:
+    for family in (*FAMILIES, *BLOCKS):
         if (opened := family.open_block(block)) is not None:
             return family, opened
     return None

@@ -74,7 +74,7 @@ def softmax_scale(attn: Any, width: int) -> float:
     Its fused path takes that from the width of the heads, whatever ``attn.scale`` says; models that other tools made
     narrower have an old value there.
     """
-    return width**-0.5 if attn.fused_attn else float(attn.scale)
+    return width**-0.5 if getattr(attn, "fused_attn", False) else float(attn.scale)
 
 
 def open_attention(
@@ -96,7 +96,7 @@ def open_attention(
         more: What else the half has; see :class:`gohsp.models.base.Attention`.
     """
     attn = block.attn
-    norms: dict[str, Any] = {name: getattr(attn, own, nn.Identity()) for name, own in _NORMS_OF_ATTENTION.items()}
+    norms = {name: _norm_of(attn, own) for name, own in _NORMS_OF_ATTENTION.items()}
     return Attention(
         norm=block.norm1,
         body=attn,
@@ -111,6 +111,12 @@ def open_attention(
         **norms,
         **more,
     )
+
+
+def _norm_of(module: Any, name: str) -> Any:
+    """Return a norm that a module of timm's has under a name, or ``nn.Identity``."""
+    norm = getattr(module, name, None)
+    return nn.Identity() if norm is None else norm
 
 
 _NORMS_OF_ATTENTION = {"q_norm": "q_norm", "k_norm": "k_norm", "inner_norm": "norm"}
@@ -152,10 +158,10 @@ def why_norms(block: Any, *also: type[nn.Module]) -> str | None:
         also: Other classes of norms that the caller knows what to do with.
     """
     attn = block.attn
-    q_norm, k_norm, inner = (getattr(attn, name, nn.Identity()) for name in ("q_norm", "k_norm", "norm"))
+    q_norm, k_norm, inner = (_norm_of(attn, name) for name in ("q_norm", "k_norm", "norm"))
     halves = (
         {"norm1": block.norm1, "attn.q_norm": q_norm, "attn.k_norm": k_norm, "attn.norm": inner},
-        {"norm2": block.norm2, "mlp.norm": getattr(block.mlp, "norm", nn.Identity())},
+        {"norm2": block.norm2, "mlp.norm": _norm_of(block.mlp, "norm")},
     )
     for norms in halves:
         there = {name: norm for name, norm in norms.items() if not isinstance(norm, nn.Identity)}
