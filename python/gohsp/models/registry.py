@@ -123,10 +123,8 @@ def known_block(block: nn.Module) -> tuple[BlockFamily, OpenBlock]:
     if found is None:
         kind = type(block)
         raise TypeError(
-            "block: wanted timm's Block, SwinTransformerBlock, PartitionAttentionCl, HieraBlock, TransformerLayer of its "
-            "Nest, Transformer of its VOLO, or a block of its GlobalContextVit or Twins whose queries, keys and values are "
-            "of the same tokens, torchvision's EncoderBlock, or a layer of transformers' ViT, DeiT, ViTMSN, "
-            f"IJepa, Dinov2, Dinov2WithRegisters, CLIP or Siglip; got {kind.__module__}.{kind.__name__}"
+            "block: wanted timm's Block, torchvision's EncoderBlock, a layer of an image encoder of transformers, or a "
+            f"block of another model that docs/models.md says so of; got {kind.__module__}.{kind.__name__}"
         )
     return found
 

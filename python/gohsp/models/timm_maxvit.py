@@ -14,7 +14,6 @@ from dataclasses import fields
 from functools import partial
 from typing import Any, cast
 
-import torch
 from timm.models.maxxvit import (
     AttentionCl,
     MaxxVit,
@@ -44,6 +43,7 @@ from gohsp.models.base import (
 from gohsp.models.registry import register
 from gohsp.models.timm_named import OfOneSize
 from gohsp.models.timm_parts import (
+    HeadByHead,
     open_attention,
     open_mlp,
     placed,
@@ -62,45 +62,6 @@ from gohsp.models.timm_windows import (
     PrunedWindowBlock,
     places_in_windows,
 )
-
-
-class HeadsApart(Projection):
-    """A first matrix that gives q, k and v of one head, then those of the next; seen as all q, all k, all v.
-
-    Args:
-        layer: The linear layer. It is what is read and written.
-        num_heads: H.
-    """
-
-    def __init__(self, layer: nn.Linear, num_heads: int) -> None:
-        super().__init__(layer)
-        rows = torch.arange(layer.out_features, device="cpu")
-        self._order = rows.view(num_heads, 3, -1).transpose(0, 1).flatten()
-
-    @property
-    def weight(self) -> Tensor:
-        weight: Tensor = self.layers[0].weight
-        return weight.index_select(0, self._order.to(weight.device))
-
-    @property
-    def bias(self) -> Tensor | None:
-        bias: Tensor | None = self.layers[0].bias
-        return None if bias is None else bias.index_select(0, self._order.to(bias.device))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.layers[0](x).index_select(-1, self._order.to(x.device))
-
-    @torch.no_grad()
-    def write_(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        inverse = self._order.argsort().to(weight.device)
-        super().write_(weight.index_select(0, inverse), None if bias is None else bias.index_select(0, inverse))
-
-    @torch.no_grad()
-    def clear_(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-        super().clear_(None if rows is None else rows[self._order.argsort().to(rows.device)], columns)
-
-    def rows_by_head(self, weight: Tensor, num_heads: int) -> Tensor:
-        return weight.view(num_heads, 3, -1, weight.shape[1])
 
 
 class _InPartitions(InWindows):
@@ -182,7 +143,7 @@ class TimmMaxVit(TimmStages):
             head_dim=attn.dim_head,
             hidden=block.mlp.fc2.in_features,
         )
-        read = HeadsApart(attn.qkv, attn.num_heads) if attn.head_first else Projection(attn.qkv)
+        read = HeadByHead(attn.qkv, attn.num_heads) if attn.head_first else Projection(attn.qkv)
         windows = None if model is None else Windows(_order(block, _maps(model)[stage]).to(attn.qkv.weight.device))
         more = {"bias": bias_of(attn.rel_pos), "windows": windows}
         attention = open_attention(block, read, Projection(attn.proj), block.ls1, size, **more)

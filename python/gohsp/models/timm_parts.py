@@ -321,6 +321,45 @@ def _plain_normed(mlp: PrunedMlp) -> nn.Module:
     return cast(nn.Module, plain)
 
 
+class HeadByHead(Projection):
+    """A first matrix that gives q, k and v of one head, then those of the next; seen as all q, all k, all v.
+
+    Args:
+        layer: The linear layer. It is what is read and written.
+        num_heads: H.
+    """
+
+    def __init__(self, layer: nn.Linear, num_heads: int) -> None:
+        super().__init__(layer)
+        rows = torch.arange(layer.out_features, device="cpu")
+        self._order = rows.view(num_heads, 3, -1).transpose(0, 1).flatten()
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = self.layers[0].weight
+        return weight.index_select(0, self._order.to(weight.device))
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.layers[0].bias
+        return None if bias is None else bias.index_select(0, self._order.to(bias.device))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.layers[0](x).index_select(-1, self._order.to(x.device))
+
+    @torch.no_grad()
+    def write_(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        inverse = self._order.argsort().to(weight.device)
+        super().write_(weight.index_select(0, inverse), None if bias is None else bias.index_select(0, inverse))
+
+    @torch.no_grad()
+    def clear_(self, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+        super().clear_(None if rows is None else rows[self._order.argsort().to(rows.device)], columns)
+
+    def rows_by_head(self, weight: Tensor, num_heads: int) -> Tensor:
+        return weight.view(num_heads, 3, -1, weight.shape[1])
+
+
 class SplitBiases(Projection):
     """The q, k and v of an attention of timm's that is one matrix, with biases for q and for v apart from it.
 
