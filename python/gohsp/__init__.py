@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import gohsp.models.timm_eva
 import gohsp.models.timm_hiera
+import gohsp.models.timm_hieradet
 import gohsp.models.timm_maps
 import gohsp.models.timm_maxvit
 import gohsp.models.timm_nest

@@ -23,6 +23,7 @@ import torch
 import torchvision
 from timm.models.eva import Eva
 from timm.models.hiera import Hiera
+from timm.models.hieradet_sam2 import HieraDet
 from timm.models.maxxvit import MaxxVit
 from timm.models.nest import Nest
 from timm.models.swin_transformer import SwinTransformer
@@ -220,6 +221,9 @@ def _smaller_timm(name: str, model: Any) -> nn.Module:
     if isinstance(model, Hiera):
         unit, side = {"mask_unit_size": model.q_stride, "q_pool": 1}, 4 * model.patch_stride[0]
         return _timm(name, img_size=side, stages=(1, 2), num_classes=classes, **unit)
+    if isinstance(model, HieraDet):
+        images = {"pretrained_cfg_overlay": {"input_size": (3, 64, 64)}, "num_classes": classes}
+        return _timm(name, stages=(1, 2), q_pool=1, window_spec=(8, 4), **images)
     embed = model.patch_embed
     if isinstance(model, SwinTransformerV2Cr):
         return _timm(name, img_size=64, depths=(2, *[1] * (len(model.stages) - 1)), num_classes=classes)

@@ -66,6 +66,10 @@ MAXVIT: dict[str, Any] = {"img_size": SIDE, "num_classes": 5, "stem_width": 8, "
 MAXVIT |= {"transformer_dim_head": 8, "transformer_window_size": (4, 2), "transformer_grid_size": (2, 4)}
 HIERA: dict[str, Any] = {"img_size": SIDE, "num_classes": 5, "embed_dim": 24, "num_heads": 3, "stages": (2, 3, 2)}
 HIERA |= {"q_pool": 2, "mask_unit_size": (4, 4), "mask_unit_attn": (True, True, False)}
+HIERADET: dict[str, Any] = {"pretrained_cfg_overlay": {"input_size": (3, SIDE, SIDE)}, "num_classes": 5}
+HIERADET |= {"embed_dim": 24, "num_heads": 3, "stages": (2, 4, 2), "q_pool": 2, "window_spec": (4, 2, 2)}
+HIERADET |= {"global_att_blocks": (4,), "global_pos_size": (3, 3)}
+
 ZOO: dict[str, Callable[[], nn.Module]] = {
     "AIMv2, RMSNorm and a gated MLP": partial(_named, "aimv2_large_patch14_224"),
     "DINOv2 giant, a gated MLP": partial(_named, "vit_giant_patch14_dinov2"),
@@ -123,6 +127,10 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "Hiera": partial(timm.create_model, "hiera_tiny_224", **HIERA),
     "Hiera with windows of positions, layer scale, and a stage of one block at its end": partial(
         timm.create_model, "hiera_small_abswin_256", **{**HIERA, "init_values": 0.5, "stages": (1, 4, 1)}
+    ),
+    "SAM 2's Hiera": partial(timm.create_model, "sam2_hiera_tiny", **HIERADET),
+    "SAM 2's Hiera with layer scale, and a stage of one block at its end": partial(
+        timm.create_model, "hieradet_small", **{**HIERADET, "init_values": 0.5, "stages": (1, 4, 1)}
     ),
     "Qwen3 encoder, which merges tokens": partial(_tower, "qwen3_vit_88m_enc", pos_embed_grid_size=6),
     "Qwen3 classifier": partial(_tower, "qwen3_vit_88m", pos_embed_grid_size=6),
