@@ -145,7 +145,7 @@ class TimmMaxVit(TimmStages):
         )
         read = HeadByHead(attn.qkv, attn.num_heads) if attn.head_first else Projection(attn.qkv)
         windows = None if model is None else Windows(_order(block, _maps(model)[stage]).to(attn.qkv.weight.device))
-        more = {"bias": bias_of(attn.rel_pos), "windows": windows}
+        more: dict[str, Any] = {"bias": bias_of(attn.rel_pos), "windows": windows}
         attention = open_attention(block, read, Projection(attn.proj), block.ls1, size, **more)
         return OpenBlock(block, attention, open_mlp(block, block.ls2, size))
 

@@ -56,14 +56,6 @@ from gohsp.models.timm_swin import (
 )
 
 
-class PrunedSwinV2Block(PrunedSwinBlock):
-    """Block with compact parameters, called like timm's SwinTransformerV2Block."""
-
-
-class FrozenSwinV2Block(FrozenSwinBlock):
-    """Packed block, called like timm's SwinTransformerV2Block."""
-
-
 class PrunedSwinV2CrBlock(PrunedSwinBlock):
     """Block with compact parameters, called like timm's SwinTransformerV2CrBlock.
 
@@ -104,8 +96,8 @@ class TimmSwinV2(TimmSwin):
     """Adapter for timm's SwinTransformerV2."""
 
     wanted = "a timm SwinTransformerV2 (not a subclass)"
-    dense, compressed, frozen_block = SwinTransformerV2, PrunedSwinTransformerV2, FrozenSwinV2Block
-    block, compact_block, attention = SwinTransformerV2Block, PrunedSwinV2Block, CosineAttention
+    dense, compressed = SwinTransformerV2, PrunedSwinTransformerV2
+    block, attention = SwinTransformerV2Block, CosineAttention
     arguments = (
         *(name for name in COMMON_ARGUMENTS if name not in ("depth", "init_values")),
         *("depths", "window_size", "always_partition", "pretrained_window_sizes"),
@@ -151,8 +143,7 @@ class TimmSwinV2Cr(TimmSwinV2):
 
     wanted = "a timm SwinTransformerV2Cr (not a subclass)"
     dense, compressed, frozen_block = SwinTransformerV2Cr, PrunedSwinTransformerV2Cr, FrozenSwinV2CrBlock
-    block = SwinTransformerV2CrBlock
-    compact_block = PrunedSwinV2CrBlock
+    block, compact_block = SwinTransformerV2CrBlock, PrunedSwinV2CrBlock
     attention = WindowMultiHeadAttention
     arguments = (
         *(name for name in COMMON_ARGUMENTS if name not in ("depth", "qkv_bias")),
