@@ -52,11 +52,16 @@ def _named(name: str, **arguments: Any) -> nn.Module:
 
 def _tower(name: str, **arguments: Any) -> nn.Module:
     """Return a small encoder of a vision-language model, whose heads are of 8 channels: two axes of positions."""
-    model = _named(name, out_features=16, **arguments)
+    return without_float32(_named(name, out_features=16, **arguments))
+
+
+def without_float32(model: Any) -> Any:
+    """Let norms that compute in float32 compute in the dtype of the model: of float64 they leave float32's digits."""
     for holder in [*model.modules()]:
         for part, norm in holder.named_children():
-            if type(norm) is RmsNormFp32:  # of float64 it would leave float32's digits
+            if type(norm) is RmsNormFp32:
                 own = RmsNorm(norm.normalized_shape, norm.eps, norm.weight is not None)
+                own.weight = norm.weight
                 setattr(holder, part, own)
     return model
 
