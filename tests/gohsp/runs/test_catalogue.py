@@ -29,6 +29,9 @@ TAKEN = [
     ("timm", "vit_srelpos_small_patch16_224"),
     ("timm", "swin_s3_tiny_224"),
     ("timm", "nest_tiny_jx"),
+    ("timm", "maxvit_tiny_tf_224"),
+    ("timm", "hiera_tiny_224"),
+    ("timm", "sam2_hiera_tiny"),
     ("transformers", "DINOv3ViTModel"),
     ("transformers", "ViTForImageClassification"),
     ("transformers", "DeiTForImageClassificationWithTeacher"),
@@ -39,7 +42,10 @@ TAKEN = [
 OTHERS = [
     ("timm", "pit_ti_224", "blocks", "each block can be replaced"),
     ("timm", "mobilevit_xxs", "blocks", "each block can be replaced"),
-    ("timm", "hiera_tiny_224", "no", "blocks of another class: HieraBlock"),
+    (
+        *("timm", "coatnet_0_rw_224", "no"),
+        "cannot prune stages.0.blocks.0: wanted timm's PartitionAttentionCl, got MbConvBlock",
+    ),
     ("torchvision", "swin_t", "no", "blocks of another class: SwinTransformerBlock"),
     ("transformers", "CLIPModel", "blocks", "each block can be replaced"),
     ("transformers", "SiglipModel", "blocks", "24 of 25 blocks can be"),
