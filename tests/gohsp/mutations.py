@@ -362,8 +362,12 @@ MUTATIONS = {
         "pruning/test_prune.py::test_what_follows_from_the_rest_is_pruned_without_a_trace",
     ),
     "layerwise: layer scale is not divided out of what a layer should give": Mutation(
-        "pruning/layerwise.py", "((wanted - part) * inverse).to(part.dtype)", "wanted - part",
+        "models/base.py", "return (gap * _inverse(self.gain())).to(gap.dtype)", "return gap",
         "pruning/test_prune.py::test_the_fit_sees_the_attention_that_is_left",
+    ),
+    "layerwise: a norm behind a layer is not undone in what that should give": Mutation(
+        "models/base.py", "return _before_norm(self.norm, self.layer_scale(), trace.given, gap)", "return gap",
+        "models/test_post_norm.py::test_what_write_should_give_closes_the_gap_to_first_order",
     ),
     "layerwise: QK channels of the heads that are left are sought among all": Mutation(
         "pruning/layerwise.py", "_marked(columns[left], size)", "_marked(left, size)",

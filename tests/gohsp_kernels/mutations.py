@@ -61,8 +61,9 @@ MUTATIONS = {
         ROWS, "static_cast<float>(features) + eps)", "static_cast<float>(features))", "test_operators.py::test_edges"
     ),
     "norm: statistics of as many columns as are kept": Mutation(
-        CHAIN, "normalise_row(norm, x + i * shape_.features, shape_.features, shape_.features, eps,",
-        "normalise_row(norm, x + i * shape_.features, w.k, w.k, eps,", "test_cpu.py::test_batches_and_threads",
+        CHAIN, "normalise_row(part.norm, x + i * shape_.features, shape_.features, shape_.features, part.eps,",
+        "normalise_row(part.norm, x + i * shape_.features, w.k, w.k, part.eps,",
+        "test_cpu.py::test_batches_and_threads",
     ),
     "norm: RMSNorm takes the mean": Mutation(
         ROWS, "if (norm == Norm::layer) {", "if (true) {", "test_operators.py::test_edges"
@@ -75,10 +76,10 @@ MUTATIONS = {
         "normalise_row(norm, row, w.k, w.k, of.eps, row);", "test_operators.py::test_edges",
     ),
     "gate: the activation is on what is gated": Mutation(
-        CHAIN, "store_product(normed, rows, gated ? m.gate : m.fc1, m.activation, scratch.inner, ld_inner_);\n"
-        "      if (gated) multiply_by_product(normed, rows, m.fc1, scratch.inner, ld_inner_);",
-        "store_product(normed, rows, m.fc1, m.activation, scratch.inner, ld_inner_);\n"
-        "      if (gated) multiply_by_product(normed, rows, m.gate, scratch.inner, ld_inner_);",
+        CHAIN, "store_product(left, rows, gated ? m.gate : m.fc1, m.activation, scratch.inner, ld_inner_);\n"
+        "      if (gated) multiply_by_product(left, rows, m.fc1, scratch.inner, ld_inner_);",
+        "store_product(left, rows, m.fc1, m.activation, scratch.inner, ld_inner_);\n"
+        "      if (gated) multiply_by_product(left, rows, m.gate, scratch.inner, ld_inner_);",
         "test_operators.py::test_edges",
     ),
     "rotary positions: turned the other way": Mutation(

@@ -218,7 +218,7 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(RuntimeError, match="weight: wanted at most 65536 inputs; got 65537"):
         pack(torch.zeros(1, 65537, dtype=torch.int8), scales[:1], None)
     run = torch.ops.gohsp_kernels.cpu_sublayers
-    layout = torch.tensor([cpu.packing("int8"), _native.numbers("sublayers")["mlp"], 8, 8, 1, 0, 0, 0, -1, -1])
+    layout = torch.tensor([cpu.packing("int8"), _native.numbers("sublayers")["mlp"], 8, 8, 1, 0, 0, 0, 0, -1, -1])
     with pytest.raises(RuntimeError, match="panels: wanted int32"):
         run(torch.ones(1, 1, 8), [torch.ones(9)], [layout], [1e-6, 0.0, 1.0, 1e-6], 1)
     with pytest.raises(RuntimeError, match="panels: too short"):

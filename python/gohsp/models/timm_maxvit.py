@@ -20,6 +20,7 @@ from timm.models.maxxvit import (
     MaxxVitBlock,
     MaxxVitConvCfg,
     MaxxVitTransformerCfg,
+    ParallelMaxxVitBlock,
     PartitionAttentionCl,
     grid_partition,
     grid_reverse,
@@ -102,7 +103,7 @@ class PrunedMaxxVit(OfOneSize, CompressedModel, MaxxVit):
 class TimmMaxVit(TimmStages):
     """Adapter for timm's MaxxVit.
 
-    CoAtNet, which is of the same class, and models whose partitions lie side by side are refused.
+    Models whose partitions lie side by side are refused; CoAtNet, which is of the same class, is none of its own.
     """
 
     wanted = "a timm MaxxVit (not a subclass)"
@@ -114,6 +115,11 @@ class TimmMaxVit(TimmStages):
         *(f"transformer_{field.name}" for field in fields(MaxxVitTransformerCfg)),
         *(f"conv_{field.name}" for field in fields(MaxxVitConvCfg)),
     )
+
+    def claims(self, model: nn.Module) -> bool:
+        """Return whether a model is a MaxxVit that attends by partitions: CoAtNet is of the same class."""
+        kinds = MaxxVitBlock, ParallelMaxxVitBlock
+        return isinstance(model, MaxxVit) and any(isinstance(block, kinds) for block in _blocks(model))
 
     def stages(self, model: Any) -> list[list[Place]]:
         """Return the places of the partitions behind each convolution; what is no block of these is a place itself."""

@@ -258,7 +258,8 @@ class LayerwisePruner:
         root = torch.linalg.cholesky(damped(sensitivity.metric, 1e-2))
         root = (root / root.square().sum().sqrt()).to(before.dtype)
         tokens = sensitivity.weights().to(before.dtype)[:, None]
-        parameters = [p for p in opened.module.parameters() if p.requires_grad]
+        parts = [part for half in opened.sublayers for part in (*half.norms, half.body, half.scale)]
+        parameters = [p for p in nn.ModuleList(parts).parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=REFINE_RATE, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.settings.refine)
         order = torch.empty(0, dtype=torch.int64, device="cpu")

@@ -17,7 +17,7 @@ import gohsp
 import gohsp_kernels as gk
 from gohsp.masks.mask import ModelMask
 from gohsp.models.registry import open_model
-from gohsp.models.timm_maxvit import HeadsApart
+from gohsp.models.timm_parts import HeadByHead
 from gohsp.models.timm_positions import bias_of, why_positions
 from tests.gohsp.models.zoo import MAXVIT, ZOO, difference, images, make
 
@@ -54,7 +54,7 @@ def test_windows_and_grids_are_timms(name: str) -> None:
 
 def test_a_matrix_of_heads_apart_is_seen_as_all_q_all_k_all_v() -> None:
     layer = nn.Linear(5, 3 * 2 * 4).double()
-    seen, x = HeadsApart(layer, 2), torch.randn(3, 7, 5, dtype=torch.float64)
+    seen, x = HeadByHead(layer, 2), torch.randn(3, 7, 5, dtype=torch.float64)
     with torch.no_grad():
         wanted = layer(x).unflatten(-1, (2, 3, 4)).transpose(2, 3).flatten(2)
         assert torch.equal(seen(x), wanted)
@@ -70,7 +70,7 @@ def test_a_matrix_of_heads_apart_is_seen_as_all_q_all_k_all_v() -> None:
         seen.clear_(rows=gone)
         assert torch.equal((layer.weight == 0).all(dim=1).nonzero().flatten(), torch.arange(12, 16))
         assert torch.equal(layer.bias == 0, (layer.weight == 0).all(dim=1))
-    plain = HeadsApart(nn.Linear(5, 6, bias=False), 2)
+    plain = HeadByHead(nn.Linear(5, 6, bias=False), 2)
     assert plain.bias is None
     plain.write_(plain.weight + 1)
 
@@ -222,7 +222,6 @@ def test_it_learns_from_the_dense_models_stream() -> None:
 
 COAT = {"img_size": 64, "embed_dim": (16, 32), "depths": (1, 1), "stem_width": 8, "transformer_dim_head": 8}
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "CoAtNet": ("coatnet_0_rw_224", COAT, "prune stages.0.blocks.0: wanted timm's PartitionAttentionCl, got MbConv"),
     "partitions side by side": ("maxvit_tiny_pm_256", {**MAXVIT, "transformer_grid_size": (4, 2)}, "got ParallelMaxx"),
     "channels first": (
         *("maxvit_pico_rw_256", {**MAXVIT, "transformer_use_nchw_attn": True}),
@@ -237,6 +236,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         r"stages.1.blocks.0.attn_grid: grids of \(8, 2\) do not divide its \(4, 4\) tokens",
     ),
 }
+
+
+def test_coatnet_is_of_the_same_class_and_none_of_its_own() -> None:
+    with pytest.raises(TypeError, match=r"model: wanted .* a timm MaxxVit \(not a subclass\).* got .*MaxxVit"):
+        ModelMask.full(timm.create_model("coatnet_0_rw_224", **COAT))
 
 
 @pytest.mark.parametrize("case", REFUSED)
