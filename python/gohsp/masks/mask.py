@@ -297,6 +297,8 @@ class ModelMask:
     def summary(self, model: nn.Module) -> str:
         """Return a table of what each block keeps: heads, widths, neurons, columns, and shares of params and MACs.
 
+        Below it stand the blocks of the model that no mask is for, with the reason.
+
         Args:
             model: The dense model that the mask fits.
 
@@ -308,7 +310,8 @@ class ModelMask:
         self.check_fits(opened.geometry)
         dense, pruned = count_opened(opened), count_opened(opened, mask=self)
         layouts = [block.layout() for block in self.blocks]
-        return table(f"{self.model}: kept of each block", layouts, self.geometry, pruned, dense)
+        alone = opened.family.left_alone(model)
+        return table(f"{self.model}: kept of each block", layouts, self.geometry, pruned, dense, alone)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mask as plain JSON values.

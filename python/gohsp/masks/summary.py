@@ -18,7 +18,14 @@ from gohsp.models.base import BlockGeometry, Geometry
 _COLUMNS = ("block", "heads", "qk widths", "v widths", "hidden", "attn in/out", "mlp in/out", "params", "MACs")
 
 
-def table(title: str, layouts: Sequence[BlockLayout], geometry: Geometry, pruned: Count, dense: Count) -> str:
+def table(
+    title: str,
+    layouts: Sequence[BlockLayout],
+    geometry: Geometry,
+    pruned: Count,
+    dense: Count,
+    alone: Sequence[tuple[str, str]] = (),
+) -> str:
     """Return a table of what each block keeps: heads, widths, neurons, columns, and shares of params and MACs.
 
     Args:
@@ -26,6 +33,7 @@ def table(title: str, layouts: Sequence[BlockLayout], geometry: Geometry, pruned
         layouts: What each block keeps.
         geometry: Sizes of the dense model.
         pruned, dense: Costs with the mask and without.
+        alone: Names of blocks that stay as they are, with the reason; they stand below.
     """
     rows = Table(title=title)
     for name in _COLUMNS:
@@ -36,7 +44,7 @@ def table(title: str, layouts: Sequence[BlockLayout], geometry: Geometry, pruned
     rows.add_row("model", *[""] * 6, *_shares_kept(pruned, dense))
     text = io.StringIO()
     Console(file=text, width=200, color_system=None).print(rows)
-    return text.getvalue()
+    return text.getvalue() + "".join(f"as it is: {name} ({reason})\n" for name, reason in alone)
 
 
 def _kept(layout: BlockLayout, size: BlockGeometry) -> tuple[str, ...]:

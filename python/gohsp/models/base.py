@@ -772,6 +772,10 @@ class Family(BlockFamily):
         """Return the modules outside the blocks that a compressed model has not: its blocks do their work."""
         return []
 
+    def left_alone(self, model: nn.Module) -> list[tuple[str, str]]:
+        """Return the names of blocks of attention and MLP that stay as they are, each with the reason."""
+        return []
+
     def refresh(self, model: nn.Module) -> None:
         """Bring up to date what the blocks of a compressed model hold of the rest of it, and what no file holds.
 

@@ -82,8 +82,8 @@ class PrunedHiera(CompressedModel, Hiera):
 class TimmHiera(TimmRuns):
     """Adapter for timm's Hiera of images.
 
-    The first block of each stage but the first pools its queries and changes the width: it stays as it is, and neither
-    masks nor reports tell of it. Masks of units may be given to a compressed model as to the dense one.
+    The first block of each stage but the first pools its queries and changes the width: it stays as it is. Masks
+    do not tell of it; their summary does. Masks of units may be given to a compressed model as to the dense one.
     """
 
     wanted = "a timm Hiera (not a subclass)"
@@ -97,8 +97,8 @@ class TimmHiera(TimmRuns):
         "global_pos_size",
     )
 
-    def stays(self, block: Any) -> bool:
-        return isinstance(block, HieraBlock) and bool(_why_it_stays(block))
+    def why_it_stays(self, block: Any) -> str | None:
+        return _why_it_stays(block) if isinstance(block, HieraBlock) else None
 
     def open_blocks(self, model: Any) -> tuple[OpenBlock, ...]:
         if isinstance(model, Hiera) and len(model.tokens_spatial_shape) != 2:

@@ -124,10 +124,10 @@ class PrunedHieraDet(CompressedModel, HieraDet):
 class TimmHieraDet(TimmRuns):
     """Adapter for timm's HieraDet.
 
-    The first block of each stage but the first pools its queries or changes the width: it stays as it is, and neither
-    masks nor reports tell of it. The size of images that pruning and counting are for is what timm recorded of the
-    model (``pretrained_cfg["input_size"]``); windows have to divide the maps of that size. A compressed model takes
-    other sizes as the dense one does.
+    The first block of each stage but the first pools its queries or changes the width: it stays as it is. Masks
+    do not tell of it; their summary does. The size of images that pruning and counting are for is what timm recorded
+    of the model (``pretrained_cfg["input_size"]``); windows have to divide the maps of that size. A compressed model
+    takes other sizes as the dense one does.
     """
 
     wanted = "a timm HieraDet (not a subclass)"
@@ -140,8 +140,8 @@ class TimmHieraDet(TimmRuns):
         *("drop_path_rate", "norm_layer", "act_layer"),
     )
 
-    def stays(self, block: Any) -> bool:
-        return isinstance(block, MultiScaleBlock) and bool(_why_it_stays(block))
+    def why_it_stays(self, block: Any) -> str | None:
+        return _why_it_stays(block) if isinstance(block, MultiScaleBlock) else None
 
     def open_blocks(self, model: Any) -> tuple[OpenBlock, ...]:
         if type(model) is self.dense and type(model.patch_embed) is not HieraPatchEmbed:

@@ -168,8 +168,16 @@ class TimmRuns(TimmStages):
     """
 
     @abstractmethod
+    def why_it_stays(self, block: Any) -> str | None:
+        """Return why a block of a model, dense or compressed, stays as it is, or None if it may be pruned."""
+
     def stays(self, block: Any) -> bool:
         """Return whether a block of a model, dense or compressed, is one that stays as it is."""
+        return self.why_it_stays(block) is not None
+
+    def left_alone(self, model: Any) -> list[tuple[str, str]]:
+        reasons = ((name_of(model, block), self.why_it_stays(block)) for block in model.blocks)
+        return [(name, reason) for name, reason in reasons if reason is not None]
 
     def stages(self, model: Any) -> list[list[Place]]:
         return [run for _, run in self._runs(model) if run]

@@ -58,6 +58,10 @@ def test_what_pools_or_changes_the_width_stays(name: str) -> None:
             assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
         else:
             assert isinstance(ours, PrunedBlock)
+    summary = ModelMask.full(model).summary(model)
+    staying = [f"blocks.{index}" for index, stays in enumerate(kinds) if stays]
+    told = [line for line in summary.splitlines() if line.startswith("as it is: ")]
+    assert told == [f"as it is: {block} (its queries are pooled)" for block in staying]
     opened = open_model(model)
     entered = [block.attention.transition is not None for block in opened.blocks]
     assert sum(entered) == sum(kinds) - len(opened.family.behind(model))  # type: ignore[attr-defined]
