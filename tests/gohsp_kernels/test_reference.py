@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reference against the definition written out longhand, and its gradients."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -37,11 +39,24 @@ def test_attention_is_softmax_attention_head_by_head(qk: list[int], v: list[int]
     assert error(call.run("reference"), attention_longhand(call.x, qk, v, 0.25)) < 1e-12
 
 
+MORE: dict[str, tuple[list[int], Callable[[int], dict[str, Any]]]] = {
+    "plain": ([8, 3, 8], lambda tokens: {}),
+    "a head without QK channels": ([8, 0, 3], lambda tokens: {"num_queries": 5}),
+    "biases": ([8, 0, 3], lambda tokens: Maker(3).bias(3, tokens, 2)),
+    "cosines": ([8, 2, 3], lambda tokens: {"logit_scale": torch.tensor([1.0, 0.0, 2.0])}),
+    "norms": ([8, 8, 8], lambda tokens: Maker(3).qk_norm(8)),
+    "rotary positions": ([8, 2, 4], lambda tokens: {"rope": Maker(3).rope(tokens, [8, 2, 4])}),
+}
+
+
 @pytest.mark.parametrize("tokens", [7, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_with_gradients_is_the_same_by_products_and_fused(dtype: torch.dtype, tokens: int) -> None:
-    call = Maker(1).attention(2, tokens, [8, 3, 8], [4, 8, 1]).to(dtype)
-    cost = Maker(2).attention(2, tokens, [4, 8, 1], [4, 8, 1]).x[..., :13]
+@pytest.mark.parametrize("part", MORE)
+def test_attention_with_gradients_is_the_same_by_products_and_fused(part: str, dtype: torch.dtype, tokens: int) -> None:
+    """Where products are trained, heads of all widths share them."""
+    qk, more = MORE[part]
+    call = Maker(1).attention(2, tokens, qk, [4, 8, 1], **more(tokens)).to(dtype)
+    cost = Maker(2).attention(2, call.num_queries or tokens, [4, 8, 1], [4, 8, 1]).x[..., :13]
 
     def run(precision: torch.dtype, wanted: bool) -> tuple[Tensor, ...]:
         own = call.to(precision)
