@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ._watchers import is_counted
 from .activations import ACTIVATIONS
 from .descriptors import (
     HIGHEST_LOGIT_SCALE,
@@ -195,24 +194,24 @@ def turned(x: Tensor, angles: Tensor, pairs: str) -> Tensor:
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
-def _same_width_heads(heads: Attention, as_one: bool) -> list[list[tuple[int, int, int]]]:
-    """Heads of the same QK and V width, or all of them: each as (head, first QK channel, first V channel)."""
+def _same_width_heads(
+    qk_widths: Sequence[int], v_widths: Sequence[int]
+) -> dict[tuple[int, int], list[tuple[int, int, int]]]:
+    """Heads by (QK width, V width), each as (head, first QK channel, first V channel)."""
     groups: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     qk_start = v_start = 0
-    for head, (qk, v) in enumerate(zip(heads.qk_widths, heads.v_widths, strict=True)):
-        groups.setdefault((0, 0) if as_one else (qk, v), []).append((head, qk_start, v_start))
+    for head, (qk, v) in enumerate(zip(qk_widths, v_widths, strict=True)):
+        groups.setdefault((qk, v), []).append((head, qk_start, v_start))
         qk_start, v_start = qk_start + qk, v_start + v
-    return list(groups.values())
+    return groups
 
 
-def _heads(x: Tensor, starts: Sequence[int], widths: Sequence[int]) -> Tensor:
-    """Channel ranges of ``x`` [B, N, C] that begin at ``starts``: [B, heads, N, widest], zeros behind narrow ones."""
-    widest = max(widths)
-    if list(starts) == [starts[0] + i * widest for i in range(len(starts))] and min(widths) == widest:
-        block = x[..., starts[0] : starts[0] + len(starts) * widest]  # adjacent: a view will do
-        return block.unflatten(-1, (len(starts), widest)).transpose(1, 2)
-    ranges = (x[..., start : start + width] for start, width in zip(starts, widths, strict=True))
-    return torch.stack([F.pad(r, (0, widest - r.shape[-1])) if r.shape[-1] < widest else r for r in ranges], dim=1)
+def _heads(x: Tensor, starts: Sequence[int], width: int) -> Tensor:
+    """Channel ranges of ``x`` [B, N, C] that begin at ``starts``, as [B, heads, N, width]."""
+    if list(starts) == [starts[0] + i * width for i in range(len(starts))]:  # adjacent: a view will do
+        block = x[..., starts[0] : starts[0] + len(starts) * width]
+        return block.unflatten(-1, (len(starts), width)).transpose(1, 2)
+    return torch.stack([x[..., s : s + width] for s in starts], dim=1)
 
 
 def _mean_of_values(v: Tensor, num_queries: int) -> Tensor:
@@ -223,34 +222,29 @@ def _mean_of_values(v: Tensor, num_queries: int) -> Tensor:
 def ragged_attention(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor:
     """Softmax attention over heads of any widths. See :func:`gohsp_kernels.ragged_attention`.
 
-    Heads of equal widths share one call of PyTorch's scaled_dot_product_attention. Where attention is trained by two
-    products, all heads share them, narrow ones with zeros behind: many small products cost more than those of zeros.
+    Heads of equal widths share one call of PyTorch's scaled_dot_product_attention.
     """
     n_qk, n_v = sum(heads.qk_widths), sum(heads.v_widths)
     q, k, v = qkv.split([n_qk, n_qk, n_v], dim=-1)
     q = q[:, :num_queries]
     biases, factors = score_bias(heads, qkv, num_queries), _factors(heads)
     outputs: list[Tensor] = [qkv.new_empty(0)] * len(heads.qk_widths)
-    # Zeros behind channels would be turned with them, and counted as work.
-    as_one = heads.rope is None and _trains_by_products(qkv, qkv.shape[1]) and not is_counted()
-    for members in _same_width_heads(heads, as_one):
+    for (qk, width), members in _same_width_heads(heads.qk_widths, heads.v_widths).items():
         ids, qk_starts, v_starts = zip(*members, strict=True)
-        qk_widths, v_widths = ([of[head] for head in ids] for of in (heads.qk_widths, heads.v_widths))
-        values = _heads(v, v_starts, v_widths)
+        values = _heads(v, v_starts, width)
         bias = None if biases is None else biases[:, list(ids)]
-        if max(v_widths) == 0 or (max(qk_widths) == 0 and bias is None):
+        if width == 0 or (qk == 0 and bias is None):
             out = _mean_of_values(values, num_queries)
         else:
-            halves = [start // 2 for start in qk_starts], [width // 2 for width in qk_widths]
-            angles = None if heads.rope is None else _heads(heads.rope, *halves)
+            angles = None if heads.rope is None else _heads(heads.rope, [s // 2 for s in qk_starts], qk // 2)
             of_queries = None if angles is None else angles[:, :, :num_queries]
-            queries = _finished(heads, _heads(q, qk_starts, qk_widths), "q", of_queries)
-            keys = _finished(heads, _heads(k, qk_starts, qk_widths), "k", angles)
+            queries = _finished(heads, _heads(q, qk_starts, qk), "q", of_queries)
+            keys = _finished(heads, _heads(k, qk_starts, qk), "k", angles)
             if factors is not None:
                 queries = queries * factors[list(ids), None, None].to(queries.dtype)
             out = _attend(queries, keys, values, heads.scale, bias)
-        for head, width, head_out in zip(ids, v_widths, out.unbind(1), strict=True):
-            outputs[head] = head_out[..., :width]
+        for head, head_out in zip(ids, out.unbind(1), strict=True):
+            outputs[head] = head_out
     if not outputs:
         return qkv.new_zeros(qkv.shape[0], num_queries, 0)
     return torch.cat(outputs, dim=-1)
@@ -286,15 +280,10 @@ def score_bias(heads: Attention, qkv: Tensor, num_queries: int) -> Tensor | None
     return None if bias is None else bias.to(qkv.dtype).expand(-1, len(heads.qk_widths), -1, -1)
 
 
-def _trains_by_products(x: Tensor, tokens: int) -> bool:
-    trains = x.device.type == "cpu" and x.requires_grad and torch.is_grad_enabled()
-    return trains and tokens <= TRAINED_BY_PRODUCTS.get(x.dtype, 0)
-
-
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    if (
-        _trains_by_products(queries, keys.shape[-2]) or queries.shape[-1] == 0 or forward_ad._current_level >= 0
-    ):  # fused forms have no forward derivative
+    trains = queries.device.type == "cpu" and queries.requires_grad and torch.is_grad_enabled()
+    short = trains and keys.shape[-2] <= TRAINED_BY_PRODUCTS.get(queries.dtype, 0)
+    if short or queries.shape[-1] == 0 or forward_ad._current_level >= 0:  # fused forms have no forward derivative
         scores = queries * scale @ keys.mT
         return (scores if bias is None else scores + bias).softmax(dim=-1) @ values
     return F.scaled_dot_product_attention(queries, keys, values, bias, scale=scale)

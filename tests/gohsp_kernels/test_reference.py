@@ -53,7 +53,6 @@ MORE: dict[str, tuple[list[int], Callable[[int], dict[str, Any]]]] = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("part", MORE)
 def test_attention_with_gradients_is_the_same_by_products_and_fused(part: str, dtype: torch.dtype, tokens: int) -> None:
-    """Where products are trained, heads of all widths share them."""
     qk, more = MORE[part]
     call = Maker(1).attention(2, tokens, qk, [4, 8, 1], **more(tokens)).to(dtype)
     cost = Maker(2).attention(2, call.num_queries or tokens, [4, 8, 1], [4, 8, 1]).x[..., :13]
