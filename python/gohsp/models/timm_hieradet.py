@@ -7,7 +7,7 @@ Blocks that pool their queries or change the width stay as they are, between two
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, cast
@@ -23,10 +23,8 @@ from timm.models.hieradet_sam2 import (
 )
 from torch import Tensor, nn
 
-from gohsp.files import check_keys, shown
 from gohsp.layers import PrunedAttention, plain_linear
 from gohsp.models.base import (
-    MAX_DEPTH,
     BlockGeometry,
     CompactBlock,
     CompressedModel,
@@ -260,14 +258,6 @@ class TimmHieraDet(TimmRuns):
             "stages": [end - before for before, end in pairwise((-1, *model.stage_ends))],
         }
         return self.described(model, own)
-
-    def check_description(self, description: Mapping[str, Any], geometry: Geometry) -> None:
-        check_keys(description, ("class", "architecture", "arguments"), "plan.model")
-        stages = self.plain(description["arguments"]).get("stages")
-        listed = stages if isinstance(stages, list) else []
-        whole = all(type(depth) is int and 0 < depth <= MAX_DEPTH for depth in listed)
-        if not whole or not sum(listed) - len(listed) < geometry.depth <= sum(listed):  # some stay
-            raise ValueError(f"mask: it is made for {geometry}, but plan.model.arguments.stages is {shown(stages)}")
 
     def patches(self, model: Any) -> int:
         return math.prod(self._first_map(model))

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from gohsp.files import check_keys, shown
 from gohsp.layers import FrozenLinear, has_additions
-from gohsp.models.base import CompactBlock, OpenBlock, wrong_kind
+from gohsp.models.base import MAX_DEPTH, CompactBlock, Geometry, OpenBlock, wrong_kind
 from gohsp.models.refusals import refuse_computed
 from gohsp.models.timm_named import TimmNamed
 
@@ -178,6 +179,14 @@ class TimmRuns(TimmStages):
     def left_alone(self, model: Any) -> list[tuple[str, str]]:
         reasons = ((name_of(model, block), self.why_it_stays(block)) for block in model.blocks)
         return [(name, reason) for name, reason in reasons if reason is not None]
+
+    def check_description(self, description: Mapping[str, Any], geometry: Geometry) -> None:
+        check_keys(description, ("class", "architecture", "arguments"), "plan.model")
+        stages = self.plain(description["arguments"]).get("stages")
+        listed = stages if isinstance(stages, list) else []
+        whole = all(type(depth) is int and 0 < depth <= MAX_DEPTH for depth in listed)
+        if not whole or not sum(listed) - len(listed) < geometry.depth <= sum(listed):  # some stay
+            raise ValueError(f"mask: it is made for {geometry}, but plan.model.arguments.stages is {shown(stages)}")
 
     def stages(self, model: Any) -> list[list[Place]]:
         return [run for _, run in self._runs(model) if run]
